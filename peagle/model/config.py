@@ -1,0 +1,62 @@
+"""The drafter's configuration: a Llama block config with the fields that vLLM reads for EAGLE-3."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+
+def default_layer_ids(num_layers: int) -> tuple[int, ...]:
+    """vLLM's default choice (2, N//2, N-3), kept within 1..N, ascending, without repeats.
+
+    Id ``k`` is the hidden state that enters layer ``k``: the output of layer ``k - 1``.
+    """
+    wanted = (2, num_layers // 2, num_layers - 3)
+    return tuple(sorted({min(max(k, 1), num_layers) for k in wanted}))
+
+
+@strict
+class PEagleConfig(LlamaConfig):
+    """Everything a P-EAGLE drafter is, in the names of vLLM's plain EAGLE-3 format.
+
+    ``model_type`` stays ``llama`` and the architecture ``LlamaForCausalLMEagle3``, because that is
+    what the engine's registry knows; a name of our own would not load.
+
+    Raises:
+        ValueError: if the layer ids are not ascending and unique, the mask token is outside the
+            vocabulary, or the draft vocabulary is larger than the target's.
+    """
+
+    target_hidden_size: int | None = None  # None: as wide as the drafter
+    draft_vocab_size: int | None = None  # None: the target's whole vocabulary
+    eagle_aux_hidden_state_layer_ids: list[int] | tuple[int, ...] = (2, 3, 5)
+    mask_token_id: int = 0
+    num_depths: int = 8  # trained depth; drafting further is possible but untrained
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+
+    def __post_init__(self, **kwargs):
+        ids = list(self.eagle_aux_hidden_state_layer_ids)
+        if not ids or ids != sorted(set(ids)) or ids[0] < 0:
+            raise ValueError(f"layer ids must be ascending, unique and not negative, got {ids}")
+        self.eagle_aux_hidden_state_layer_ids = ids
+        self.target_hidden_size = self.target_hidden_size or self.hidden_size
+        self.draft_vocab_size = self.draft_vocab_size or self.vocab_size
+        if self.draft_vocab_size > self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size {self.draft_vocab_size} exceeds the target's {self.vocab_size}"
+            )
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"mask_token_id must lie in 0..{self.vocab_size - 1}, got {self.mask_token_id}"
+            )
+        kwargs.setdefault("architectures", ["LlamaForCausalLMEagle3"])
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_aux(self) -> int:
+        return len(self.eagle_aux_hidden_state_layer_ids)
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the draft head knows only part of the target's vocabulary."""
+        return self.draft_vocab_size != self.vocab_size

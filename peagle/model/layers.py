@@ -1,0 +1,91 @@
+"""One decoder layer of the drafter, in the pieces that the two streams and decoding share.
+
+Names and order of operations are vLLM's (``model_executor/models/llama_eagle3.py``), so that a
+state dict loads there as it is.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
+
+from peagle.model.config import PEagleConfig
+
+
+class Projections(nn.Module):
+    """Query, key, value and output projections (``self_attn`` in the state dict)."""
+
+    def __init__(self, config: PEagleConfig, width: int):
+        super().__init__()
+        self.head_dim = config.head_dim
+        bias, heads, groups = (
+            config.attention_bias,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
+        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, groups * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, groups * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=bias)
+
+    def forward(
+        self, x: Float[Tensor, "T W"]
+    ) -> tuple[Float[Tensor, "T A E"], Float[Tensor, "T G E"], Float[Tensor, "T G E"]]:
+        """Queries, keys and values, before rotation."""
+        split = (len(x), -1, self.head_dim)
+        return self.q_proj(x).view(split), self.k_proj(x).view(split), self.v_proj(x).view(split)
+
+
+class DrafterLayer(nn.Module):
+    """A Llama layer. Layer 0 is wide: it reads ``[embedding ; hidden]``."""
+
+    def __init__(self, config: PEagleConfig, index: int):
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.norm_before_residual = config.norm_before_residual
+        self.input_layernorm = nn.RMSNorm(width, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(width, eps=eps)
+        if index == 0:
+            self.hidden_norm = nn.RMSNorm(width, eps=eps)
+        self.self_attn = Projections(config, 2 * width if index == 0 else width)
+        self.mlp = LlamaMLP(config)
+
+    def enter(
+        self, hidden: Float[Tensor, "T D"], embedding: Float[Tensor, "T D"] | None
+    ) -> tuple[Float[Tensor, "T W"], Float[Tensor, "T D"]]:
+        """Input of the projections, and the residual. Only layer 0 is given embeddings."""
+        if embedding is None:
+            return self.input_layernorm(hidden), hidden
+        normed = self.hidden_norm(hidden)
+        residual = normed if self.norm_before_residual else hidden
+        return torch.cat([self.input_layernorm(embedding), normed], -1), residual
+
+    def leave(
+        self, residual: Float[Tensor, "T D"], context: Float[Tensor, "T A E"]
+    ) -> Float[Tensor, "T D"]:
+        """Output projection, feed-forward and both residual additions."""
+        hidden = residual + self.self_attn.o_proj(context.flatten(1))
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Rotary(nn.Module):
+    """Rotary embedding of [T, heads, E] tensors at given positions, any transformers variant."""
+
+    def __init__(self, config: PEagleConfig):
+        super().__init__()
+        self.table = LlamaRotaryEmbedding(config)
+
+    def angles(
+        self, position: Int[Tensor, " T"], dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "T 1 E"], Float[Tensor, "T 1 E"]]:
+        like = torch.empty(0, dtype=dtype, device=position.device)
+        cos, sin = self.table(like, position[None])
+        return cos[0, :, None], sin[0, :, None]
+
+
+def rotate(
+    x: Float[Tensor, "T A E"], angles: tuple[Float[Tensor, "T 1 E"], Float[Tensor, "T 1 E"]]
+) -> Float[Tensor, "T A E"]:
+    cos, sin = angles
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin

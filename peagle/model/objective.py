@@ -1,0 +1,133 @@
+"""The training objective of one packed sequence, segment by segment.
+
+The paper's Algorithm 1 bounds memory by reading the depth-0 prefix again in every segment. Here
+depth 0 runs once; each segment then runs forward *and* backward against its keys and values, and
+only their gradients are kept. The caller gets one scalar, so Lightning's automatic optimisation,
+clipping, accumulation, mixed precision and DDP work unchanged.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from peagle.cod.rollouts import Rows
+from peagle.data.batch import Batch
+from peagle.loss import head_loss
+from peagle.model.drafter import PEagleDrafter, Stream
+from peagle.model.target_head import TargetHead
+
+
+class Outcome(NamedTuple):
+    """Summed loss over ``rows``, and which of them the drafter guessed right."""
+
+    loss: Float[Tensor, ""]
+    rows: Rows
+    correct: Bool[Tensor, " N"]
+
+
+def objective(
+    drafter: PEagleDrafter,
+    target_head: TargetHead,
+    batch: Batch,
+    rows: Rows,
+    *,
+    mix: Mapping[str, float],
+) -> Outcome:
+    """Loss of all ``rows``, with gradients held per segment when gradients are enabled."""
+    stream = drafter.depth_zero(
+        batch.tokens,
+        batch.aux,
+        batch.position,
+        document_lengths=torch.bincount(batch.document).tolist(),
+    )
+    correct: list[Tensor] = []
+
+    def part(segment_rows: Rows) -> Callable[[Stream], Tensor]:
+        def run(local: Stream) -> Tensor:
+            loss, hits = segment_loss(drafter, target_head, batch, segment_rows, local, mix=mix)
+            correct.append(hits)
+            return loss
+
+        return run
+
+    pieces = [rows.within(*segment) for segment in batch.segments]
+    parts = [part(piece) for piece in pieces if len(piece.anchor)]
+    if torch.is_grad_enabled():
+        parameters = [p for p in drafter.parameters() if p.requires_grad]
+        loss = held_sum(parts, stream, parameters)
+    else:
+        loss = sum((run(stream) for run in parts), stream.hidden.new_zeros((), dtype=torch.float32))
+    hits = torch.cat(correct) if correct else torch.zeros(0, dtype=torch.bool)
+    return Outcome(loss, rows, hits)
+
+
+def segment_loss(
+    drafter: PEagleDrafter,
+    target_head: TargetHead,
+    batch: Batch,
+    rows: Rows,
+    stream: Stream,
+    *,
+    mix: Mapping[str, float],
+) -> tuple[Float[Tensor, ""], Bool[Tensor, " N"]]:
+    """Summed loss of the rows of one segment, all depths, and whether each guess is right."""
+    deep = rows.depth > 0
+    hidden = stream.hidden[rows.anchor]  # right for depth 0, replaced below for the others
+    if deep.any():
+        guessed = drafter.rollouts(rows.deeper(), stream, batch.position, batch.document)
+        hidden = hidden.masked_scatter(deep[:, None], guessed.to(hidden.dtype))
+    first = int(rows.anchor[0])
+    last = int(rows.position.max()) + 1
+    loss, guess = head_loss(
+        drafter.norm(hidden),
+        drafter.lm_head.weight,
+        target_head(batch.final[first:last]),
+        rows.position - first,
+        mix=mix,
+    )
+    return loss, drafter.target_ids(guess) == batch.labels[rows.position]
+
+
+def held_sum(
+    parts: Sequence[Callable[[Stream], Tensor]], stream: Stream, parameters: Sequence[Tensor]
+) -> Float[Tensor, ""]:
+    """``sum(part(stream) for part in parts)``, with only one part's activations alive at a time.
+
+    Each part is differentiated as soon as it is computed; what remains are the summed gradients
+    of the stream and of ``parameters``, handed out when the result is differentiated.
+    """
+    return _HeldSum.apply(parts, len(stream.keys), *flat(stream), *parameters)
+
+
+def flat(stream: Stream) -> list[Tensor]:
+    return [stream.hidden, *stream.keys, *stream.values]
+
+
+class _HeldSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parts, depth, *inputs):
+        count = 1 + 2 * depth
+        leaves = [x.detach().requires_grad_() for x in inputs[:count]]
+        stream = Stream(leaves[0], tuple(leaves[1 : 1 + depth]), tuple(leaves[1 + depth :]))
+        variables = [*leaves, *inputs[count:]]
+        # Zeros, not None: DDP waits for every parameter, and a draw may leave one unused.
+        held = [torch.zeros_like(x) for x in variables]
+        total = torch.zeros((), dtype=torch.float32, device=leaves[0].device)
+        for run in parts:
+            with torch.enable_grad():
+                loss = run(stream)
+            for sum_, grad in zip(
+                held, torch.autograd.grad(loss, variables, allow_unused=True), strict=True
+            ):
+                if grad is not None:
+                    sum_ += grad
+            total = total + loss.detach()
+        ctx.save_for_backward(*held)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        return None, None, *(grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)

@@ -1,0 +1,55 @@
+"""The target's final norm and head: its logits from stored hidden states, without the target."""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class TargetHead(nn.Module):
+    """Frozen; turns ``final`` (the last layer's output, before the norm) into logits."""
+
+    def __init__(
+        self,
+        *,
+        norm: Float[Tensor, " T"],
+        head: Float[Tensor, "V T"],
+        embedding: Float[Tensor, "V T"],
+        eps: float,
+        softcap: float | None,
+    ):
+        super().__init__()
+        self.eps, self.softcap = eps, softcap
+        self.register_buffer("norm", norm, persistent=False)
+        self.register_buffer("head", head, persistent=False)
+        self.register_buffer("embedding", embedding, persistent=False)
+
+    @classmethod
+    def load(cls, path: Path, *, eps: float, softcap: float | None) -> "TargetHead":
+        """Read the ``target.safetensors`` that capture left beside the shards."""
+        return cls(**load_file(path), eps=eps, softcap=softcap)
+
+    def save(self, path: Path) -> None:
+        save_file({"norm": self.norm, "head": self.head, "embedding": self.embedding}, path)
+
+    def restricted(self, token_ids: Tensor) -> "TargetHead":
+        """The same head over the given tokens only (the draft vocabulary)."""
+        return TargetHead(
+            norm=self.norm,
+            head=self.head[token_ids],
+            embedding=self.embedding,
+            eps=self.eps,
+            softcap=self.softcap,
+        )
+
+    @torch.no_grad()
+    def forward(self, final: Float[Tensor, "P T"]) -> Float[Tensor, "P W"]:
+        """Logits in float32, whatever the precision of the store."""
+        states = F.rms_norm(final.float(), (final.shape[-1],), self.norm.float(), self.eps)
+        logits = F.linear(states.to(self.head.dtype), self.head).float()
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits

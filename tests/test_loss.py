@@ -1,0 +1,87 @@
+import math
+
+import pytest
+import torch
+
+from peagle.loss import LOSSES, check_mix, global_mean, head_loss
+
+
+def reference(hidden, weight, teacher, position, mix):
+    """The definitions of the module's docstring, row by row, by autograd."""
+    total = hidden.new_zeros(())
+    for state, line in zip(hidden, position.tolist(), strict=True):
+        p = torch.softmax(teacher[line], -1)
+        q = torch.softmax(weight @ state, -1)
+        alpha = torch.minimum(p, q).sum()
+        kl = torch.sum(p * torch.log(p / q))
+        blend = math.exp(-3 * float(alpha.detach()))
+        values = {
+            "kl": kl,
+            "tv": 1 - alpha,
+            "ce": -torch.log(q[p.argmax()]),
+            "lk_hybrid": blend * kl + (1 - blend) * (1 - alpha),
+        }
+        total = total + sum(share * values[name] for name, share in mix.items())
+    return total
+
+
+def inputs(rows=37, width=8, vocabulary=23, positions=11):
+    hidden = torch.randn(rows, width, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(vocabulary, width, dtype=torch.float64, requires_grad=True)
+    teacher = 2 * torch.randn(positions, vocabulary, dtype=torch.float64)
+    return hidden, weight, teacher, torch.randint(0, positions, (rows,))
+
+
+MIXES = [{name: 1.0} for name in LOSSES] + [{"kl": 0.3, "tv": 2.0, "ce": 0.5, "lk_hybrid": 0.7}]
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=lambda m: "+".join(m))
+def test_values_and_gradients_equal_the_plain_definition(mix, monkeypatch):
+    monkeypatch.setattr("peagle.loss.CHUNK_ROWS", 10)
+    hidden, weight, teacher, position = inputs()
+    expected = reference(hidden, weight, teacher, position, mix)
+    wanted = torch.autograd.grad(3 * expected, (hidden, weight))
+    loss, _ = head_loss(hidden, weight, teacher, position, mix=mix)
+    got = torch.autograd.grad(3 * loss, (hidden, weight))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_every_loss_is_zero_for_a_perfect_drafter_except_cross_entropy():
+    _, weight, _, position = inputs()
+    states = torch.randn(11, 8, dtype=torch.float64)
+    teacher = states @ weight.detach().T
+    for name in ("kl", "tv", "lk_hybrid"):
+        loss, guess = head_loss(states[position], weight, teacher, position, mix={name: 1.0})
+        assert loss.item() == pytest.approx(0, abs=1e-9)
+        assert torch.equal(guess, teacher[position].argmax(-1))
+
+
+def test_bf16_autocast_stays_near_the_float64_gradient():
+    hidden, weight, teacher, position = (t.detach() for t in inputs(rows=300, width=64))
+    exact = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    loss, _ = head_loss(*exact, teacher, position, mix={"kl": 1.0})
+    wanted = torch.autograd.grad(loss, exact)
+    rough = [hidden.float().requires_grad_(), weight.float().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = head_loss(*rough, teacher.float(), position, mix={"kl": 1.0})
+    for ours, theirs in zip(torch.autograd.grad(loss, rough), wanted, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours.double() - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_without_gradients_nothing_is_kept():
+    with torch.no_grad():
+        loss, _ = head_loss(*inputs(), mix={"kl": 1.0})
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("mix", [{}, {"kl": 0.0}, {"kl": -1.0}, {"mse": 1.0}])
+def test_a_mix_that_means_nothing_is_refused(mix):
+    with pytest.raises(ValueError):
+        check_mix(mix)
+
+
+def test_the_mean_over_one_process_divides_by_its_rows():
+    assert global_mean(torch.tensor(12.0), 4).item() == 3.0
