@@ -5,16 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peagle.cod.rollouts import Rows, expected_rows, reach, sample_rows
+from peagle.cod.rollouts import Cod, Rows, expected_rows, reach, sample_rows
 
 
 def sample(supervised, document=None, *, num_depths=4, keep_ratio=0.7, floor=0.0, seed=0):
     return sample_rows(
         torch.tensor(supervised, dtype=torch.bool),
         torch.tensor(document if document is not None else [0] * len(supervised)),
-        num_depths=num_depths,
-        keep_ratio=keep_ratio,
-        min_keep_ratio=floor,
+        cod=Cod(num_depths, keep_ratio, floor),
         generator=torch.Generator().manual_seed(seed),
     )
 
@@ -113,8 +111,7 @@ def test_no_rollout_has_a_hole_or_leaves_its_document(slots, num_depths, ratio, 
 def test_expected_rows_agree_with_the_mean_of_many_draws():
     supervised = torch.ones(200, dtype=torch.bool)
     document = torch.zeros(200, dtype=torch.long)
-    settings = {"num_depths": 6, "keep_ratio": 0.8, "min_keep_ratio": 0.0}
-    expected = expected_rows(supervised, document, **settings).sum()
+    expected = expected_rows(supervised, document, cod=Cod(6, 0.8)).sum()
     drawn = [len(sample([1] * 200, num_depths=6, keep_ratio=0.8, seed=s).anchor) for s in range(20)]
     assert abs(sum(drawn) / 20 - expected) < 0.02 * expected
 
@@ -122,3 +119,9 @@ def test_expected_rows_agree_with_the_mean_of_many_draws():
 def test_reach_counts_slots_to_the_end_of_the_supervised_run():
     supervised = torch.tensor([0, 1, 1, 1, 0, 1], dtype=torch.bool)
     assert reach(supervised, torch.zeros(6, dtype=torch.long), 9).tolist() == [0, 3, 2, 1, 0, 1]
+
+
+@pytest.mark.parametrize("values", [(0, 0.8, 0.0), (8, 0.0, 0.0), (8, 1.5, 0.0), (8, 0.8, -0.1)])
+def test_settings_outside_their_range_are_refused(values):
+    with pytest.raises(ValueError, match="must"):
+        Cod(*values)

@@ -1,10 +1,45 @@
 """Conditional drop-token (COD) sampling: which rows are trained (paper section 2.2, "COD")."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cod:
+    """How deep rollouts are trained and how fast they thin out.
+
+    Args:
+        num_depths: K; one row of depth 0 and up to K - 1 deeper ones per anchor.
+        keep_ratio: r; depth d keeps about r**d of the anchors. 1 keeps every row.
+        min_keep_ratio: lower bound of r**d. The paper has none; some trainers use 0.2.
+
+    Raises:
+        ValueError: for values outside their range.
+    """
+
+    num_depths: int = 8
+    keep_ratio: float = 0.8
+    min_keep_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_depths < 1:
+            raise ValueError(f"num_depths must be at least 1, got {self.num_depths}")
+        if not 0 < self.keep_ratio <= 1:
+            raise ValueError(f"keep_ratio must lie in (0, 1], got {self.keep_ratio}")
+        if not 0 <= self.min_keep_ratio <= 1:
+            raise ValueError(f"min_keep_ratio must lie in [0, 1], got {self.min_keep_ratio}")
+
+    def share(self, depth: int) -> float:
+        """Share of the anchors that depth ``depth`` keeps at most."""
+        return max(self.keep_ratio**depth, self.min_keep_ratio)
+
+    def keeping_all(self) -> "Cod":
+        """The same depths without any dropping: what validation looks at."""
+        return Cod(self.num_depths, 1.0, 0.0)
 
 
 class Rows(NamedTuple):
@@ -39,14 +74,12 @@ def sample_rows(
     supervised: Bool[Tensor, " S"],
     document: Int[Tensor, " S"],
     *,
-    num_depths: int,
-    keep_ratio: float,
-    min_keep_ratio: float,
+    cod: Cod,
     generator: torch.Generator | None,
 ) -> Rows:
     """Keep every supervised row of depth 0 and geometrically fewer rows of each deeper depth.
 
-    In every document, depth ``d`` keeps at most ``max(keep_ratio ** d, min_keep_ratio)`` of the
+    In every document, depth ``d`` keeps at most ``cod.share(d)`` of the
     anchors that have a depth 1 at all, drawn only from the anchors that survived depth ``d - 1``.
     A rollout is therefore a hole-free prefix ``0..d``: it never leaves its document or its run
     of supervised slots, and the attention rule never has to ask whether a parent exists.
@@ -60,16 +93,14 @@ def sample_rows(
     lowest-numbered of those kept before, a uniform subset of them, and need no second draw.
     """
     assert torch.all(document[1:] >= document[:-1]), "documents must be numbered in order"
-    longest = reach(supervised, document, num_depths)
+    longest = reach(supervised, document, cod.num_depths)
     lengths = supervised.long()
-    if num_depths > 1:
+    if cod.num_depths > 1:
         number = torch.rand(
             len(supervised), generator=generator, device=supervised.device, dtype=torch.float64
         )
         order = torch.argsort(document + number)  # by document, then by number
-        lengths[order] += deeper_rows(
-            longest[order], document[order], num_depths, keep_ratio, min_keep_ratio
-        )
+        lengths[order] += deeper_rows(longest[order], document[order], cod)
     return rows_of(lengths)
 
 
@@ -87,20 +118,15 @@ def reach(
 
 
 def deeper_rows(
-    longest: Int[Tensor, " S"],
-    document: Int[Tensor, " S"],
-    num_depths: int,
-    keep_ratio: float,
-    min_keep_ratio: float,
+    longest: Int[Tensor, " S"], document: Int[Tensor, " S"], cod: Cod
 ) -> Int[Tensor, " S"]:
     """How many rows beyond depth 0 each anchor keeps; anchors come in order of preference."""
     alive = longest > 1
     candidates = torch.bincount(document, weights=alive.double())
     first = torch.searchsorted(document, document)  # where each anchor's document starts
     count = torch.zeros_like(longest)
-    for depth in range(1, num_depths):
-        share = max(keep_ratio**depth, min_keep_ratio)
-        quota = torch.floor(candidates * share + 1e-9)  # 0.7 * 10 is 6.999...
+    for depth in range(1, cod.num_depths):
+        quota = torch.floor(candidates * cod.share(depth) + 1e-9)  # 0.7 * 10 is 6.999...
         alive &= longest > depth
         seen = torch.cumsum(alive, 0)
         alive &= seen - (seen - alive.long())[first] <= quota[document]
@@ -117,14 +143,9 @@ def rows_of(lengths: Int[Tensor, " S"]) -> Rows:
 
 
 def expected_rows(
-    supervised: Bool[Tensor, " S"],
-    document: Int[Tensor, " S"],
-    *,
-    num_depths: int,
-    keep_ratio: float,
-    min_keep_ratio: float,
-) -> Tensor:
-    """Expected number of rows of each anchor, for balancing segments before the draw; [S]."""
-    shares = torch.tensor([max(keep_ratio**d, min_keep_ratio) for d in range(num_depths)])
+    supervised: Bool[Tensor, " S"], document: Int[Tensor, " S"], *, cod: Cod
+) -> Float[Tensor, " S"]:
+    """Expected number of rows of each anchor, for balancing segments before the draw."""
+    shares = torch.tensor([cod.share(depth) for depth in range(cod.num_depths)])
     total = torch.cat([torch.zeros(1), torch.cumsum(shares, 0)])
-    return total[reach(supervised, document, num_depths)]
+    return total[reach(supervised, document, cod.num_depths)]

@@ -1,0 +1,174 @@
+"""Make a hidden-state store: the target answers the prompts, then its hidden states are read.
+
+Both halves resume after a kill: answers are appended to ``answers.jsonl`` batch by batch, and the
+store keeps every finished shard.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PretrainedConfig, PreTrainedModel
+
+from peagle.data.answers import Answer, regenerate
+from peagle.data.capture_config import CaptureConfig
+from peagle.data.chat import Rendered, conversation_id, render
+from peagle.data.prompts import load_prompts
+from peagle.data.store import Manifest, Sample, StoreWriter, require_disk, split_of
+from peagle.model.config import default_layer_ids
+from peagle.model.target import TargetSource, hidden_states, target_head_of, tokenizer_hash
+
+
+def wanted_manifest(target: TargetSource, config: CaptureConfig) -> Manifest:
+    """The identity that a store for this run must have; loads no weights."""
+    text = target.config()
+    layers = text.num_hidden_layers
+    ids = tuple(config.layer_ids or default_layer_ids(layers))
+    if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > layers:
+        raise ValueError(f"layer_ids must be ascending, unique and in 0..{layers}, got {ids}")
+    return Manifest(
+        target=target.name,
+        revision=target.revision,
+        fingerprint=target.fingerprint(),
+        layer_ids=ids,
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+        num_layers=layers,
+        dtype="bfloat16",
+        tokenizer=tokenizer_hash(target.tokenizer()),
+        rms_norm_eps=text.rms_norm_eps,
+        softcap=getattr(text, "final_logit_softcapping", None),
+        block=block_of(text),
+        answers=config.answers_hash(),
+    )
+
+
+def block_of(text: PretrainedConfig) -> dict[str, Any]:
+    """The target's layer shape in the names of a Llama block."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # some families have one per kind of layer
+    heads = text.num_attention_heads
+    return {
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "rms_norm_eps": text.rms_norm_eps,
+        "rope_parameters": dict(rope),
+        "max_position_embeddings": text.max_position_embeddings,
+    }
+
+
+def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manifest:
+    """Make the store in ``folder``, or finish one that was interrupted; a full one is left as is.
+
+    Raises:
+        ValueError: if the folder holds a store of another identity, if the disk is too small, or
+            for anything wrong with target and prompts.
+    """
+    wanted = wanted_manifest(target, config)
+    partial = folder / "partial"
+    if (folder / "manifest.json").exists():
+        Manifest.read(folder).check(wanted)
+        return wanted
+    if (partial / "manifest.json").exists():
+        Manifest.read(partial).check(wanted)
+    prompts = [prompt for source in config.prompts for prompt in load_prompts(source)]
+    conversation_bytes = config.max_tokens * sample_bytes_per_token(wanted)
+    require_disk(folder, conversation_bytes)
+    wanted.write(partial)
+
+    device = pick_device(config.device)
+    model = target.model(dtype=getattr(torch, config.dtype), device=device)
+    tokenizer = target.tokenizer()
+    answers = regenerate(model, tokenizer, prompts, config, folder / "answers.jsonl")
+    rendered = [render(tokenizer, a.messages, finished=a.finished) for a in answers]
+    target_head_of(model, target.config()).save(folder / "target.safetensors")
+    read_hidden_states(model, wanted, answers, rendered, config, folder)
+    os.replace(partial / "manifest.json", folder / "manifest.json")
+    partial.rmdir()
+    return wanted
+
+
+def pick_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def sample_bytes_per_token(manifest: Manifest) -> int:
+    """Bytes of a stored token: the layers and ``final`` in bf16, id and mask."""
+    return (len(manifest.layer_ids) + 1) * manifest.hidden_size * 2 + 9
+
+
+def read_hidden_states(
+    model: PreTrainedModel,
+    manifest: Manifest,
+    answers: list[Answer],
+    rendered: list[Rendered],
+    config: CaptureConfig,
+    folder: Path,
+) -> None:
+    """Run the target over every conversation once and store what the drafter will read."""
+    writer = StoreWriter(folder, shard_bytes=config.shard_mb * 1_000_000)
+    names = [conversation_id(answer.messages) for answer in answers]
+    todo = {names[i]: i for i in range(len(answers)) if names[i] not in writer.done}
+    tokens = sum(len(rendered[i].input_ids) for i in todo.values())
+    needed = tokens * sample_bytes_per_token(manifest)
+    require_disk(folder, needed)
+    print(
+        f"capturing {len(todo)} conversations, {tokens} tokens, {needed / 1e9:.2f} GB in {folder}",
+        file=sys.stderr,
+    )
+    with tqdm(total=tokens, desc="hidden states", unit="tok", disable=None) as bar:
+        for batch in batches_by_tokens(todo, rendered, config.batch_tokens):
+            for name, sample in zip(
+                batch, run_batch(model, manifest, [rendered[todo[n]] for n in batch]), strict=True
+            ):
+                writer.append(name, split_of(name, config.val_share), sample)
+                bar.update(len(sample.input_ids))
+    writer.flush()
+
+
+def batches_by_tokens(
+    todo: dict[str, int], rendered: list[Rendered], limit: int
+) -> Iterator[list[str]]:
+    """Conversations of similar length together, ``limit`` padded tokens at most."""
+    batch: list[str] = []
+    for name in sorted(todo, key=lambda n: len(rendered[todo[n]].input_ids)):
+        width = len(rendered[todo[name]].input_ids)  # ascending: the newest is the widest
+        if batch and width * (len(batch) + 1) > limit:
+            yield batch
+            batch = []
+        batch.append(name)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def run_batch(
+    model: PreTrainedModel, manifest: Manifest, conversations: list[Rendered]
+) -> list[Sample]:
+    """Hidden states of a right-padded batch; causal attention never sees the padding."""
+    width = max(len(c.input_ids) for c in conversations)
+    ids = torch.zeros(len(conversations), width, dtype=torch.long)
+    for row, conversation in enumerate(conversations):
+        ids[row, : len(conversation.input_ids)] = conversation.input_ids
+    with hidden_states(model, manifest.layer_ids) as seen:
+        model.get_decoder()(input_ids=ids.to(model.device), use_cache=False)
+    aux = seen.aux(manifest.layer_ids).to(torch.bfloat16).cpu()
+    final = seen.entering[manifest.num_layers].to(torch.bfloat16).cpu()
+    return [
+        Sample(
+            conversation.input_ids,
+            conversation.loss_mask,
+            aux[row, : len(conversation.input_ids)].clone(),
+            final[row, : len(conversation.input_ids)].clone(),
+        )
+        for row, conversation in enumerate(conversations)
+    ]

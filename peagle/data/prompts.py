@@ -1,0 +1,106 @@
+"""Where prompts come from: the built-in set, a JSONL file, or a data set on the Hub.
+
+Only the user's side is kept. Answers are always the target's own (paper section 4.1): a drafter
+that learns somebody else's text guesses tokens its target would not write.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BUILT_IN = "stdlib"
+COLUMNS = ("messages", "conversations", "turns", "prompt", "question", "instruction")
+
+
+class Prompt(NamedTuple):
+    """The turns of one conversation that the target answers, one by one."""
+
+    id: str
+    system: str | None
+    turns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """A prompt set.
+
+    Args:
+        source: ``stdlib`` (built in), the path of a ``.jsonl`` file, or a Hub data set id.
+        split: ``train`` or ``test`` of the built-in set; any split name of a Hub data set.
+        column: where the prompt is; found by itself when it is one of the usual names.
+        limit: use only the first so many.
+    """
+
+    source: str
+    split: str = "train"
+    column: str | None = None
+    limit: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Short name for tables: ``humaneval`` for ``data/humaneval.jsonl``."""
+        if self.source == BUILT_IN:
+            return f"{BUILT_IN}-{self.split}"
+        return Path(self.source).stem if self.source.endswith(".jsonl") else self.source
+
+
+def load_prompts(source: PromptSource) -> list[Prompt]:
+    """Read a prompt set, in its own order.
+
+    Raises:
+        ValueError: if the set is missing, empty, or has no column with prompts.
+    """
+    rows = list(rows_of(source))
+    prompts = [prompt_of(row, source, number) for number, row in enumerate(rows)]
+    if not prompts:
+        raise ValueError(f"prompt set {source.source!r} is empty")
+    return prompts
+
+
+def rows_of(source: PromptSource) -> Iterable[dict[str, Any]]:
+    if source.source == BUILT_IN:
+        if source.split not in ("train", "test"):
+            raise ValueError(f"{BUILT_IN} has the splits train and test, not {source.split!r}")
+        file = resources.files("peagle.tiny_target") / f"prompts_{source.split}.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines()
+    elif source.source.endswith(".jsonl"):
+        path = Path(source.source)
+        if not path.exists():
+            raise ValueError(f"prompt file {path} does not exist")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    else:
+        return hub_rows(source)
+    return (json.loads(line) for line in lines[: source.limit] if line.strip())
+
+
+def hub_rows(source: PromptSource) -> Iterable[dict[str, Any]]:
+    from datasets import load_dataset  # takes seconds to import
+
+    try:
+        rows = load_dataset(source.source, split=source.split, streaming=True)
+    except Exception as error:  # the client raises many kinds; all mean the set cannot be had
+        raise ValueError(f"data set {source.source!r} cannot be loaded: {error}") from error
+    return rows if source.limit is None else rows.take(source.limit)
+
+
+def prompt_of(row: dict[str, Any], source: PromptSource, number: int) -> Prompt:
+    column = source.column or next((c for c in COLUMNS if c in row), None)
+    if column is None or column not in row:
+        wanted = source.column or "any of " + ", ".join(COLUMNS)
+        raise ValueError(f"row {number} of {source.source!r} has no column {wanted}")
+    value = row[column]
+    system = None
+    if isinstance(value, str):
+        turns: tuple[str, ...] = (value,)
+    elif value and isinstance(value[0], str):
+        turns = tuple(value)
+    else:  # messages; other people's answers are dropped
+        said = [(m.get("role") or m.get("from"), m.get("content") or m.get("value")) for m in value]
+        turns = tuple(text for role, text in said if role in ("user", "human"))
+        system = next((text for role, text in said if role == "system"), None)
+    if not turns or not all(turns):
+        raise ValueError(f"row {number} of {source.source!r} has an empty prompt")
+    return Prompt(f"{source.name}/{number}", system, turns)

@@ -1,0 +1,160 @@
+"""The target model: loading it, telling it apart from others, and reading its hidden states."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from peagle.model.target_head import TargetHead
+
+EMBEDDED = "tiny"  # the target that ships with the package
+
+
+@dataclass(frozen=True)
+class TargetSource:
+    """Which target: ``tiny`` (embedded), a folder, or a Hub id with an optional revision."""
+
+    name: str
+    revision: str | None = None
+
+    @property
+    def path(self) -> str:
+        return str(resources.files("peagle.tiny_target")) if self.name == EMBEDDED else self.name
+
+    def config(self) -> PretrainedConfig:
+        """The text model's configuration; raises ``ValueError`` for an unknown target."""
+        return opened(AutoConfig, self).get_text_config()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return opened(AutoTokenizer, self)
+
+    def model(self, *, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+        model = opened(AutoModelForCausalLM, self, dtype=dtype)
+        return model.to(device).eval().requires_grad_(False)
+
+    def fingerprint(self) -> str:
+        """Identity of the weights without loading them.
+
+        A folder is known by its configuration and by size, head and tail of its weight files; a
+        Hub id by the commit that its revision names.
+        """
+        folder = Path(self.path)
+        if not folder.is_dir():
+            config = hf_hub_download(self.name, "config.json", revision=self.revision)
+            return Path(config).parent.name  # snapshots/<commit>/config.json
+        digest = hashlib.sha256()
+        for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+            with open(path, "rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size}".encode())
+                digest.update(file.read(1 << 20))
+                file.seek(max(0, path.stat().st_size - (1 << 20)))
+                digest.update(file.read())
+        return digest.hexdigest()[:16]
+
+
+def opened(factory: type, source: TargetSource, **options):
+    """``from_pretrained`` that answers an unknown name with one sentence; never remote code."""
+    try:
+        return factory.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"target {source.name!r} cannot be opened: it must be a folder or a Hub id with a "
+            f"transformers causal language model ({first})"
+        ) from error
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of vocabulary, merges and chat template."""
+    parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+class HiddenStates:
+    """What the hooks of ``hidden_states`` saw in the last forward pass."""
+
+    def __init__(self) -> None:
+        self.entering: dict[int, Tensor] = {}
+
+    def aux(self, layer_ids: tuple[int, ...]) -> Float[Tensor, "B n AD"]:
+        return torch.cat([self.entering[k] for k in layer_ids], -1)
+
+
+@contextmanager
+def hidden_states(model: PreTrainedModel, layer_ids: tuple[int, ...]) -> Iterator[HiddenStates]:
+    """Record the hidden states that enter the given layers, and the last layer's output.
+
+    Id ``k`` is what enters layer ``k`` (vLLM's convention): 0 is the embedding and ``N`` the last
+    layer's output before the final norm, which is always recorded. Nothing else is kept.
+    """
+    layers = decoder_layers(model)
+    seen = HiddenStates()
+
+    def record_input(k: int):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen.entering[k] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def record_last(module: nn.Module, args: tuple, output) -> None:
+        seen.entering[len(layers)] = output[0] if isinstance(output, tuple) else output
+
+    handles = [
+        layers[k].register_forward_pre_hook(record_input(k), with_kwargs=True)
+        for k in layer_ids
+        if k < len(layers)
+    ]
+    handles.append(layers[-1].register_forward_hook(record_last))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    return model.get_decoder().layers
+
+
+def target_head_of(model: PreTrainedModel, config: PretrainedConfig) -> TargetHead:
+    """The target's embedding, final norm and head, as plain tensors.
+
+    The norm is applied to ones and the embedding to every id, which yields the effective weights
+    whatever the family's convention (Gemma, say, stores ``weight - 1`` and scales embeddings).
+    """
+    device = model.device
+    with torch.no_grad():
+        ones = torch.ones(1, config.hidden_size, device=device)
+        norm = model.get_decoder().norm(ones)[0]
+        embedding = model.get_input_embeddings()(torch.arange(config.vocab_size, device=device))
+    return TargetHead(
+        norm=compact(norm),
+        head=compact(model.get_output_embeddings().weight.detach()[: config.vocab_size]),
+        embedding=compact(embedding),
+        eps=config.rms_norm_eps,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """As bf16 when that loses nothing (weights that were bf16 on disk), on the CPU, unshared."""
+    half = tensor.to(torch.bfloat16)
+    kept = half if torch.equal(half.to(tensor.dtype), tensor) else tensor
+    return kept.detach().cpu().clone()

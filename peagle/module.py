@@ -1,0 +1,214 @@
+"""The LightningModule: batch -> rows -> segments -> loss, and what is measured on the way."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from peagle.cod.rollouts import Cod, Rows, sample_rows
+from peagle.data.batch import Batch
+from peagle.data.store import Manifest
+from peagle.data.vocab import choose_vocabulary
+from peagle.loss import check_mix, global_mean
+from peagle.metrics import DepthAccuracy
+from peagle.model.config import PEagleConfig
+from peagle.model.drafter import PEagleDrafter
+from peagle.model.initial import initialise
+from peagle.model.objective import objective
+from peagle.model.target_head import TargetHead
+
+
+class LinearSchedule(LambdaLR):
+    """Linear warm-up, then linear decay to zero, by optimizer step (paper section 4.1)."""
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, warmup_ratio: float = 0.0025):
+        warmup = max(1, round(total_steps * warmup_ratio))
+
+        def scale(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
+
+        super().__init__(optimizer, scale)
+
+
+class PEagleModule(L.LightningModule):
+    """Trains one drafter.
+
+    Args:
+        mask_token_id: a token id that never occurs in text; every guess beyond the first reads it.
+        cod: depths and their thinning.
+        num_layers: drafter layers. Four is the paper's choice; more layers guess better and
+            cost latency.
+        hidden_size: width of the drafter; default the target's.
+        intermediate_size: of the feed-forward; default the target's.
+        draft_vocab_size: tokens that the drafter can guess; default all. Fewer are faster; the
+            most frequent tokens of the answers are kept.
+        norm_before_residual: layer 0 adds to the normed hidden state instead of the raw one.
+        norm_before_fc: one norm over all captured layers before ``fc``.
+        fc_norm: one norm per captured layer before ``fc``.
+        train_embeddings: the paper found training them better than freezing them.
+        loss: weights of the losses to add up: kl, ce, tv, lk_hybrid.
+        optimizer: called with the parameters.
+        lr_scheduler: called with the optimizer and the number of steps.
+    """
+
+    def __init__(
+        self,
+        mask_token_id: int,
+        cod: Cod = Cod(),  # noqa: B008 (frozen)
+        num_layers: int = 4,
+        hidden_size: int | None = None,
+        intermediate_size: int | None = None,
+        draft_vocab_size: int | None = None,
+        norm_before_residual: bool = False,
+        norm_before_fc: bool = False,
+        fc_norm: bool = False,
+        train_embeddings: bool = True,
+        loss: dict[str, float] | None = None,
+        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-4, weight_decay=0.0),
+        lr_scheduler: Callable[[Optimizer, int], LRScheduler] = LinearSchedule,
+    ):
+        super().__init__()
+        self.cod, self.draft_vocab_size = cod, draft_vocab_size
+        self.train_embeddings = train_embeddings
+        self.mix = check_mix({"kl": 1.0} if loss is None else loss)
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.architecture: dict[str, Any] = {
+            "mask_token_id": mask_token_id,
+            "num_depths": cod.num_depths,
+            "num_hidden_layers": num_layers,
+            "norm_before_residual": norm_before_residual,
+            "norm_before_fc": norm_before_fc,
+            "fc_norm": fc_norm,
+        }
+        widths = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        self.architecture |= {key: value for key, value in widths.items() if value is not None}
+        self.drafter: PEagleDrafter | None = None
+        self.target_head: TargetHead | None = None
+        self.depths = DepthAccuracy(cod.num_depths)
+        self.rows_trained = self.tokens_trained = 0
+
+    def configure_model(self) -> None:
+        """Build the drafter for the store's target; weights start from the target's own."""
+        data = self.trainer.datamodule
+        if self.drafter is not None or data.store is None:
+            return
+        manifest = data.store.manifest
+        head = TargetHead.load(
+            data.folder / "target.safetensors", eps=manifest.rms_norm_eps, softcap=manifest.softcap
+        )
+        self.drafter = PEagleDrafter(self.drafter_config(manifest))
+        kept = torch.arange(manifest.vocab_size)
+        if self.drafter.config.pruned:
+            vocabulary = choose_vocabulary(data.assistant_tokens(), self.draft_vocab_size)
+            self.print(f"draft vocabulary covers {vocabulary.coverage:.2%} of the answers' tokens")
+            kept = vocabulary.token_ids
+            self.drafter.d2t.copy_(vocabulary.offsets())
+            self.drafter.t2d.copy_(vocabulary.membership(manifest.vocab_size))
+        self.target_head = head.restricted(kept)
+        initialise(self.drafter, head, kept)
+        self.drafter.embed_tokens.requires_grad_(self.train_embeddings)
+
+    def drafter_config(self, manifest: Manifest) -> PEagleConfig:
+        """The target's block shape, with what this run changes."""
+        return PEagleConfig(
+            **{**manifest.block, **self.architecture},
+            vocab_size=manifest.vocab_size,
+            draft_vocab_size=self.draft_vocab_size,
+            target_hidden_size=manifest.hidden_size,
+            eagle_aux_hidden_state_layer_ids=manifest.layer_ids,
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        generator = torch.Generator().manual_seed(batch.seed)
+        rows = sample_rows(batch.supervised, batch.document, cod=self.cod, generator=generator)
+        outcome = objective(self.drafter, self.target_head, batch, rows, mix=self.mix)
+        loss = global_mean(outcome.loss, len(rows.anchor))
+        self.rows_trained += len(rows.anchor)
+        self.tokens_trained += len(batch.tokens)
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
+        self.log("train/accuracy", outcome.correct.float().mean(), batch_size=1)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        rows = self.every_row(batch)
+        outcome = objective(self.drafter, self.target_head, batch, rows, mix=self.mix)
+        self.depths.update(outcome.rows.to(self.device), outcome.correct)
+        count = len(rows.anchor)
+        self.log("val/loss", outcome.loss / count, batch_size=count, sync_dist=True)
+
+    def every_row(self, batch: Batch) -> Rows:
+        """All rows of all supervised anchors: nothing is drawn, nothing dropped."""
+        return sample_rows(
+            batch.supervised, batch.document, cod=self.cod.keeping_all(), generator=None
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        report = self.depths.compute()
+        for depth, accuracy in enumerate(report.accuracy):
+            self.log(f"val/accuracy_d{depth}", accuracy)
+        self.log("val/acceptance_length", report.acceptance_length, prog_bar=True)
+
+    def on_validation_epoch_start(self) -> None:
+        self.depths.reset()
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        optimizer = self.optimizer([p for p in self.drafter.parameters() if p.requires_grad])
+        scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["drafter_config"] = self.drafter.config.to_dict()
+        checkpoint["progress"] = {"rows": self.rows_trained, "tokens": self.tokens_trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ``ValueError`` with the difference when the checkpoint is another drafter's."""
+        if "drafter_config" not in checkpoint:
+            raise ValueError("this checkpoint was not written by peagle: it has no drafter_config")
+        if self.drafter is not None:
+            refuse_other_architecture(checkpoint["drafter_config"], self.drafter.config.to_dict())
+        self.rows_trained = checkpoint["progress"]["rows"]
+        self.tokens_trained = checkpoint["progress"]["tokens"]
+
+
+def refuse_other_architecture(saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    keys = sorted((saved.keys() | ours.keys()) - {"transformers_version", "dtype"})
+    differences = [
+        f"{key}: checkpoint {saved.get(key)!r}, this run {ours.get(key)!r}"
+        for key in keys
+        if saved.get(key) != ours.get(key)
+    ]
+    if differences:
+        raise ValueError("the checkpoint has another architecture: " + "; ".join(differences))
+
+
+def load_drafter(ckpt_path: Path) -> PEagleDrafter:
+    """The drafter of a checkpoint, for export and decoding; runs no code from the file.
+
+    Raises:
+        ValueError: if the file is not a checkpoint of ours.
+    """
+    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    if "drafter_config" not in checkpoint:
+        raise ValueError(f"{ckpt_path} was not written by peagle: it has no drafter_config")
+    config = dict(checkpoint["drafter_config"])
+    config.pop("transformers_version", None)
+    drafter = PEagleDrafter(PEagleConfig(**config))
+    weights = {
+        name.removeprefix("drafter."): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith("drafter.")
+    }
+    drafter.load_state_dict(weights)
+    return drafter.eval()

@@ -1,0 +1,76 @@
+"""Choose the built-in prompts: ``python -m peagle.tiny_target.make_prompts --out DIR``.
+
+A small model sometimes repeats itself without end, and where it does, acceptance length says
+nothing about a drafter. So a prompt is kept only if the target's greedy answer ends by itself and
+does not repeat; the choice looks at the target alone. ``train`` comes from functions that the
+target was trained on, ``test`` from functions that it has never seen.
+"""
+
+import argparse
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from peagle.data.answers import answer_batch
+from peagle.data.capture_config import CaptureConfig
+from peagle.data.prompts import Prompt, PromptSource
+from peagle.model.target import TargetSource
+from peagle.tiny_target.corpus import Function, read_functions, standard_library
+
+MAX_NEW_TOKENS = 192
+GREEDY = CaptureConfig(prompts=[PromptSource("stdlib")], max_new_tokens=MAX_NEW_TOKENS)
+
+
+def repeats(text: str) -> bool:
+    """Whether a line occurs four times, or a run of six words three times."""
+    lines = Counter(line.strip() for line in text.splitlines() if len(line.strip()) > 3)
+    words = text.split()
+    runs = Counter(tuple(words[i : i + 6]) for i in range(len(words) - 5))
+    return max(lines.values(), default=0) >= 4 or max(runs.values(), default=0) >= 3
+
+
+def choose(target: TargetSource, functions: list[Function], limit: int) -> list[str]:
+    """The first ``limit`` prompts that the target answers without repeating itself."""
+    model, tokenizer = target.model(dtype=torch.float32, device="cpu"), target.tokenizer()
+    prompts = [Prompt(f.name, None, (f.prompt,)) for f in functions]
+    prompts.sort(key=lambda p: len(p.turns[0]))  # alike lengths need little padding
+    chosen: list[str] = []
+    for start in tqdm(range(0, len(prompts), 64), disable=None):
+        batch = prompts[start : start + 64]
+        for prompt, answer in zip(
+            batch, answer_batch(model, tokenizer, batch, True, GREEDY), strict=True
+        ):
+            text = answer.messages[-1]["content"]
+            if answer.finished and not repeats(text) and len(text) > 60:
+                chosen.append(prompt.turns[0])
+    order = {f.prompt: number for number, f in enumerate(functions)}
+    return sorted(set(chosen), key=order.__getitem__)[:limit]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the target")
+    parser.add_argument("--stdlib", type=Path, nargs="*", default=[standard_library()])
+    parser.add_argument("--train", type=int, default=6000)
+    parser.add_argument("--test", type=int, default=200)
+    args = parser.parse_args()
+    documented = [f for f in read_functions(args.stdlib) if f.documented]
+    for split, limit in (("test", args.test), ("train", args.train)):
+        pool = [f for f in documented if f.held_out == (split == "test")]
+        pool.sort(key=lambda f: hash_order(f.name))
+        chosen = choose(TargetSource(str(args.out)), pool, limit)
+        with open(args.out / f"prompts_{split}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"prompt": prompt}) + "\n" for prompt in chosen)
+        print(f"{split}: {len(chosen)} of {len(pool)} functions")
+
+
+def hash_order(name: str) -> str:
+    return hashlib.sha256(f"order {name}".encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()
