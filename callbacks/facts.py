@@ -23,7 +23,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
-EMBEDDED = "embedded"
+EMBEDDED = "tiny"  # as in peagle.model.target, which would load transformers to say so
 
 Row = dict[str, Any]
 Section = TypeVar("Section")
@@ -33,8 +33,8 @@ Section = TypeVar("Section")
 class Target:
     """provenance.json "target".
 
-    ``name_or_path`` is a Hub id ``owner/name``, "embedded" for the target that ships with peagle,
-    or a folder, written so that it cannot be read as a Hub id (absolute, or starting with ".").
+    ``name_or_path`` is a Hub id ``owner/name``, "tiny" for the target that ships with peagle, or
+    a folder, written so that it cannot be read as a Hub id (absolute, or starting with ".").
     """
 
     name_or_path: str | None = None
@@ -140,8 +140,8 @@ class Drafter:
 class Measured:
     """One metrics file: its rows, what stands beside them, and the machine it was measured on.
 
-    The file's "provenance" has the schema of provenance.json; only its environment is shown,
-    because a bench often runs on another machine than the training.
+    The file's "provenance" holds the fields of Environment beside the target and the step. It is
+    shown with the numbers, because a bench often runs on another machine than the training.
     """
 
     rows: tuple[Row, ...] = ()
@@ -178,7 +178,7 @@ class Facts:
             target=_section(Target, provenance.get("target")),
             training=_section(Training, provenance.get("training")),
             data=_section(Data, provenance.get("data")),
-            environment=_environment(provenance),
+            environment=_environment(provenance.get("environment")),
             drafter=_drafter(drafter_dir),
             validate=_measured(metrics / "validate.json"),
             acceptance=_measured(metrics / "acceptance.json"),
@@ -223,8 +223,8 @@ def _section(kind: type[Section], values: Row | None) -> Section:
     return kind(**{f.name: values[f.name] for f in fields(kind) if values.get(f.name) is not None})
 
 
-def _environment(provenance: Row) -> Environment:
-    values = dict(provenance.get("environment") or {})
+def _environment(values: Row | None) -> Environment:
+    values = dict(values or {})
     if "gpu" in values and values["gpu"] is None:
         values["gpu"] = "none"  # the schema's way to say that the run had no GPU
     return _section(Environment, values)
@@ -233,7 +233,7 @@ def _environment(provenance: Row) -> Environment:
 def _measured(path: Path) -> Measured:
     document = _document(path)
     totals = {key: value for key, value in document.items() if key not in ("rows", "provenance")}
-    environment = _environment(document.get("provenance") or {})
+    environment = _environment(document.get("provenance"))
     return Measured(tuple(document.get("rows") or ()), totals, environment)
 
 
@@ -251,7 +251,7 @@ def _drafter(folder: Path) -> Drafter:
                 if name not in ("d2t", "t2d")  # vocabulary maps, not parameters
             ]
         config["parameters"] = sum(math.prod(shape) for shape in shapes)
-    return _section(Drafter, {**config, "folder": folder.name})
+    return _section(Drafter, {**config, "folder": folder.resolve().name})
 
 
 def _accuracy_curve(path: Path) -> dict[int, list[tuple[int, float]]]:

@@ -8,7 +8,8 @@ global state, and the same facts give the same bytes.
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -22,7 +23,6 @@ ACCURACY_OVER_STEPS = "accuracy_over_steps.png"
 ACCEPTANCE_OVER_K = "acceptance_over_k.png"
 ACCEPTANCE_PER_POSITION = "acceptance_per_position.png"
 THROUGHPUT = "throughput_over_concurrency.png"
-PLOT_NAMES = (ACCURACY_OVER_STEPS, ACCEPTANCE_OVER_K, ACCEPTANCE_PER_POSITION, THROUGHPUT)
 
 INK, SOFT, GRID, PANEL = "#1f2328", "#59636e", "#d8dee4", "#fbfbfa"
 # Okabe and Ito's colours: told apart by readers of every kind of colour vision.
@@ -32,107 +32,129 @@ CONDITIONS = ("engine", "dtype", "temperature")
 
 
 def draw_plots(facts: Facts) -> dict[str, bytes]:
-    """File name -> PNG of every plot that the metrics allow, in the order of PLOT_NAMES."""
-    figures = {
-        ACCURACY_OVER_STEPS: _accuracy_over_steps(facts.accuracy_curve),
-        ACCEPTANCE_OVER_K: _acceptance_over_k(facts.acceptance.rows),
-        ACCEPTANCE_PER_POSITION: _acceptance_per_position(facts.acceptance.rows),
-        THROUGHPUT: _throughput(facts.bench.rows),
-    }
-    return {name: _png(figure) for name, figure in figures.items() if figure is not None}
+    """File name -> PNG of every plot that the metrics allow."""
+    return {name: _png(PLOTS[name][1](rows)) for name, rows in _plot_data(facts).items()}
 
 
-def _accuracy_over_steps(curve: dict[int, list[tuple[int, float]]]) -> Figure | None:
-    if not curve:
-        return None
+def plotted(facts: Facts) -> list[str]:
+    """The names of those plots, without drawing them."""
+    return list(_plot_data(facts))
+
+
+def _plot_data(facts: Facts) -> dict[str, Any]:
+    data = {name: select(facts) for name, (select, _) in PLOTS.items()}
+    return {name: rows for name, rows in data.items() if rows}
+
+
+def _rows_with(rows: Sequence[Row], *keys: str) -> list[Row]:
+    return [row for row in rows if all(number(row.get(key)) is not None for key in keys)]
+
+
+def _accuracy_over_steps(curve: dict[int, list[tuple[int, float]]]) -> Figure:
     figure, (axes,) = _panel("Teacher-forced accuracy of each depth on validation data")
     shades = matplotlib.colormaps["viridis"]
     last = max(max(curve), 1)
     for depth, points in curve.items():
         steps, accuracy = zip(*points, strict=True)
         # The far end of viridis is too pale for a light panel.
-        colour = shades(0.85 * depth / last)
+        colour = shades(0.82 * depth / last)
         axes.plot(steps, accuracy, "o-", color=colour, ms=3.5, lw=1.8, label=f"depth {depth}")
     axes.set(xlabel="optimizer step", ylabel="top-1 accuracy", ylim=(0, None))
-    _integer_ticks(axes)
-    _legend(axes)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _legend(figure, axes)
     return figure
 
 
-def _acceptance_over_k(rows: Sequence[Row]) -> Figure | None:
-    rows = [row for row in rows if number(row.get("acceptance_length")) and number(row.get("k"))]
-    if not rows:
-        return None
-    figure, (axes,) = _panel("Measured acceptance length over draft tokens per round")
+def _acceptance_over_k(rows: list[Row]) -> Figure:
+    bars = any(row.get("acceptance_length_ci95") for row in rows)
+    note = ", with 95% intervals" if bars else ""
+    figure, (axes,) = _panel(f"Measured acceptance length over K{note}")
     for i, (label, series) in enumerate(_series(rows).items()):
         series = sorted(series, key=lambda row: row["k"])
         lengths = [row["acceptance_length"] for row in series]
+        # Without an interval the error bar has no length.
+        bounds = [
+            row.get("acceptance_length_ci95") or [row["acceptance_length"]] * 2 for row in series
+        ]
+        spread = [
+            [abs(x - bound[side]) for x, bound in zip(lengths, bounds, strict=True)]
+            for side in (0, 1)
+        ]
+        style = {
+            "color": SERIES[i % len(SERIES)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "label": label,
+        }
         axes.errorbar(
             [row["k"] for row in series],
             lengths,
-            yerr=[[abs(a - b) for a, b in zip(lengths, _bound(series, j), strict=True)]
-                  for j in (0, 1)],
-            color=SERIES[i % len(SERIES)],
-            marker=MARKERS[i % len(MARKERS)],
+            spread,
+            capsize=3,
             ms=5,
             lw=1.8,
-            capsize=3,
             elinewidth=1.1,
-            label=label,
-        )  # fmt: skip
+            **style,
+        )
     axes.set(xlabel="K, draft tokens per round", ylabel="tokens per verification")
-    axes.set_ylim(1, None)  # the bonus token alone
+    axes.set_ylim(1, None)  # 1 is the bonus token alone
     axes.set_xticks(sorted({row["k"] for row in rows}))
     axes.margins(x=0.1)
-    _legend(axes)
+    _legend(figure, axes)
     return figure
 
 
-def _acceptance_per_position(rows: Sequence[Row]) -> Figure | None:
-    rows = [row for row in rows if row.get("per_position") and number(row.get("k"))]
-    if not rows:
-        return None
+def _acceptance_per_position(rows: list[Row]) -> Figure:
     widest = {label: max(s, key=lambda row: row["k"]) for label, s in _series(rows).items()}
-    figure, (axes,) = _panel("Share of rounds in which a position was accepted, at the largest K")
+    figure, (axes,) = _panel("Share of rounds in which each position was accepted")
     width = 0.82 / len(widest)
+    depths = {row["k"] for row in widest.values()}
     for i, (label, row) in enumerate(widest.items()):
         shares = [number(share) or 0.0 for share in row["per_position"]]
         offset = (i - (len(widest) - 1) / 2) * width
         at = [position + 1 + offset for position in range(len(shares))]
         colour = SERIES[i % len(SERIES)]
-        axes.bar(at, shares, 0.92 * width, color=colour, label=f"{label}, K = {row['k']}")
-    axes.set(xlabel="position in the draft", ylabel="share accepted", ylim=(0, 1))
+        label = label if len(depths) == 1 else f"{label}, K = {row['k']}"
+        axes.bar(at, shares, 0.92 * width, color=colour, label=label)
+    where = f" (K = {depths.pop()})" if len(depths) == 1 else ""
+    axes.set(xlabel=f"position in the draft{where}", ylabel="share of rounds", ylim=(0, 1))
     axes.set_xticks(range(1, 1 + max(len(row["per_position"]) for row in widest.values())))
-    _legend(axes)
+    _legend(figure, axes)
     return figure
 
 
-def _throughput(rows: Sequence[Row]) -> Figure | None:
-    rows = [r for r in rows if number(r.get("tokens_per_second")) and number(r.get("concurrency"))]
-    if not rows:
-        return None
-    sets = _unique(str(row.get("prompt_set")) for row in rows)
+def _throughput(rows: list[Row]) -> Figure:
+    series = _series([{**row, "panel": str(row.get("prompt_set")), "prompt_set": _drafted(row)}
+                      for row in rows])  # fmt: skip
+    sets = list(dict.fromkeys(str(row.get("prompt_set")) for row in rows))
     figure, panels = _panel("Output tokens per second over concurrent requests", len(sets))
+    ticks = sorted({row["concurrency"] for row in rows})
     for prompt_set, axes in zip(sets, panels, strict=True):
-        own = [{**row, "prompt_set": _drafted(row)} for row in rows
-               if str(row.get("prompt_set")) == prompt_set]  # fmt: skip
-        colour = 0
-        for label, series in _series(own).items():
-            points = sorted((row["concurrency"], row["tokens_per_second"]) for row in series)
-            style = {"color": SOFT, "ls": "--", "marker": "x"}
-            if series[0].get("drafter") is not None:
-                style = {"color": SERIES[colour % len(SERIES)], "marker": MARKERS[colour % 6]}
-                colour += 1
-            axes.plot(*zip(*points, strict=True), ms=5, lw=1.8, label=label, **style)
+        for (label, own), style in zip(series.items(), _throughput_styles(series), strict=True):
+            points = sorted(
+                (row["concurrency"], row["tokens_per_second"])
+                for row in own
+                if row["panel"] == prompt_set
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), ms=5, lw=1.8, label=label, **style)
         axes.set_xscale("log", base=2)
-        ticks = sorted({row["concurrency"] for row in rows})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_ylim(0, None)
         axes.set_xlabel("concurrent requests")
         axes.set_title(prompt_set, loc="left", fontsize=10, color=SOFT, parse_math=False)
-        _legend(axes)
     panels[0].set_ylabel("tokens per second")
+    _legend(figure, *panels)
     return figure
+
+
+def _throughput_styles(series: dict[str, list[Row]]) -> list[dict[str, str]]:
+    """One look per line, the same in every panel; what runs without a drafter stays grey."""
+    styles = []
+    for i, rows in enumerate(series.values()):
+        alone = {"color": SOFT, "ls": "--", "marker": "x"}
+        drafted = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
+        styles.append(alone if rows[0].get("drafter") is None else drafted)
+    return styles
 
 
 def _drafted(row: Row) -> str:
@@ -146,21 +168,11 @@ def _series(rows: Iterable[Row]) -> dict[str, list[Row]]:
     series: dict[str, list[Row]] = {}
     for row in rows:
         parts = [str(row.get("prompt_set"))]
-        parts += [f"T = {row.get(k)}" if k == "temperature" else str(row.get(k)) for k in varying]
+        for key in varying:
+            value = number(row.get(key))
+            parts.append(str(row.get(key)) if value is None else f"T = {value:g}")
         series.setdefault(", ".join(parts), []).append(row)
     return series
-
-
-def _bound(series: Sequence[Row], side: int) -> list[float]:
-    """One side of the 95% interval; without an interval the point itself, an error bar of 0."""
-    return [
-        (row.get("acceptance_length_ci95") or [row["acceptance_length"]] * 2)[side]
-        for row in series
-    ]
-
-
-def _unique(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
 
 
 def _panel(title: str, count: int = 1) -> tuple[Figure, list[Axes]]:
@@ -169,7 +181,7 @@ def _panel(title: str, count: int = 1) -> tuple[Figure, list[Axes]]:
     width, height = 7.6, 0.6 + 3.0 * lines
     figure = Figure(figsize=(width, height), dpi=160, facecolor="none")
     FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained", rect=(0.02, 0.03, 0.96, 0.94))
+    figure.set_layout_engine("constrained", w_pad=0.2, h_pad=0.2, wspace=0, hspace=0)
     figure.add_artist(
         FancyBboxPatch(
             (0.03, 0.03),
@@ -198,12 +210,21 @@ def _panel(title: str, count: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, grid[:count]
 
 
-def _integer_ticks(axes: Axes) -> None:
-    axes.xaxis.get_major_locator().set_params(integer=True)
-
-
-def _legend(axes: Axes) -> None:
-    legend = axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best")
+def _legend(figure: Figure, *panels: Axes) -> None:
+    """One legend beside the axes: above it would meet the title, inside it would hide a line."""
+    named = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        named |= {label: handle for handle, label in zip(handles, labels, strict=True)}
+    legend = figure.legend(
+        named.values(),
+        named,
+        loc="outside right center",
+        borderaxespad=2,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)  # a name may hold a dollar sign
 
@@ -213,3 +234,20 @@ def _png(figure: Figure) -> bytes:
     # Without the version stamp equal facts give equal bytes.
     figure.savefig(buffer, format="png", facecolor="none", metadata={"Software": None})
     return buffer.getvalue()
+
+
+PLOTS: dict[str, tuple[Callable[[Facts], Any], Callable[[Any], Figure]]] = {
+    ACCURACY_OVER_STEPS: (lambda facts: facts.accuracy_curve, _accuracy_over_steps),
+    ACCEPTANCE_OVER_K: (
+        lambda facts: _rows_with(facts.acceptance.rows, "k", "acceptance_length"),
+        _acceptance_over_k,
+    ),
+    ACCEPTANCE_PER_POSITION: (
+        lambda facts: [r for r in _rows_with(facts.acceptance.rows, "k") if r.get("per_position")],
+        _acceptance_per_position,
+    ),
+    THROUGHPUT: (
+        lambda facts: _rows_with(facts.bench.rows, "concurrency", "tokens_per_second"),
+        _throughput,
+    ),
+}
