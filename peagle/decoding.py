@@ -70,7 +70,9 @@ class Decoder:
         """
         begin = time.perf_counter()
         state = BatchState(prompts, max_new_tokens, self.eos_ids)
-        with hidden_states(self.target, self.layer_ids) as seen:
+        # Lightning's mixed precision must not round what is compared token by token.
+        exact = torch.autocast(self.target.device.type, enabled=False)
+        with exact, hidden_states(self.target, self.layer_ids) as seen:
             for drafts in self.rounds(state, seen, k, temperature, max_new_tokens, generator):
                 state.count(drafts)
         return Decoded(state.tokens, state.accepted, time.perf_counter() - begin)

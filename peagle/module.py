@@ -1,11 +1,13 @@
 """The LightningModule: batch -> rows -> segments -> loss, and what is measured on the way."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from jaxtyping import Int
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -16,12 +18,15 @@ from peagle.cod.rollouts import Cod, Rows, sample_rows
 from peagle.data.batch import Batch
 from peagle.data.store import Manifest
 from peagle.data.vocab import choose_vocabulary
+from peagle.decoding import Decoder
+from peagle.evaluation import PromptBatch, Run, decode_batch
 from peagle.loss import check_mix, global_mean
 from peagle.metrics import DepthAccuracy
 from peagle.model.config import PEagleConfig
 from peagle.model.drafter import PEagleDrafter
 from peagle.model.initial import initialise
 from peagle.model.objective import objective
+from peagle.model.target import end_tokens, pick_device, refuse_other_target
 from peagle.model.target_head import TargetHead
 
 
@@ -93,6 +98,8 @@ class PEagleModule(L.LightningModule):
         self.architecture |= {key: value for key, value in widths.items() if value is not None}
         self.drafter: PEagleDrafter | None = None
         self.target_head: TargetHead | None = None
+        self.full_head: list[TargetHead] = []
+        self.decoder: Decoder | None = None
         self.depths = DepthAccuracy(cod.num_depths)
         self.rows_trained = self.tokens_trained = 0
 
@@ -113,9 +120,14 @@ class PEagleModule(L.LightningModule):
             kept = vocabulary.token_ids
             self.drafter.d2t.copy_(vocabulary.offsets())
             self.drafter.t2d.copy_(vocabulary.membership(manifest.vocab_size))
-        self.target_head = head.restricted(kept)
+        self.full_head = [head]  # in a list: Lightning must neither move nor save it
+        self.use_vocabulary(kept)
         initialise(self.drafter, head, kept)
         self.drafter.embed_tokens.requires_grad_(self.train_embeddings)
+
+    def use_vocabulary(self, kept: Int[Tensor, " W"]) -> None:
+        """Compare with the target over these tokens only."""
+        self.target_head = self.full_head[0].restricted(kept).to(self.device)
 
     def drafter_config(self, manifest: Manifest) -> PEagleConfig:
         """The target's block shape, with what this run changes."""
@@ -160,6 +172,20 @@ class PEagleModule(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.depths.reset()
 
+    def on_test_start(self) -> None:
+        """Load the target, and the drafter as it is served: bf16 weights."""
+        config, source = self.trainer.datamodule.evaluation, self.trainer.datamodule.target
+        if self.drafter is None:
+            raise ValueError("test needs --ckpt_path: there is no drafter to test")
+        refuse_other_target(self.drafter.config, source.config())
+        dtype = getattr(torch, config.dtype)
+        target = source.model(dtype=dtype, device=pick_device(config.device))
+        drafter = copy.deepcopy(self.drafter).to(torch.bfloat16).to(dtype).to(target.device)
+        self.decoder = Decoder(target, drafter.eval(), eos_ids=end_tokens(target))
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> list[Run]:
+        return decode_batch(self.decoder, batch, self.trainer.datamodule.evaluation)
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer([p for p in self.drafter.parameters() if p.requires_grad])
         scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
@@ -174,10 +200,13 @@ class PEagleModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ``ValueError`` with the difference when the checkpoint is another drafter's."""
-        if "drafter_config" not in checkpoint:
-            raise ValueError("this checkpoint was not written by peagle: it has no drafter_config")
-        if self.drafter is not None:
-            refuse_other_architecture(checkpoint["drafter_config"], self.drafter.config.to_dict())
+        saved = saved_config(checkpoint)
+        if self.drafter is None:  # test needs no store
+            self.drafter = PEagleDrafter(saved)
+        refuse_other_architecture(saved.to_dict(), self.drafter.config.to_dict())
+        if saved.pruned and self.target_head is not None:
+            offsets = checkpoint["state_dict"]["drafter.d2t"]
+            self.use_vocabulary(torch.arange(len(offsets)) + offsets)
         self.rows_trained = checkpoint["progress"]["rows"]
         self.tokens_trained = checkpoint["progress"]["tokens"]
 
@@ -193,18 +222,21 @@ def refuse_other_architecture(saved: dict[str, Any], ours: dict[str, Any]) -> No
         raise ValueError("the checkpoint has another architecture: " + "; ".join(differences))
 
 
-def load_drafter(ckpt_path: Path) -> PEagleDrafter:
-    """The drafter of a checkpoint, for export and decoding; runs no code from the file.
-
-    Raises:
-        ValueError: if the file is not a checkpoint of ours.
-    """
-    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+def saved_config(checkpoint: dict[str, Any]) -> PEagleConfig:
+    """Raises ``ValueError`` if the checkpoint is not one of ours."""
     if "drafter_config" not in checkpoint:
-        raise ValueError(f"{ckpt_path} was not written by peagle: it has no drafter_config")
+        raise ValueError("the checkpoint was not written by peagle: it has no drafter_config")
     config = dict(checkpoint["drafter_config"])
     config.pop("transformers_version", None)
-    drafter = PEagleDrafter(PEagleConfig(**config))
+    return PEagleConfig(**config)
+
+
+def load_drafter(ckpt_path: Path) -> PEagleDrafter:
+    """The drafter of a checkpoint, for export and decoding; runs no code from the file."""
+    if not Path(ckpt_path).is_file():
+        raise ValueError(f"checkpoint {ckpt_path} does not exist")
+    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    drafter = PEagleDrafter(saved_config(checkpoint))
     weights = {
         name.removeprefix("drafter."): tensor
         for name, tensor in checkpoint["state_dict"].items()

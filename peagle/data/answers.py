@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import Message, prompt_ids
 from peagle.data.prompts import Prompt
+from peagle.model.target import end_tokens
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def regenerate(
         tqdm(total=len(prompts), initial=len(done), desc="answers", disable=None) as bar,
     ):
         for greedy, batch in batches:
-            kept = [p for p in batch if len(prompt_ids(tokenizer, opening(p))) < room]
+            kept = [p for p in batch if len(prompt_ids(tokenizer, p.opening())) < room]
             too_long += len(batch) - len(kept)
             fresh = answer_batch(model, tokenizer, kept, greedy, config) if kept else []
             file.writelines(json.dumps(asdict(answer)) + "\n" for answer in fresh)
@@ -86,11 +87,6 @@ def number_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
 
 
-def opening(prompt: Prompt) -> list[Message]:
-    system = [{"role": "system", "content": prompt.system}] if prompt.system else []
-    return [*system, {"role": "user", "content": prompt.turns[0]}]
-
-
 @torch.no_grad()
 def answer_batch(
     model: PreTrainedModel,
@@ -100,7 +96,7 @@ def answer_batch(
     config: CaptureConfig,
 ) -> list[Answer]:
     """Answer every turn of a batch of conversations, turn by turn."""
-    talks = [opening(prompt) for prompt in prompts]
+    talks = [prompt.opening() for prompt in prompts]
     finished = [True] * len(prompts)
     torch.manual_seed(
         int(hashlib.sha256(f"{config.seed} {prompts[0].id}".encode()).hexdigest()[:8], 16)
@@ -138,19 +134,20 @@ def generate(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
+    ends = end_tokens(model)
     sampling = {} if greedy else {"temperature": config.temperature, "top_k": 0, "top_p": 1.0}
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         do_sample=not greedy,
         max_new_tokens=config.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted(ends),
         pad_token_id=pad,
         **sampling,
     )[:, width:].cpu()
     texts, ended = [], []
     for row in out.tolist():
-        stop = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
+        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
         texts.append(tokenizer.decode(row[:stop], skip_special_tokens=True))
         ended.append(stop < len(row))
     return texts, ended

@@ -20,7 +20,13 @@ from peagle.data.chat import Rendered, conversation_id, render
 from peagle.data.prompts import load_prompts
 from peagle.data.store import Manifest, Sample, StoreWriter, require_disk, split_of
 from peagle.model.config import default_layer_ids
-from peagle.model.target import TargetSource, hidden_states, target_head_of, tokenizer_hash
+from peagle.model.target import (
+    TargetSource,
+    hidden_states,
+    pick_device,
+    target_head_of,
+    tokenizer_hash,
+)
 
 
 def wanted_manifest(target: TargetSource, config: CaptureConfig) -> Manifest:
@@ -72,6 +78,7 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
             for anything wrong with target and prompts.
     """
     wanted = wanted_manifest(target, config)
+    folder = Path(folder)
     partial = folder / "partial"
     if (folder / "manifest.json").exists():
         Manifest.read(folder).check(wanted)
@@ -93,12 +100,6 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
     os.replace(partial / "manifest.json", folder / "manifest.json")
     partial.rmdir()
     return wanted
-
-
-def pick_device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
 
 
 def sample_bytes_per_token(manifest: Manifest) -> int:

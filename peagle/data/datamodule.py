@@ -21,6 +21,8 @@ from peagle.cod.rollouts import Cod, expected_rows
 from peagle.cod.segments import partition
 from peagle.data.batch import Batch, pack
 from peagle.data.store import Store, token_counts
+from peagle.evaluation import EvaluationConfig, PromptBatch, prompt_batches
+from peagle.model.target import TargetSource
 
 ON_CPU = ("document", "supervised")  # the draw is made on the CPU, the same on every device
 
@@ -131,9 +133,12 @@ class HiddenStatesDataModule(L.LightningDataModule):
     """Training and validation batches from a hidden-state store.
 
     Args:
+        target: ``tiny`` (embedded), a folder or a Hub id; only ``test`` opens it.
+        revision: of the Hub id.
         store: folder of the store (``peagle capture`` makes it, ``fit`` does so when missing).
         cod: the COD settings of the model; given once, linked by the command line.
         mask_token_id: id of the reserved mask token; linked from the model.
+        evaluation: what ``test`` decodes.
         max_tokens: slots per packed sequence; longer conversations are left out, counted.
         max_rows: rows per segment; fewer rows need less memory, at some cost in speed.
         num_workers: processes that read ahead; 0 reads in the training process.
@@ -142,22 +147,26 @@ class HiddenStatesDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        store: Path,
+        target: str,
+        revision: str | None,
+        store: str,
         cod: Cod,
         mask_token_id: int,
+        evaluation: EvaluationConfig,
         max_tokens: int = 8192,
         max_rows: int = 8192,
         num_workers: int = 2,
         seed: int = 0,
     ):
         super().__init__()
+        self.target, self.evaluation = TargetSource(target, revision), evaluation
         self.folder, self.cod, self.mask_token_id = Path(store), cod, mask_token_id
         self.max_tokens, self.max_rows = max_tokens, max_rows
         self.num_workers, self.seed = num_workers, seed
         self.store: Store | None = None
 
     def setup(self, stage: str) -> None:
-        if self.store is None and stage != "test":
+        if self.store is None and not (stage == "test" and not self.folder.exists()):
             self.store = Store(self.folder)
             vocab_size = self.store.manifest.vocab_size
             if not 0 <= self.mask_token_id < vocab_size:
@@ -185,6 +194,12 @@ class HiddenStatesDataModule(L.LightningDataModule):
         packs = plan_packs(samples, lengths, max_tokens=self.max_tokens, seed=self.seed, epoch=None)
         mine = packs[self.trainer.global_rank :: self.trainer.world_size]
         return self.loader(mine, self.cod.keeping_all())
+
+    def test_dataloader(self) -> DataLoader:
+        """Prompts to decode; ranks share them."""
+        batches = prompt_batches(self.evaluation, self.target.tokenizer())
+        mine = batches[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(mine, batch_size=None)
 
     def loader(self, packs: "PackSampler | list[Pack]", cod: Cod) -> DataLoader:
         dataset = PackedSequences(
@@ -226,7 +241,9 @@ class HiddenStatesDataModule(L.LightningDataModule):
         return token_counts(samples, self.store.manifest.vocab_size)
 
     def transfer_batch_to_device(
-        self, batch: Batch, device: torch.device, dataloader_idx: int
-    ) -> Batch:
+        self, batch: Batch | PromptBatch, device: torch.device, dataloader_idx: int
+    ) -> Batch | PromptBatch:
+        if isinstance(batch, PromptBatch):  # lists of ids; decoding places them
+            return batch
         kept = {name: getattr(batch, name) for name in ON_CPU}
         return super().transfer_batch_to_device(batch, device, dataloader_idx)._replace(**kept)

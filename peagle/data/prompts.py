@@ -22,6 +22,11 @@ class Prompt(NamedTuple):
     system: str | None
     turns: tuple[str, ...]
 
+    def opening(self) -> list[dict[str, str]]:
+        """The messages up to the target's first answer."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.turns[0]}]
+
 
 @dataclass(frozen=True)
 class PromptSource:

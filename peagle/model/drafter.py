@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from peagle.cod.rollouts import Rows
 from peagle.model.attention import causal_attention, plan_blocks, rollout_attention
 from peagle.model.config import PEagleConfig
-from peagle.model.layers import DrafterLayer, Rotary, rotate
+from peagle.model.layers import DrafterLayer, RMSNorm, Rotary, rotate
 
 
 class Stream(NamedTuple):
@@ -40,16 +40,16 @@ class PEagleDrafter(PreTrainedModel):
         self.fc = nn.Linear(aux_width, width, bias=False)
         self.mask_hidden = nn.Parameter(torch.zeros(1, 1, aux_width))  # in the target's space
         if config.norm_before_fc:
-            self.input_norm = nn.RMSNorm(aux_width, eps=config.rms_norm_eps)
+            self.input_norm = RMSNorm(aux_width, eps=config.rms_norm_eps)
         if config.fc_norm:
             self.fc_norm = nn.ModuleList(
-                nn.RMSNorm(config.target_hidden_size, eps=config.rms_norm_eps)
+                RMSNorm(config.target_hidden_size, eps=config.rms_norm_eps)
                 for _ in range(config.num_aux)
             )
         self.layers = nn.ModuleList(
             DrafterLayer(config, i) for i in range(config.num_hidden_layers)
         )
-        self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(width, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
         self.rotary = Rotary(config)
         if config.pruned:

@@ -7,9 +7,17 @@ state dict loads there as it is.
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 
 from peagle.model.config import PEagleConfig
+
+
+class RMSNorm(nn.RMSNorm):
+    """Stays in the precision of its input: the fused kernel wants the weight in the same."""
+
+    def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Projections(nn.Module):
@@ -43,10 +51,10 @@ class DrafterLayer(nn.Module):
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
         self.norm_before_residual = config.norm_before_residual
-        self.input_layernorm = nn.RMSNorm(width, eps=eps)
-        self.post_attention_layernorm = nn.RMSNorm(width, eps=eps)
+        self.input_layernorm = RMSNorm(width, eps=eps)
+        self.post_attention_layernorm = RMSNorm(width, eps=eps)
         if index == 0:
-            self.hidden_norm = nn.RMSNorm(width, eps=eps)
+            self.hidden_norm = RMSNorm(width, eps=eps)
         self.self_attn = Projections(config, 2 * width if index == 0 else width)
         self.mlp = LlamaMLP(config)
 

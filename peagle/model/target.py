@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from peagle.model.config import PEagleConfig
 from peagle.model.target_head import TargetHead
 
 EMBEDDED = "tiny"  # the target that ships with the package
@@ -158,3 +159,32 @@ def compact(tensor: Tensor) -> Tensor:
     half = tensor.to(torch.bfloat16)
     kept = half if torch.equal(half.to(tensor.dtype), tensor) else tensor
     return kept.detach().cpu().clone()
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """The tokens that end an answer, by the target's generation settings."""
+    found = model.generation_config.eos_token_id
+    if found is None:
+        raise ValueError("the target's generation_config.json names no eos_token_id")
+    return set(found) if isinstance(found, list) else {found}
+
+
+def pick_device(device: str) -> str:
+    """``auto`` is a GPU if there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def refuse_other_target(drafter: PEagleConfig, target: PretrainedConfig) -> None:
+    """Raise ``ValueError`` when a drafter cannot belong to a target."""
+    highest = max(drafter.eagle_aux_hidden_state_layer_ids)
+    for name, ours, theirs in (
+        ("vocab_size", drafter.vocab_size, target.vocab_size),
+        ("hidden_size", drafter.target_hidden_size, target.hidden_size),
+        ("number of layers", max(highest, target.num_hidden_layers), target.num_hidden_layers),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"the drafter was trained for another target: {name} {ours}, this one has {theirs}"
+            )

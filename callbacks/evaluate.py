@@ -1,0 +1,103 @@
+"""Prints the two tables of a run and keeps them as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+
+from peagle.data.store import write_atomically
+from peagle.evaluation import Run, acceptance_rows
+from peagle.metrics import DepthReport, format_depths, format_table
+from peagle.provenance import environment
+
+
+class Evaluate(L.Callback):
+    """Writes ``metrics/validate.json`` and ``metrics/acceptance.json`` of ``default_root_dir``."""
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != "validate" or not trainer.is_global_zero:
+            return  # during fit the logger and the progress bar show it
+        report: DepthReport = pl_module.depths.compute()
+        loss = float(trainer.callback_metrics["val/loss"])
+        print(f"\nPer-depth accuracy, teacher-forced, all positions; loss {loss:.3f}")
+        print(format_depths(report))
+        rows = [
+            {"depth": d, "accuracy": a, "conditional_accuracy": c, "count": n}
+            for d, (a, c, n) in enumerate(
+                zip(report.accuracy, report.conditional_accuracy, report.count, strict=True)
+            )
+        ]
+        self.write(
+            trainer,
+            "validate.json",
+            {
+                "teacher_forced_acceptance_length": report.acceptance_length,
+                "loss": loss,
+                "rows": rows,
+            },
+        )
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.runs = []
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: list[Run],
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.runs += outputs
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        runs = self.runs
+        if trainer.world_size > 1:
+            parts: list[list[Run]] = [[] for _ in range(trainer.world_size)]
+            dist.all_gather_object(parts, runs)
+            runs = [run for part in parts for run in part]
+        if trainer.is_global_zero:
+            config = trainer.datamodule.evaluation
+            rows = acceptance_rows(runs, engine="peagle reference loop", dtype=config.dtype)
+            print("\nAcceptance length, measured by speculative decoding")
+            print(format_acceptance(rows))
+            self.write(trainer, "acceptance.json", {"rows": rows})
+
+    def write(self, trainer: L.Trainer, name: str, content: dict[str, Any]) -> None:
+        record = {
+            "target": trainer.datamodule.target.name,
+            "revision": trainer.datamodule.target.revision,
+            "step": trainer.global_step,
+            **environment(),
+        }
+        text = json.dumps({"provenance": record, **content}, indent=2)
+        write_atomically(Path(trainer.default_root_dir) / "metrics" / name, text.encode())
+
+
+def format_acceptance(rows: list[dict[str, Any]]) -> str:
+    """The acceptance table that ``test`` prints."""
+    header = ["prompts", "K", "T", "acceptance length (95%)", "by position"]
+    header += ["lossless", "tok/s", "without"]
+    lines = []
+    for row in rows:
+        low, high = row["acceptance_length_ci95"]
+        lossless = row["lossless_prompts"]
+        lines.append(
+            [
+                f"{row['prompt_set']} ({row['prompts']})",
+                str(row["k"]),
+                f"{row['temperature']:g}",
+                f"{row['acceptance_length']:.2f} ({low:.2f}-{high:.2f})",
+                " ".join(f"{share:.2f}" for share in row["per_position"]),
+                "sampled" if lossless is None else f"{lossless}/{row['prompts']}",
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['baseline_tokens_per_second']:.0f}",
+            ]
+        )
+    return format_table(header, lines)

@@ -1,0 +1,51 @@
+"""``python -m peagle COMMAND``. This file imports nothing heavy, so that help answers at once."""
+
+import sys
+
+COMMANDS = {
+    "fit": "capture the store if it is missing, train, validate, test, export, write the card",
+    "validate": "per-depth accuracy of a checkpoint on all positions",
+    "test": "acceptance length of a checkpoint by real speculative decoding, lossless check",
+    "capture": "only the hidden-state store",
+    "export": "the servable folder of a checkpoint",
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python -m peagle COMMAND --config FILE [--KEY VALUE ...]",
+            "",
+            *lines,
+            "",
+            "Each command explains its options with --help; --debug shows tracebacks.",
+        ]
+    )
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return
+    command = arguments[0]
+    if command not in COMMANDS:
+        print(f"peagle: no command {command!r}\n\n{usage()}", file=sys.stderr)
+        raise SystemExit(2)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    from peagle.cli import run
+
+    try:
+        run(command, arguments)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"peagle: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

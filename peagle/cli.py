@@ -1,0 +1,162 @@
+"""The command line: LightningCLI for fit, validate and test; plain functions for the rest."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+from peagle.data.capture import capture
+from peagle.data.capture_config import CaptureConfig
+from peagle.data.datamodule import HiddenStatesDataModule
+from peagle.data.store import write_atomically
+from peagle.evaluation import EvaluationConfig
+from peagle.model.export import Layout, Verifier, export_drafter
+from peagle.model.target import TargetSource
+from peagle.module import PEagleModule, load_drafter
+
+
+class RunConfig(SaveConfigCallback):
+    """Keeps the configuration of ``fit`` in the run's folder; no other command touches it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        content = self.parser.dump(self.config, skip_none=False).encode()
+        path, number = folder / "config.yaml", 1
+        while path.exists() and path.read_bytes() != content:
+            number += 1  # a run that is continued with other settings keeps both
+            path = folder / f"config.resume-{number}.yaml"
+        write_atomically(path, content)
+
+
+class PEagleCLI(LightningCLI):
+    """``fit``, ``validate`` and ``test`` over one YAML that names the target once."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        hidden = {"model", "datamodule"}
+        return {
+            "fit": {*hidden, "train_dataloaders", "val_dataloaders"},
+            "validate": {*hidden, "dataloaders"},
+            "test": {*hidden, "dataloaders"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--target", required=True, help="'tiny', a folder, or a Hub id")
+        parser.add_argument("--revision", type=str | None, default=None, help="of a Hub id")
+        parser.add_argument("--run_dir", required=True, help="everything a run writes goes here")
+        parser.add_argument("--store", required=True, help="hidden states; shared by runs")
+        parser.add_class_arguments(CaptureConfig, "capture")
+        parser.add_class_arguments(EvaluationConfig, "evaluation")
+        for source, goal in (
+            ("target", "data.target"),
+            ("revision", "data.revision"),
+            ("store", "data.store"),
+            ("run_dir", "trainer.default_root_dir"),
+            ("model.cod.num_depths", "data.cod.num_depths"),
+            ("model.cod.keep_ratio", "data.cod.keep_ratio"),
+            ("model.cod.min_keep_ratio", "data.cod.min_keep_ratio"),
+            ("model.mask_token_id", "data.mask_token_id"),
+        ):
+            parser.link_arguments(source, goal)
+        parser.link_arguments("evaluation", "data.evaluation", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let a checkpoint's hyper-parameters override the command line."""
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Checkpoints are read as data, and ``last`` means this run's."""
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        path = arguments.get("ckpt_path")
+        if path == "last":
+            path = str(Path(self.config[subcommand].run_dir) / "checkpoints" / "last.ckpt")
+        if path is not None and "://" not in path and not Path(path).is_file():
+            raise ValueError(f"checkpoint {path} does not exist")
+        if path is None and subcommand != "fit":
+            raise ValueError(f"{subcommand} needs --ckpt_path: a .ckpt file, hf://..., or last")
+        return {**arguments, "ckpt_path": path, "weights_only": True}
+
+    def before_fit(self) -> None:
+        """Make the store if it is missing; other ranks wait for the first."""
+        config = self.config_init.fit
+        store = Path(config.store)
+        if rank_zero_only.rank == 0:
+            capture(TargetSource(config.target, config.revision), config.capture, store)
+        while not (store / "manifest.json").exists():
+            time.sleep(1)
+
+    def after_fit(self) -> None:
+        """Prove what was trained: the servable folder, both tables, the card."""
+        trainer, run_dir = self.trainer, Path(self.config.fit.run_dir)
+        if trainer.is_global_zero:
+            export_drafter(self.model.drafter, run_dir / "drafter")
+        trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+class CaptureCLI(PEagleCLI):
+    """Reads the same YAML as ``fit`` and only makes the store."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        config = self.parser.instantiate_classes(self.config)[subcommand]
+        capture(TargetSource(config.target, config.revision), config.capture, Path(config.store))
+
+
+def lightning(cli: type[PEagleCLI], arguments: list[str]) -> None:
+    sys.argv[1:] = arguments  # what Lightning's launcher repeats for further processes
+    cli(
+        PEagleModule,
+        HiddenStatesDataModule,
+        save_config_callback=RunConfig,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+    )
+
+
+def export(
+    ckpt_path: Path,
+    out: Path,
+    format: Layout = "eagle3",
+    target: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write the servable folder of a checkpoint.
+
+    Args:
+        ckpt_path: a ``.ckpt`` of ``fit``.
+        out: folder to write; replaced if it exists.
+        format: ``eagle3`` for vLLM's --speculative-config, ``speculators`` for ``vllm serve DIR``.
+        target: Hub id (or folder) of the target; the speculators format names it.
+        revision: of the Hub id.
+    """
+    verifier = None
+    if target is not None:
+        architectures = TargetSource(target, revision).config().architectures
+        verifier = Verifier(target, architectures)
+    export_drafter(load_drafter(ckpt_path), Path(out), layout=format, verifier=verifier)
+    print(f"wrote {out}")
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {"export": export}
+
+
+def run(command: str, arguments: list[str]) -> None:
+    """Run one command of ``python -m peagle``; raises ``ValueError`` for what the user can mend."""
+    sys.path.insert(0, os.getcwd())  # the callbacks package lies beside peagle in a checkout
+    if command in FUNCTIONS:
+        auto_cli(FUNCTIONS[command], args=arguments[1:])
+    elif command == "capture":
+        lightning(CaptureCLI, ["fit", *arguments[1:]])
+    else:
+        lightning(PEagleCLI, arguments)

@@ -1,0 +1,166 @@
+"""What ``test`` measures: prompts, decoding runs, and the acceptance rows they add up to."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from peagle.data.chat import prompt_ids
+from peagle.data.prompts import PromptSource, load_prompts
+from peagle.decoding import Decoded, Decoder
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What ``test`` decodes.
+
+    Args:
+        prompts: prompt sets; each gets its own rows.
+        k: drafts per round to try.
+        temperatures: 0 is greedy, and checks that output equals the target's own.
+        max_new_tokens: length limit of an answer.
+        batch_size: prompts decoded together; 1 is how latency is usually stated.
+        dtype: precision of target and drafter. In float32 greedy output is token-identical; in
+            bf16 the target itself rounds differently for different batch shapes.
+        device: ``auto`` is a GPU if there is one.
+        seed: of sampled decoding.
+    """
+
+    prompts: list[PromptSource] = field(
+        default_factory=lambda: [PromptSource("stdlib", "test", limit=40)]
+    )
+    k: tuple[int, ...] = (3, 5, 7)
+    temperatures: tuple[float, ...] = (0.0,)
+    max_new_tokens: int = 256
+    batch_size: int = 1
+    dtype: str = "float32"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.k or min(self.k) < 1:
+            raise ValueError(f"k must list numbers of drafts, each at least 1, got {self.k}")
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise ValueError(f"temperatures must not be negative, got {self.temperatures}")
+
+
+class PromptBatch(NamedTuple):
+    """Prompts of one set, decoded together."""
+
+    prompt_set: str
+    ids: list[list[int]]
+
+
+class Run(NamedTuple):
+    """One batch decoded with one K (0: without drafter) at one temperature."""
+
+    prompt_set: str
+    k: int
+    temperature: float
+    decoded: Decoded
+
+
+def prompt_batches(
+    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[PromptBatch]:
+    """Every prompt set, rendered by the target's chat template.
+
+    Of a conversation with several turns the first is asked; later turns depend on its answer.
+    """
+    batches = []
+    for source in config.prompts:
+        ids = [prompt_ids(tokenizer, prompt.opening()) for prompt in load_prompts(source)]
+        batches += [
+            PromptBatch(source.name, ids[start : start + config.batch_size])
+            for start in range(0, len(ids), config.batch_size)
+        ]
+    return batches
+
+
+def decode_batch(decoder: Decoder, batch: PromptBatch, config: EvaluationConfig) -> list[Run]:
+    """Without drafter and with every K, at every temperature."""
+    runs = []
+    for temperature in config.temperatures:
+        for k in (0, *config.k):
+            generator = torch.Generator(decoder.target.device).manual_seed(config.seed)
+            decoded = decoder.decode(
+                batch.ids,
+                k=k,
+                temperature=temperature,
+                max_new_tokens=config.max_new_tokens,
+                generator=generator,
+            )
+            runs.append(Run(batch.prompt_set, k, temperature, decoded))
+    return runs
+
+
+def acceptance_rows(runs: list[Run], *, engine: str, dtype: str) -> list[dict[str, Any]]:
+    """One row per prompt set, K and temperature (``acceptance.json``)."""
+    keys = sorted({(run.prompt_set, run.temperature, run.k) for run in runs if run.k})
+    rows = []
+    for prompt_set, temperature, k in keys:
+        ours = selected(runs, prompt_set, temperature, k)
+        alone = selected(runs, prompt_set, temperature, 0)
+        accepted = [per_prompt for decoded in ours for per_prompt in decoded.accepted]
+        rows.append(
+            {
+                "prompt_set": prompt_set,
+                "k": k,
+                "temperature": temperature,
+                "engine": engine,
+                "dtype": dtype,
+                "prompts": len(accepted),
+                "tokens": token_count(ours),
+                "acceptance_length": acceptance_length(accepted),
+                "acceptance_length_ci95": confidence_interval(accepted),
+                "per_position": per_position(accepted, k),
+                "lossless_prompts": identical(ours, alone) if temperature == 0 else None,
+                "tokens_per_second": speed(ours),
+                "baseline_tokens_per_second": speed(alone),
+            }
+        )
+    return rows
+
+
+def selected(runs: list[Run], prompt_set: str, temperature: float, k: int) -> list[Decoded]:
+    wanted = (prompt_set, temperature, k)
+    return [r.decoded for r in runs if (r.prompt_set, r.temperature, r.k) == wanted]
+
+
+def token_count(decoded: list[Decoded]) -> int:
+    return sum(len(tokens) for d in decoded for tokens in d.tokens)
+
+
+def speed(decoded: list[Decoded]) -> float:
+    """Output tokens per second, prefill included."""
+    return token_count(decoded) / sum(d.seconds for d in decoded)
+
+
+def identical(ours: list[Decoded], alone: list[Decoded]) -> int:
+    """Prompts whose output with drafter equals the target's own, token for token."""
+    pairs = zip(ours, alone, strict=True)
+    return sum(a == b for d, e in pairs for a, b in zip(d.tokens, e.tokens, strict=True))
+
+
+def acceptance_length(accepted: list[list[int]]) -> float:
+    """Tokens gained per verification: the accepted drafts and the target's own next token."""
+    rounds = sum(len(per_prompt) for per_prompt in accepted)
+    return 1 + sum(map(sum, accepted)) / max(rounds, 1)
+
+
+def per_position(accepted: list[list[int]], k: int) -> list[float]:
+    """Share of verifications in which the draft at each position was accepted."""
+    counts = torch.tensor([n for per_prompt in accepted for n in per_prompt])
+    return [(counts > i).double().mean().item() for i in range(k)]
+
+
+def confidence_interval(accepted: list[list[int]], draws: int = 1000) -> tuple[float, float]:
+    """95% bootstrap interval over prompts: rounds of one prompt are not independent."""
+    gained = torch.tensor([float(sum(per_prompt)) for per_prompt in accepted])
+    rounds = torch.tensor([float(len(per_prompt)) for per_prompt in accepted])
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(accepted), (draws, len(accepted)), generator=generator)
+    means = 1 + gained[chosen].sum(1) / rounds[chosen].sum(1).clamp(min=1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975])).tolist()
+    return low, high
