@@ -27,6 +27,7 @@ from peagle.model.initial import initialise
 from peagle.model.objective import objective
 from peagle.model.target import end_tokens, pick_device, refuse_other_target
 from peagle.model.target_head import TargetHead
+from peagle.optimizer import MATRICES
 
 
 class LinearSchedule(LambdaLR):
@@ -186,7 +187,7 @@ class PEagleModule(L.LightningModule):
         return decode_batch(self.decoder, batch, self.trainer.datamodule.evaluation)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.optimizer([p for p in self.drafter.parameters() if p.requires_grad])
+        optimizer = self.optimizer(parameter_groups(self.drafter))
         scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         return {
             "optimizer": optimizer,
@@ -208,6 +209,15 @@ class PEagleModule(L.LightningModule):
             self.use_vocabulary(torch.arange(len(offsets)) + offsets)
         self.rows_trained = checkpoint["progress"]["rows"]
         self.tokens_trained = checkpoint["progress"]["tokens"]
+
+
+def parameter_groups(drafter: PEagleDrafter) -> list[dict[str, Any]]:
+    """Hidden matrices apart from the rest, for optimizers that tell them apart."""
+    trained = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if p.ndim == 2 and name.startswith(("layers.", "fc."))]
+    inside = {id(p) for p in matrices}
+    rest = [p for _, p in trained if id(p) not in inside]
+    return [{"params": matrices, MATRICES: True}, {"params": rest, MATRICES: False}]
 
 
 def refuse_other_architecture(saved: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("peagle/**/*.py"), *ROOT.glob("callbacks/**/*.py")])
 LEVELS = [
-    {"provenance", "loss", "cod.rollouts", "model.config", "data.chat", "data.store",
+    {"provenance", "loss", "optimizer", "cod.rollouts", "model.config", "data.chat", "data.store",
      "data.prompts"},
     {"cod.segments", "cod.visibility", "data.vocab", "data.capture_config",
      "metrics", "model.layers", "model.slot_cache", "model.target_head"},
