@@ -6,6 +6,7 @@ As a script it is the process that those tests kill or time: ``hub_runs.py TASK`
 import hashlib
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -121,10 +122,13 @@ def main() -> None:
     from callbacks.hub import HubPublisher
 
     publisher = HubPublisher(
-        REPO, endpoint=task["endpoint"], publish_timeout=task["publish_timeout"]
+        task["repo_id"], endpoint=task["endpoint"], publish_timeout=task["publish_timeout"]
     )
     losses = fit(run_dir, 6, publisher, **task["trainer"])
-    print("losses", json.dumps(losses), flush=True)
+    print("losses", json.dumps(losses))
+    lingering = [t.name for t in threading.enumerate() if not t.daemon and t.name != "MainThread"]
+    print("lingering", json.dumps(lingering))
+    print("returned", time.time(), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import hub_runs
@@ -259,25 +260,52 @@ def test_the_hooks_of_a_step_cost_microseconds(hub, tmp_path):
     assert not publisher._checker.running()
 
 
+@dataclass
+class Ended:
+    """Seconds from the end of training to the trainer's return, and from there to the exit."""
+
+    waited: float
+    leaving: float
+    output: str
+
+
+def fit_in_a_process(run_dir: Path, hub: Hub, repo_id: str | None, patience: float) -> Ended:
+    task = {"do": "fit", "run_dir": str(run_dir), "endpoint": hub.url, "trainer": {}}
+    task |= {"repo_id": repo_id, "publish_timeout": patience}
+    command = [sys.executable, hub_runs.__file__, json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    ended = time.time()
+    finished, returned = (
+        float(done.stdout.split(word)[1].split()[0]) for word in ("finished ", "returned ")
+    )
+    return Ended(returned - finished, ended - returned, done.stdout + done.stderr)
+
+
 @pytest.mark.slow
 def test_the_process_ends_in_time_while_the_hub_hangs(hub, tmp_path):
     hub.fault("any", hang=600.0)
-    task = {"do": "fit", "run_dir": str(tmp_path), "endpoint": hub.url, "publish_timeout": 5.0}
-    command = [sys.executable, hub_runs.__file__, json.dumps(task | {"trainer": {}})]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    ended = time.time()
-    finished = float(done.stdout.split("finished ")[1].split()[0])
-    assert ended - finished < 5.0 + 5.0
+    alone = fit_in_a_process(tmp_path / "alone", hub, None, patience=5.0)
+    assert hub.requests == []
+    hanging = fit_in_a_process(tmp_path / "hanging", hub, REPO, patience=5.0)
     assert hub.requests, "the Hub was never asked"
-    assert spooled(tmp_path) == [STEPS]
-    assert TOKEN not in done.stdout + done.stderr
+    assert hanging.waited < 5.0 + 5.0
+    assert hanging.leaving < alone.leaving + 5.0  # Python's own shutdown takes as long without
+    assert "lingering []" in hanging.output
+    assert losses_in(hanging.output) == losses_in(alone.output)
+    assert spooled(tmp_path / "hanging") == [STEPS]
+    assert TOKEN not in hanging.output
+
+
+def losses_in(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("losses ")]
 
 
 @pytest.mark.slow
 def test_only_the_first_of_two_ranks_publishes(hub, tmp_path):
     trainer = {"devices": 2, "strategy": "ddp_find_unused_parameters_true"}
     task = {"do": "fit", "run_dir": str(tmp_path), "endpoint": hub.url, "publish_timeout": 90.0}
-    command = [sys.executable, hub_runs.__file__, json.dumps(task | {"trainer": trainer})]
+    task |= {"repo_id": REPO, "trainer": trainer}
+    command = [sys.executable, hub_runs.__file__, json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.count("losses") == 2
     assert len(hub.history(REPO)) == 1
