@@ -155,7 +155,7 @@ def run(command: str, arguments: list[str]) -> None:
     """Run one command of ``python -m peagle``; raises ``ValueError`` for what the user can mend."""
     sys.path.insert(0, os.getcwd())  # the callbacks package lies beside peagle in a checkout
     if command in FUNCTIONS:
-        auto_cli(FUNCTIONS[command], args=arguments[1:])
+        auto_cli(FUNCTIONS[command], args=arguments[1:], as_positional=False)
     elif command == "capture":
         lightning(CaptureCLI, ["fit", *arguments[1:]])
     else:
