@@ -1,6 +1,7 @@
 """``python -m peagle bench``: the drafter in vLLM, at each K and concurrency, beside no drafter."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from peagle.data.store import write_atomically
 from peagle.model.config import PEagleConfig
 from peagle.model.servable import check_folder
 from peagle.model.target import TargetSource, refuse_other_target
-from peagle.provenance import environment
+from peagle.provenance import cpu_name, environment
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def warn_beyond_training(drafter: PEagleConfig, k: tuple[int, ...]) -> None:
 
 
 def describe(vllm: Vllm) -> str:
-    return f"{vllm.name} on {vllm.device_name or environment()['cpu']}"
+    hardware = cpu_name() if vllm.device == "cpu" else vllm.device_name
+    return f"{vllm.name} on {hardware}, {os.cpu_count()} cores"
 
 
 def rendered_prompts(config: BenchConfig, target: TargetSource) -> list[PromptSet]:
