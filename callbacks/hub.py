@@ -12,12 +12,14 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from callbacks.card import CardOptions, write_card
 from callbacks.publish import (
     DRY_RUN,
     SPOOL,
@@ -31,6 +33,7 @@ from callbacks.publish import (
     run_id,
     spool_run,
 )
+from callbacks.record import RunRecord
 from callbacks.spool import (
     CHECKPOINTS,
     MAIN,
@@ -42,20 +45,23 @@ from callbacks.spool import (
     write_entry,
 )
 from callbacks.upload import Destination
+from peagle.model.export import export_drafter
 
 __all__ = ["HubPublisher", "PublishResult", "publish_run"]
 
 Strategy = Literal["end", "every_save", "checkpoint", "all_checkpoints"]
+FINISHED = ("drafter/config.json", "card/README.md")
 CHECK_S = 20.0  # an answer later than that is no answer
 
 
 class HubPublisher(L.Callback):
     """Publish the drafter with its card while and after it is trained.
 
-    Listed after the callback that finishes ``drafter/``, ``card/`` and ``metrics/`` in
-    ``on_fit_end``: the finished run is published in ``teardown``, which Lightning calls once every
-    ``on_fit_end`` is done. Anything that writes those files in its own ``teardown`` must be listed
-    before. There is no parameter for a token: it comes from HF_TOKEN or `hf auth login`.
+    The finished run goes out at the end of the first stage, fit or a later test, by whose end this
+    fit has renewed both ``drafter/`` and ``card/``: what an earlier fit left there is not sent. It
+    happens in ``teardown``, so every ``on_fit_end`` and ``on_test_end`` is done by then, wherever
+    this callback is listed; what writes those files in ``teardown`` must be listed before.
+    There is no parameter for a token: it comes from HF_TOKEN or `hf auth login`.
 
     Args:
         repo_id: "owner/name"; null publishes nothing.
@@ -93,12 +99,14 @@ class HubPublisher(L.Callback):
         self.sender: Sender | None = None  # stays None where nothing is to be published
         self._checker: Sender | None = None
         self._saved_step: int | None = None
+        self._before: dict[str, tuple[int, int]] = {}  # what lay there when fit started
         self._awaited: tuple[int, float] | None = None  # step and time of a save under way
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.destination is None or not trainer.is_global_zero or trainer.fast_dev_run:
             return
         self.run_dir = Path(trainer.default_root_dir)
+        self._before = _state(self.run_dir)
         self.sender = Sender(self.run_dir / (DRY_RUN if self.dry_run else SPOOL), self.destination)
         with _never_failing("publishing could not be prepared"):
             self._prepare()
@@ -116,7 +124,7 @@ class HubPublisher(L.Callback):
             if self.hub_strategy != "every_save":
                 self._awaited = step, time.time()
             if not _is_last(trainer):  # those weights come with the finished run and its whole card
-                self._spool_drafter(pl_module, step)
+                self._spool_drafter(trainer, pl_module, step)
             if self._awaited is None:
                 self._send()
 
@@ -136,13 +144,19 @@ class HubPublisher(L.Callback):
                 sender.stop()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self.sender is None or stage != "fit" or trainer.interrupted:
+        if self.sender is None or trainer.interrupted:
             return
         if self._checker is not None:
             self._checker.stop()
+            self._checker = None
         if self._awaited is not None:
             self._spool_checkpoint()
-        self.publish_final(self.run_dir, step=trainer.global_step)
+        now = _state(self.run_dir)
+        if now.keys() == set(FINISHED) and all(now[n] != self._before.get(n) for n in FINISHED):
+            self._before = now
+            self.publish_final(self.run_dir, step=trainer.global_step)
+        elif stage == "fit":
+            _say("the drafter goes out once it is exported and its card is written")
 
     def publish_final(self, run_dir: Path, *, step: int) -> PublishResult | None:
         """Publish the finished folder, wait ``publish_timeout`` at most, say what came of it."""
@@ -198,16 +212,13 @@ class HubPublisher(L.Callback):
         self._send()
         return stuck
 
-    def _spool_drafter(self, pl_module: L.LightningModule, step: int) -> None:
+    def _spool_drafter(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Drafter and card of this moment. Figures measured on other weights stay out of both."""
-        from callbacks.card import CardOptions, write_card
-        from peagle.model.export import export_drafter
-
         with staging(self.sender.spool) as stage:
             export_drafter(pl_module.drafter, stage / "drafter")
             name = {"run_id": run_id(self.run_dir), "step": step}
             _write_provenance(self.run_dir, stage, name)
-            options = CardOptions(repo_id=self.destination.repo_id)
+            options = _card_options(trainer, self.destination.repo_id)
             write_card(stage, stage / "drafter", stage / "card", options=options)
             write_entry(self.sender.spool, collect(stage), **name, channel=MAIN, place=os.replace)
 
@@ -234,6 +245,20 @@ class HubPublisher(L.Callback):
     def _later(self) -> str:
         repo = self.destination.repo_id
         return f"To publish later: python -m peagle publish --run {self.run_dir} --repo_id {repo}"
+
+
+def _state(run_dir: Path) -> dict[str, tuple[int, int]]:
+    """Which files mark a finished run; no clock is compared, for a file server has its own."""
+    stats = {name: run_dir / name for name in FINISHED}
+    found = {name: path.stat() for name, path in stats.items() if path.is_file()}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
+
+
+def _card_options(trainer: L.Trainer, repo_id: str) -> CardOptions:
+    """Licence and relation as on the finished card; the serving lines name the repository."""
+    records = [callback for callback in trainer.callbacks if isinstance(callback, RunRecord)]
+    options = records[0].options if records else CardOptions()
+    return replace(options, repo_id=repo_id)
 
 
 def _is_last(trainer: L.Trainer) -> bool:

@@ -156,9 +156,8 @@ def publish_run(
 def spool_run(run_dir: Path, spool: Path, *, step: int | None = None) -> Entry:
     """Copy the finished run into the spool, so that a later change of the folder cannot mix two."""
     files = collect(run_dir)
-    check_card(files)
-    step = trained_steps(run_dir, step)
-    note = {"run_id": run_id(run_dir), "step": step}
+    note = {"run_id": run_id(run_dir), "step": trained_steps(run_dir, step)}
+    check_card(files, **note)
     _write_json(run_dir / NOTE, note)
     return write_entry(spool, files, **note, channel=MAIN, place=shutil.copyfile)
 

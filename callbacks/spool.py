@@ -30,7 +30,11 @@ DRAFTER_NAMES = frozenset(
     "tokenizer.model chat_template.jinja".split()
 )
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-CARD_WEIGHTS = re.compile(r"weights, sha256[^\n]*?\b([0-9a-f]{64})\b")  # a row of its facts table
+CARD_FACTS = {  # rows of the card's tables
+    "weights": re.compile(r"^\| Drafter weights, sha256 \| `([0-9a-f]{64})` \|", re.MULTILINE),
+    "run": re.compile(r"^\| Run \| `([^`]+)` \|", re.MULTILINE),
+    "steps": re.compile(r"^\| Steps \| ([\d,]+) \|", re.MULTILINE),
+}
 SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}")
 
 
@@ -145,14 +149,19 @@ def _refuse_secrets(files: dict[str, Path]) -> None:
             raise ValueError(f"{path} contains a token: remove it, then publish again")
 
 
-def check_card(files: dict[str, Path]) -> None:
-    """Refuse weights beside the card of other weights, as a run killed between the two leaves."""
-    named = CARD_WEIGHTS.search(files["README.md"].read_text("utf-8"))
-    if named and "model.safetensors" in files and named[1] != _sha256(files["model.safetensors"]):
-        raise ValueError(
-            f"{files['README.md']} describes other weights than {files['model.safetensors']}: "
-            "write the card again, then publish"
-        )
+def check_card(files: dict[str, Path], run_id: str, step: int) -> None:
+    """Refuse the card of other weights, steps or runs, as a killed or resumed run leaves one."""
+    card = files["README.md"].read_text("utf-8")
+    facts = {"run": run_id, "steps": str(step)}
+    if "model.safetensors" in files:
+        facts["weights"] = _sha256(files["model.safetensors"])
+    for fact, value in facts.items():
+        named = CARD_FACTS[fact].search(card)
+        if named and named[1].replace(",", "") != value:
+            raise ValueError(
+                f"{files['README.md']} describes other {fact} than the run's ({named[1]}, not "
+                f"{value}): export and test the drafter again, then publish"
+            )
 
 
 def _regular_files(folder: Path) -> list[tuple[str, Path]]:

@@ -6,6 +6,7 @@ As a script it is the process that those tests kill or time: ``hub_runs.py TASK`
 import hashlib
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def finish_run(run_dir: Path, *, step: int, run_id: str = "run-1") -> str:
     (run_dir / "drafter/config.json").write_text(json.dumps({"num_hidden_layers": 1}))
     (run_dir / "card/README.md").write_text(
         f"---\nlicense: mit\n---\n# Step {step}\n\n| Drafter weights, sha256 | `{sha}` |\n"
+        f"| Run | `{run_id}` |\n| Steps | {step:,} |\n"
     )
     (run_dir / "card/accuracy.png").write_bytes(b"\x89PNG" + bytes([step % 256]) * 50)
     (run_dir / "metrics/validate.json").write_text(json.dumps({"rows": [], "step": step}))
@@ -41,13 +43,19 @@ def finish_run(run_dir: Path, *, step: int, run_id: str = "run-1") -> str:
     return sha
 
 
-def publish(run_dir: Path, endpoint: str, *, publish_timeout: float = 20.0, **changed):
+def publish(run_dir: Path, endpoint: str, *, publish_timeout: float = 90.0, **changed):
     options = {"private": True, "revision": None, "dry_run": False} | changed
     return publish_run(run_dir, REPO, endpoint=endpoint, publish_timeout=publish_timeout, **options)
 
 
-def fit(run_dir: Path, steps: int, *callbacks, **trainer_options) -> list[float]:
-    """Train a tiny drafter, export it with its card at the end; return the loss of every step."""
+def fit(
+    run_dir: Path, steps: int, *callbacks, finished_by: str = "fit", **trainer_options
+) -> list[float]:
+    """Train a tiny drafter; return the loss of every step.
+
+    The run is finished (drafter and card) by the fit itself, or as the command line does it: the
+    drafter is exported after the fit, and the card is written at the end of a test.
+    """
     import lightning as L
     import torch
     from torch.utils.data import DataLoader
@@ -74,12 +82,18 @@ def fit(run_dir: Path, steps: int, *callbacks, **trainer_options) -> list[float]
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
+        def test_step(self, batch, batch_idx):
+            """Nothing is measured."""
+
     class Finish(L.Callback):
         def on_fit_end(self, trainer, pl_module):
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and finished_by == "fit":
                 export_drafter(pl_module.drafter, run_dir / "drafter")
                 write_card(run_dir, run_dir / "drafter", run_dir / "card")
             print("finished", time.time(), flush=True)
+
+        def on_test_end(self, trainer, pl_module):
+            write_card(run_dir, run_dir / "drafter", run_dir / "card")
 
     L.seed_everything(7, verbose=False)
     module, data = Tiny(), torch.randn(4 * steps, 48)
@@ -93,6 +107,9 @@ def fit(run_dir: Path, steps: int, *callbacks, **trainer_options) -> list[float]
         **(options | trainer_options),
     )
     trainer.fit(module, DataLoader(data, batch_size=4))
+    if finished_by == "test":
+        export_drafter(module.drafter, run_dir / "drafter")
+        trainer.test(module, DataLoader(data[:4]), verbose=False)
     return module.losses
 
 
@@ -105,10 +122,13 @@ def main() -> None:
     from callbacks.hub import HubPublisher
 
     publisher = HubPublisher(
-        REPO, endpoint=task["endpoint"], publish_timeout=task["publish_timeout"]
+        task["repo_id"], endpoint=task["endpoint"], publish_timeout=task["publish_timeout"]
     )
     losses = fit(run_dir, 6, publisher, **task["trainer"])
-    print("losses", json.dumps(losses), flush=True)
+    print("losses", json.dumps(losses))
+    lingering = [t.name for t in threading.enumerate() if not t.daemon and t.name != "MainThread"]
+    print("lingering", json.dumps(lingering))
+    print("returned", time.time(), flush=True)
 
 
 if __name__ == "__main__":
