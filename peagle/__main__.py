@@ -8,6 +8,7 @@ COMMANDS = {
     "test": "acceptance length of a checkpoint by real speculative decoding, lossless check",
     "capture": "only the hidden-state store",
     "export": "the servable folder of a checkpoint",
+    "bench": "speed, latency and acceptance in vLLM, beside no drafter",
 }
 
 

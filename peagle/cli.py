@@ -1,6 +1,7 @@
 """The command line: LightningCLI for fit, validate and test; plain functions for the rest."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from peagle.data.capture_config import CaptureConfig
 from peagle.data.datamodule import HiddenStatesDataModule
 from peagle.data.store import write_atomically
 from peagle.evaluation import EvaluationConfig
-from peagle.model.export import Layout, Verifier, export_drafter
-from peagle.model.target import TargetSource
+from peagle.model.export import Verifier, export_drafter
+from peagle.model.servable import Layout
+from peagle.model.target import TargetSource, refuse_other_target
 from peagle.module import PEagleModule, load_drafter
 
 
@@ -130,6 +132,7 @@ def export(
     format: Layout = "eagle3",
     target: str | None = None,
     revision: str | None = None,
+    k: int | None = None,
 ) -> None:
     """Write the servable folder of a checkpoint.
 
@@ -139,16 +142,30 @@ def export(
         format: ``eagle3`` for vLLM's --speculative-config, ``speculators`` for ``vllm serve DIR``.
         target: Hub id (or folder) of the target; the speculators format names it.
         revision: of the Hub id.
+        k: drafts per round that the speculators format asks for; default the trained depth.
     """
-    verifier = None
+    verifier, drafter = None, load_drafter(ckpt_path)
     if target is not None:
-        architectures = TargetSource(target, revision).config().architectures
-        verifier = Verifier(target, architectures)
-    export_drafter(load_drafter(ckpt_path), Path(out), layout=format, verifier=verifier)
+        source = TargetSource(target, revision)
+        text = source.config()
+        refuse_other_target(drafter.config, text)
+        folder = Path(source.path).is_dir()
+        name = str(Path(source.path).resolve()) if folder else target
+        verifier = Verifier(name, text.architectures)
+        if folder and format == "speculators":
+            print(f"config.json names the target by its folder on this machine, {name}: elsewhere "
+                  "give a Hub id", file=sys.stderr)  # fmt: skip
+    export_drafter(drafter, Path(out), layout=format, verifier=verifier, k=k)
     print(f"wrote {out}")
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {"export": export}
+
+
+def underscored(arguments: list[str]) -> list[str]:
+    """``--vllm-python`` is as good as ``--vllm_python``."""
+    return [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), argument)
+            for argument in arguments]  # fmt: skip
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -156,6 +173,10 @@ def run(command: str, arguments: list[str]) -> None:
     sys.path.insert(0, os.getcwd())  # the callbacks package lies beside peagle in a checkout
     if command in FUNCTIONS:
         auto_cli(FUNCTIONS[command], args=arguments[1:], as_positional=False)
+    elif command == "bench":
+        from peagle.bench.run import BenchConfig, bench  # it draws, and matplotlib is slow to load
+
+        bench(auto_cli(BenchConfig, args=underscored(arguments[1:]), as_positional=False))
     elif command == "capture":
         lightning(CaptureCLI, ["fit", *arguments[1:]])
     else:

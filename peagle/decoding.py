@@ -90,7 +90,8 @@ class Decoder:
         device = self.target.device
         ids, length = padded(state.prompts, device)
         batch, width = ids.shape
-        capacity = width + max_new_tokens + k + 2
+        longest = width + max_new_tokens  # no row that still runs reaches this position
+        capacity = longest + 2 * k + 2
         cache = SlotCache(self.num_layers, capacity)
         draft_cache = new_cache(self.drafter, capacity) if k else None
 
@@ -112,7 +113,8 @@ class Decoder:
             position = (start + count)[:, None] + torch.arange(k + 1, device=device)
             logits = self.run_target(cache, torch.cat([pending[:, None], drafts], 1), position)
             verified = verify(logits, drafts, temperature, generator)
-            start, count = start + count, verified.accepted + 1
+            # Rows that have finished early go on idly; they stay inside the caches.
+            start, count = (start + count).clamp(max=longest), verified.accepted + 1
             pending = verified.next_token
             tokens = torch.cat([drafts, pending[:, None]], 1)
             tokens[rows, verified.accepted] = pending
@@ -122,8 +124,6 @@ class Decoder:
     def run_target(
         self, cache: SlotCache, ids: Int[Tensor, "B q"], position: Int[Tensor, "B q"]
     ) -> Float[Tensor, "B q V"]:
-        # Rows that have finished early go on idly; they stay inside the cache.
-        position = position.clamp(max=cache.capacity - 1)
         cache.slots.place(position, limit=int(position.max()) + 1)
         hide = torch.finfo(self.target.dtype).min
         mask = torch.zeros(1, device=ids.device, dtype=self.target.dtype)

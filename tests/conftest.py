@@ -37,6 +37,10 @@ def make_drafter(**changes) -> PEagleDrafter:
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.4 if parameter.ndim == 2 else 1.0))
+        if config.pruned:
+            kept = torch.randperm(config.vocab_size)[: config.draft_vocab_size].sort().values
+            drafter.d2t.copy_(kept - torch.arange(len(kept)))
+            drafter.t2d[kept] = True
     return drafter
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import LAYER_IDS, VOCABULARY, make_drafter, make_target
+from conftest import LAYER_IDS, VOCABULARY, WIDTH, make_drafter, make_target
 
 from peagle.decoding import Decoder, verify
 from peagle.model.target import hidden_states
@@ -58,6 +58,31 @@ def test_an_end_token_stops_its_row_only(decoder):
     for ours, whole in zip(decoded.tokens, free.tokens, strict=True):
         cut = whole.index(end) + 1 if end in whole else len(whole)
         assert ours == whole[:cut]
+
+
+@torch.no_grad()
+def test_a_row_that_is_done_early_may_go_on_accepting_while_others_finish():
+    """The target says 0 after 0 and else counts up; the drafter always guesses 0.
+
+    So the first row is done in 3 of the 24 rounds that the second one needs.
+    """
+    target, drafter = make_target(), make_drafter()
+    for layer in target.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    following = torch.arange(VOCABULARY).roll(-1)
+    following[0], following[-1] = 0, 1
+    embedding = torch.nn.functional.normalize(torch.randn(VOCABULARY, WIDTH).double(), dim=-1)
+    target.model.embed_tokens.weight.copy_(embedding)
+    target.lm_head.weight[following] = embedding
+    drafter.fc.weight.zero_()
+    for layer in drafter.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    decoder = Decoder(target, drafter, eos_ids=set())
+    decoded = decoder.decode([[0, 0], [1, 2]], k=7, temperature=0.0, max_new_tokens=24)
+    assert decoded.tokens == [[0] * 24, list(range(3, 27))]
+    assert decoded.accepted == [[7, 7, 7], [0] * 23]
 
 
 def test_sampling_keeps_the_targets_distribution():

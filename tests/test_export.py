@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 
 from peagle.model.config import PEagleConfig, default_layer_ids
 from peagle.model.drafter import PEagleDrafter
-from peagle.model.export import Verifier, check_tensors, export_drafter, servable_tensors
+from peagle.model.export import Verifier, export_drafter
+from peagle.model.servable import check_tensors, servable_tensors
 
 VARIANTS = [
     {},

@@ -1,0 +1,157 @@
+"""Asking an engine over HTTP: streamed completions under a fixed concurrency, and its counters."""
+
+import http.client
+import json
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from peagle.bench.engine import MODEL_NAME
+
+REQUEST_TIMEOUT_S = 1800.0
+
+
+class Question(NamedTuple):
+    """One request."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    temperature: float
+
+
+class Answer(NamedTuple):
+    """One request's outcome, as its client saw it."""
+
+    tokens: list[int]
+    seconds: float  # until the last token
+    first_token_seconds: float
+
+
+class Load(NamedTuple):
+    """All requests of one run."""
+
+    answers: list[Answer]
+    seconds: float
+
+
+class Counters(NamedTuple):
+    """vLLM's own counts of speculative decoding since its start.
+
+    A draft is one verification of one request. Drafts accepted after the end of an answer count,
+    as in peagle's own loop: vLLM counts before it cuts the answer off.
+    """
+
+    drafts: int
+    accepted: int
+    per_position: list[int]
+
+    def since(self, earlier: "Counters") -> "Counters":
+        before = earlier.per_position or [0] * len(self.per_position)
+        return Counters(
+            self.drafts - earlier.drafts,
+            self.accepted - earlier.accepted,
+            [now - then for now, then in zip(self.per_position, before, strict=True)],
+        )
+
+
+def ask(port: int, question: Question) -> Answer:
+    """One streamed completion.
+
+    Raises:
+        ValueError: if the engine refuses the request, with its reason.
+        OSError: if it does not answer.
+    """
+    body = {
+        "model": MODEL_NAME,
+        "prompt": question.prompt,
+        "max_tokens": question.max_new_tokens,
+        "temperature": question.temperature,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    begin = time.perf_counter()
+    first, tokens = None, []
+    for event in events(port, "/v1/completions", body):
+        new = event["choices"][0].get("token_ids") or []
+        if new and first is None:
+            first = time.perf_counter() - begin
+        tokens += new
+    seconds = time.perf_counter() - begin
+    if first is None:
+        raise OSError("the engine ended an answer without a token")
+    return Answer(tokens, seconds, first)
+
+
+def events(port: int, path: str, body: dict):
+    """The JSON objects of a server-sent stream."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=REQUEST_TIMEOUT_S)
+    try:
+        content = json.dumps(body).encode()
+        connection.request("POST", path, content, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            refuse(response.status, response.read().decode(errors="replace"))
+        for line in response:
+            data = line.strip().removeprefix(b"data:").strip()
+            if data == b"[DONE]":
+                return
+            if data:
+                event = json.loads(data)
+                if "error" in event:
+                    raise OSError(f"the engine broke off an answer: {event['error']}")
+                yield event
+        raise OSError("the engine broke off an answer")
+    finally:
+        connection.close()
+
+
+def refuse(status: int, text: str) -> None:
+    """A request that the engine does not accept is the user's to mend; all else is its own."""
+    try:
+        message = json.loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = text.strip()
+    if 400 <= status < 500:
+        raise ValueError(f"the engine refuses the request: {message}")
+    raise OSError(f"the engine answered with status {status}: {message}")
+
+
+def closed_loop(port: int, questions: Sequence[Question], concurrency: int) -> Load:
+    """Ask everything with ``concurrency`` clients, each sending its next request at once."""
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(concurrency) as clients:
+        futures = [clients.submit(ask, port, question) for question in questions]
+        try:
+            answers = [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+    return Load(answers, time.perf_counter() - begin)
+
+
+def read_counters(port: int) -> Counters:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("GET", "/metrics")
+        return parse_counters(connection.getresponse().read().decode())
+    finally:
+        connection.close()
+
+
+def parse_counters(text: str) -> Counters:
+    """Read the counters from Prometheus text; several engines behind one server are added up."""
+    totals: dict[str, int] = {}
+    pattern = r"^vllm:spec_decode_num_(\w+?)(?:_total)?\{([^}]*)\} (\S+)$"
+    for name, labels, value in re.findall(pattern, text, re.MULTILINE):
+        position = re.search(r'position="(\d+)"', labels)
+        key = f"{name}/{position[1]}" if position else name
+        totals[key] = totals.get(key, 0) + int(float(value))
+    depth = sum(key.startswith("accepted_tokens_per_pos/") for key in totals)
+    return Counters(
+        totals.get("drafts", 0),
+        totals.get("accepted_tokens", 0),
+        [totals[f"accepted_tokens_per_pos/{i}"] for i in range(depth)],
+    )

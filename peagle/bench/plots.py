@@ -1,0 +1,58 @@
+"""The two plots of a bench: output speed over concurrency, acceptance length over K."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from peagle.bench.report import Row
+
+
+def draw(rows: list[Row], folder: Path) -> list[Path]:
+    """Write both plots; returns their paths."""
+    first = rows[0]
+    note = f"{first['engine']}, {first['dtype']}, temperature {first['temperature']:g}"
+    paths = []
+    for name, plot in (("bench_throughput", throughput), ("bench_acceptance", acceptance)):
+        # Without pyplot: it would keep every figure, and pick a window system.
+        figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        plot(axes, rows)
+        axes.grid(alpha=0.3)
+        axes.set_title(note, fontsize=9)
+        axes.legend(fontsize=8)
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1])
+    return paths
+
+
+def throughput(axes: Axes, rows: list[Row]) -> None:
+    for (prompt_set, k), line in grouped(rows, "prompt_set", "k").items():
+        label = f"{prompt_set}, " + ("no drafter" if k is None else f"K = {k}")
+        style = "x--" if k is None else "o-"
+        line = sorted(line, key=lambda row: row["concurrency"])
+        x, y = zip(*((row["concurrency"], row["tokens_per_second"]) for row in line), strict=True)
+        axes.plot(x, y, style, label=label)
+    ticks = sorted({row["concurrency"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set(xlabel="concurrent requests", ylabel="output tokens per second", ylim=(0, None))
+
+
+def acceptance(axes: Axes, rows: list[Row]) -> None:
+    drafted = [row for row in rows if row["drafter"] is not None]
+    for (prompt_set, concurrency), line in grouped(drafted, "prompt_set", "concurrency").items():
+        line = sorted(line, key=lambda row: row["k"])
+        x, y = zip(*((row["k"], row["acceptance_length"]) for row in line), strict=True)
+        axes.plot(x, y, "o-", label=f"{prompt_set}, {concurrency} at once")
+    axes.set_xticks(sorted({row["k"] for row in drafted}))
+    axes.set(xlabel="K, drafts per round", ylabel="tokens per verification", ylim=(1, None))
+
+
+def grouped(rows: list[Row], *keys: str) -> dict[tuple, list[Row]]:
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups

@@ -1,0 +1,211 @@
+"""``python -m peagle bench``: the drafter in vLLM, at each K and concurrency, beside no drafter."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from peagle.bench.client import Question, closed_loop, read_counters
+from peagle.bench.engine import (
+    Serving,
+    Vllm,
+    find_vllm,
+    require_parallel_drafting,
+    serve,
+)
+from peagle.bench.plots import draw
+from peagle.bench.report import Conditions, Measurement, Row, bench_rows, format_bench, format_best
+from peagle.data.chat import prompt_ids
+from peagle.data.prompts import PromptSource, load_prompts
+from peagle.data.store import write_atomically
+from peagle.model.config import PEagleConfig
+from peagle.model.servable import check_folder
+from peagle.model.target import TargetSource, refuse_other_target
+from peagle.provenance import cpu_name, environment
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What ``bench`` measures.
+
+    Args:
+        drafter: folder that ``fit`` or ``export`` wrote.
+        target: ``tiny`` (embedded), a folder, or a Hub id.
+        revision: of the Hub id.
+        vllm_python: interpreter of the environment that has vLLM; default the running one.
+        prompts: prompt sets, as in ``test``; each gets its own rows.
+        k: drafts per round to try.
+        concurrency: requests kept in flight.
+        max_new_tokens: length limit of an answer.
+        temperature: 0 is greedy; then outputs with and without drafter are compared.
+        dtype: precision of target and drafter in the engine.
+        run_dir: ``metrics/bench.json`` and two plots go here; default the drafter's parent folder.
+        max_model_len: longest context of the engine; default the target's.
+        enforce_eager: without compilation and CUDA graphs; default only on a CPU.
+        start_timeout_s: how long the engine may take to come up.
+        vllm_args: further arguments of the server, such as ``[--tensor-parallel-size, "2"]``.
+    """
+
+    drafter: Path
+    target: str
+    revision: str | None = None
+    vllm_python: str | None = None
+    prompts: list[PromptSource] = field(
+        default_factory=lambda: [PromptSource("stdlib", "test", limit=40)]
+    )
+    k: tuple[int, ...] = (3, 5, 7)
+    concurrency: tuple[int, ...] = (1, 4)
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    dtype: str = "bfloat16"
+    run_dir: Path | None = None
+    max_model_len: int | None = None
+    enforce_eager: bool | None = None
+    start_timeout_s: float = 900.0
+    vllm_args: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("k", "concurrency"):
+            numbers = getattr(self, name)
+            if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
+                raise ValueError(f"{name} must list different numbers from 1 up, got {numbers}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+
+
+class PromptSet(NamedTuple):
+    """Prompts of one set, rendered by the target's chat template."""
+
+    name: str
+    ids: list[list[int]]
+
+
+def bench(config: BenchConfig) -> None:
+    """Measure, print the table, write ``bench.json`` and the plots.
+
+    Everything that can be known to be wrong is refused before an engine starts. The file is
+    written anew after each engine, so that a failure at the last K does not lose the others.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engine is ended as well
+    target = TargetSource(config.target, config.revision)
+    drafter = check_folder(config.drafter)
+    text = target.config()
+    refuse_other_target(drafter, text)
+    warn_beyond_training(drafter, config.k)
+    vllm = find_vllm(config.vllm_python)
+    require_parallel_drafting(vllm, [*drafter.architectures, *text.architectures])
+    prompt_sets = rendered_prompts(config, target)
+
+    folder = (config.run_dir or config.drafter.resolve().parent) / "metrics"
+    drafter_name = str(config.drafter.resolve())
+    conditions = Conditions(vllm.name, config.dtype, config.temperature, drafter_name)
+    print(f"{describe(vllm)}; {config.dtype}, temperature {config.temperature:g}", file=sys.stderr)
+    measurements: list[Measurement] = []
+    for k in (0, *config.k):
+        measurements += measure(config, target, vllm, prompt_sets, k)
+        rows = bench_rows(measurements, conditions)
+        write(folder / "bench.json", config, vllm, rows)
+    print(f"\n{describe(vllm)}\n{config.dtype}, temperature {config.temperature:g}, at most "
+          f"{config.max_new_tokens} new tokens")  # fmt: skip
+    print(format_bench(rows))
+    print(format_best(rows))
+    for path in (folder / "bench.json", *draw(rows, folder)):
+        print(f"wrote {path}")
+
+
+def absolute(path: str) -> str:
+    """A folder by its full path, as the engine runs elsewhere; a Hub id as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+
+def warn_beyond_training(drafter: PEagleConfig, k: tuple[int, ...]) -> None:
+    deeper = [number for number in k if number > drafter.num_depths]
+    if deeper:
+        print(
+            f"warning: the drafter was trained for K up to {drafter.num_depths}; its further "
+            f"guesses at K = {', '.join(map(str, deeper))} are untrained",
+            file=sys.stderr,
+        )
+
+
+def describe(vllm: Vllm) -> str:
+    hardware = cpu_name() if vllm.device == "cpu" else vllm.device_name
+    return f"{vllm.name} on {hardware}, {os.cpu_count()} cores"
+
+
+def rendered_prompts(config: BenchConfig, target: TargetSource) -> list[PromptSet]:
+    tokenizer = target.tokenizer()
+    return [
+        PromptSet(
+            source.name,
+            [prompt_ids(tokenizer, prompt.opening()) for prompt in load_prompts(source)],
+        )
+        for source in config.prompts
+    ]
+
+
+def measure(
+    config: BenchConfig, target: TargetSource, vllm: Vllm, prompt_sets: list[PromptSet], k: int
+) -> Iterator[Measurement]:
+    """Start one engine and ask it every prompt set at every concurrency."""
+    eager = vllm.device == "cpu" if config.enforce_eager is None else config.enforce_eager
+    serving = Serving(
+        target=absolute(target.path),
+        revision=target.revision,
+        drafter=str(config.drafter.resolve()) if k else None,
+        k=k,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        enforce_eager=eager,
+        arguments=tuple(config.vllm_args),
+    )
+    name = f"K = {k}" if k else "no drafter"
+    print(f"{name}: starting the engine", file=sys.stderr)
+    with serve(vllm, serving, timeout_s=config.start_timeout_s) as server:
+        for prompt_set in prompt_sets:
+            for concurrency in config.concurrency:
+                measurement = ask_all(server.port, config, prompt_set, k, concurrency)
+                speed = measurement.tokens / measurement.seconds
+                print(
+                    f"{name}: {prompt_set.name}, {concurrency} at once: {speed:.1f} tok/s",
+                    file=sys.stderr,
+                )
+                yield measurement
+
+
+def ask_all(
+    port: int, config: BenchConfig, prompt_set: PromptSet, k: int, concurrency: int
+) -> Measurement:
+    """Every prompt equally often, so often that the last round is a small part of the run."""
+    questions = [Question(ids, config.max_new_tokens, config.temperature) for ids in prompt_set.ids]
+    repeats = -(-2 * concurrency // len(questions))
+    warm_up = [question._replace(max_new_tokens=16) for question in questions[: 2 * concurrency]]
+    closed_loop(port, warm_up, concurrency)
+    before = read_counters(port)
+    load = closed_loop(port, questions * max(repeats, 1), concurrency)
+    counters = read_counters(port).since(before)
+    if k and not counters.drafts:
+        raise OSError("the engine counted no drafts: it served without the drafter")
+    return Measurement(
+        prompt_set.name, k, concurrency, len(questions), load.answers, load.seconds, counters
+    )
+
+
+def write(path: Path, config: BenchConfig, vllm: Vllm, rows: list[Row]) -> None:
+    provenance = {
+        "target": config.target,
+        "revision": config.revision,
+        "drafter": str(config.drafter),
+        "vllm": vllm.version,
+        "max_new_tokens": config.max_new_tokens,
+        **environment(),
+        # The engine's environment may see a GPU that this one's torch does not.
+        "gpu": None if vllm.device == "cpu" else vllm.device_name,
+    }
+    content = json.dumps({"provenance": provenance, "rows": rows}, indent=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content.encode())
