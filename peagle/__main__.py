@@ -7,6 +7,7 @@ COMMANDS = {
     "validate": "per-depth accuracy of a checkpoint on all positions",
     "test": "acceptance length of a checkpoint by real speculative decoding, lossless check",
     "capture": "only the hidden-state store",
+    "publish": "push a finished run to the Hub, or what a fit could not send",
     "export": "the servable folder of a checkpoint",
     "bench": "speed, latency and acceptance in vLLM, beside no drafter",
 }

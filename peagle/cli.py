@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import auto_cli
@@ -177,6 +178,9 @@ def run(command: str, arguments: list[str]) -> None:
         from peagle.bench.run import BenchConfig, bench  # it draws, and matplotlib is slow to load
 
         bench(auto_cli(BenchConfig, args=underscored(arguments[1:]), as_positional=False))
+    elif command == "publish":
+        # By name: the library itself never imports the callbacks.
+        auto_cli(resolve_name("callbacks.command:publish"), args=arguments[1:], as_positional=False)
     elif command == "capture":
         lightning(CaptureCLI, ["fit", *arguments[1:]])
     else:

@@ -1,0 +1,45 @@
+"""``python -m peagle publish``: send a finished run, or what a fit could not send."""
+
+from pathlib import Path
+
+from callbacks.publish import publish_run
+
+
+def publish(
+    run: Path,
+    repo_id: str,
+    private: bool = True,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    dry_run: bool = False,
+    publish_timeout: float = 300.0,
+) -> None:
+    """Push a finished run to the Hub; the token comes from HF_TOKEN or ``hf auth login``.
+
+    Args:
+        run: folder of the run.
+        repo_id: ``owner/name``.
+        private: whether a repository that has to be made is private.
+        revision: branch to publish on; default main.
+        endpoint: address of another Hub.
+        dry_run: write what would be sent to ``RUN/hub_dry_run`` and send nothing.
+        publish_timeout: seconds to wait for the Hub.
+    """
+    if not Path(run).is_dir():
+        raise ValueError(f"run folder {run} does not exist")
+    result = publish_run(
+        Path(run),
+        repo_id,
+        private=private,
+        revision=revision,
+        endpoint=endpoint,
+        dry_run=dry_run,
+        publish_timeout=publish_timeout,
+    )
+    for line in result.planned:
+        print(line)
+    for commit in result.sent:
+        print(f"step {commit['step']} is on {repo_id}@{commit['branch']}")
+    if not result.complete:
+        raise ValueError(f"{result.problem or 'the Hub did not take everything'}; "
+                         f"{len(result.waiting)} publications wait in the spool")  # fmt: skip
