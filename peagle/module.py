@@ -1,14 +1,13 @@
 """The LightningModule: batch -> rows -> segments -> loss, and what is measured on the way."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from jaxtyping import Int
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -28,6 +27,7 @@ from peagle.model.initial import initialise
 from peagle.model.objective import objective
 from peagle.model.target import end_tokens, pick_device, refuse_other_target
 from peagle.model.target_head import TargetHead
+from peagle.optimizer import MATRICES
 
 
 class LinearSchedule(LambdaLR):
@@ -78,7 +78,7 @@ class PEagleModule(L.LightningModule):
         fc_norm: bool = False,
         train_embeddings: bool = True,
         loss: dict[str, float] | None = None,
-        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-4, weight_decay=0.0),
+        optimizer: Callable[[Iterable], Optimizer] = lambda p: AdamW(p, lr=1e-4, weight_decay=0.0),
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] = LinearSchedule,
     ):
         super().__init__()
@@ -187,7 +187,7 @@ class PEagleModule(L.LightningModule):
         return decode_batch(self.decoder, batch, self.trainer.datamodule.evaluation)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.optimizer([p for p in self.drafter.parameters() if p.requires_grad])
+        optimizer = self.optimizer(parameter_groups(self.drafter))
         scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         return {
             "optimizer": optimizer,
@@ -209,6 +209,15 @@ class PEagleModule(L.LightningModule):
             self.use_vocabulary(torch.arange(len(offsets)) + offsets)
         self.rows_trained = checkpoint["progress"]["rows"]
         self.tokens_trained = checkpoint["progress"]["tokens"]
+
+
+def parameter_groups(drafter: PEagleDrafter) -> list[dict[str, Any]]:
+    """Hidden matrices apart from the rest, for optimizers that tell them apart."""
+    trained = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if p.ndim == 2 and name.startswith(("layers.", "fc."))]
+    inside = {id(p) for p in matrices}
+    rest = [p for _, p in trained if id(p) not in inside]
+    return [{"params": matrices, MATRICES: True}, {"params": rest, MATRICES: False}]
 
 
 def refuse_other_architecture(saved: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -246,4 +246,5 @@ class HiddenStatesDataModule(L.LightningDataModule):
         if isinstance(batch, PromptBatch):  # lists of ids; decoding places them
             return batch
         kept = {name: getattr(batch, name) for name in ON_CPU}
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)._replace(**kept)
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved._replace(**kept)

@@ -16,7 +16,7 @@ class TargetHead(nn.Module):
         self,
         *,
         norm: Float[Tensor, " T"],
-        head: Float[Tensor, "V T"],
+        head: Float[Tensor, "W T"],
         embedding: Float[Tensor, "V T"],
         eps: float,
         softcap: float | None,
@@ -40,7 +40,7 @@ class TargetHead(nn.Module):
         return TargetHead(
             norm=self.norm,
             head=self.head[token_ids],
-            embedding=self.embedding,
+            embedding=self.embedding[:0],  # only needed where a drafter starts
             eps=self.eps,
             softcap=self.softcap,
         )

@@ -36,19 +36,20 @@ def repeats(text: str) -> bool:
 def choose(target: TargetSource, functions: list[Function], limit: int) -> list[str]:
     """The first ``limit`` prompts that the target answers without repeating itself."""
     model, tokenizer = target.model(dtype=torch.float32, device="cpu"), target.tokenizer()
-    prompts = [Prompt(f.name, None, (f.prompt,)) for f in functions]
-    prompts.sort(key=lambda p: len(p.turns[0]))  # alike lengths need little padding
     chosen: list[str] = []
-    for start in tqdm(range(0, len(prompts), 64), disable=None):
-        batch = prompts[start : start + 64]
-        for prompt, answer in zip(
-            batch, answer_batch(model, tokenizer, batch, True, GREEDY), strict=True
-        ):
-            text = answer.messages[-1]["content"]
-            if answer.finished and not repeats(text) and len(text) > 60:
-                chosen.append(prompt.turns[0])
-    order = {f.prompt: number for number, f in enumerate(functions)}
-    return sorted(set(chosen), key=order.__getitem__)[:limit]
+    with tqdm(total=limit, disable=None) as bar:
+        for start in range(0, len(functions), 128):
+            batch = [Prompt(f.name, None, (f.prompt,)) for f in functions[start : start + 128]]
+            for prompt, answer in zip(
+                batch, answer_batch(model, tokenizer, batch, True, GREEDY), strict=True
+            ):
+                text = answer.messages[-1]["content"]
+                if answer.finished and len(text) > 60 and not repeats(text):
+                    chosen.append(prompt.turns[0])
+            bar.update(min(limit, len(chosen)) - bar.n)
+            if len(chosen) >= limit:
+                break
+    return chosen[:limit]
 
 
 def main() -> None:

@@ -1,0 +1,129 @@
+"""The command line as a person meets it: help, one-line errors, the whole run in small."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def peagle(*arguments, timeout=280):
+    return subprocess.run(
+        [sys.executable, "-m", "peagle", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+
+
+def test_help_answers_at_once_and_lists_the_commands():
+    begin = time.monotonic()
+    result = peagle("--help")
+    assert time.monotonic() - begin < 3
+    assert result.returncode == 0
+    for command in ("fit", "validate", "test", "capture", "export"):
+        assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
+
+
+def test_an_unknown_command_is_answered_with_the_known_ones():
+    result = peagle("train")
+    assert result.returncode == 2
+    assert "no command 'train'" in result.stderr and "validate" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A whole fit of a minute's work: capture, train, validate, test, export, card."""
+    folder = tmp_path_factory.mktemp("run")
+    overrides = [
+        *("--run_dir", folder / "run", "--store", folder / "store"),
+        *("--trainer.logger.init_args.path", folder / "run" / "metrics" / "train.csv"),
+        *("--capture.prompts", "[{source: stdlib, split: train, limit: 40}]"),
+        *("--capture.max_new_tokens", 32, "--trainer.max_steps", 6),
+        *("--model.num_layers", 1, "--evaluation.max_new_tokens", 16),
+        *("--evaluation.prompts", "[{source: stdlib, split: test, limit: 3}]"),
+    ]
+    result = peagle("fit", "--config", "configs/quickstart.yaml", *overrides)
+    assert result.returncode == 0, result.stderr
+    return folder, overrides, result
+
+
+def test_fit_leaves_everything_the_design_names(small_run):
+    folder, _, result = small_run
+    run = folder / "run"
+    for name in ("config.yaml", "checkpoints/last.ckpt", "drafter/config.json", "provenance.json",
+                 "drafter/model.safetensors", "metrics/train.csv", "card/README.md"):  # fmt: skip
+        assert (run / name).stat().st_size > 0, name
+    assert "Per-depth accuracy" in result.stdout and "Acceptance length" in result.stdout
+
+
+def test_the_figures_of_a_run_have_the_promised_keys(small_run):
+    metrics = small_run[0] / "run" / "metrics"
+    validate = json.loads((metrics / "validate.json").read_text())
+    assert {"provenance", "rows", "teacher_forced_acceptance_length", "loss"} <= validate.keys()
+    assert [row["depth"] for row in validate["rows"]] == list(range(8))
+    assert validate["rows"][0].keys() == {"depth", "accuracy", "conditional_accuracy", "count"}
+    acceptance = json.loads((metrics / "acceptance.json").read_text())
+    assert [row["k"] for row in acceptance["rows"]] == [3, 5, 7]
+    for row in acceptance["rows"]:
+        assert row["lossless_prompts"] == row["prompts"] == 3
+        assert len(row["per_position"]) == row["k"]
+        assert row["tokens_per_second"] > 0 and row["baseline_tokens_per_second"] > 0
+        assert row["acceptance_length"] == pytest.approx(1 + sum(row["per_position"]))
+
+
+def test_validate_and_test_run_again_from_the_checkpoint(small_run, tmp_path):
+    folder, overrides, _ = small_run
+    config = (folder / "run" / "config.yaml").read_bytes()
+    prompts = tmp_path / "own.jsonl"
+    prompts.write_text('{"prompt": "def add(a, b):"}\n{"prompt": "def pop(self):"}\n')
+    result = peagle(
+        "test", "--config", "configs/quickstart.yaml", *overrides, "--ckpt_path", "last",
+        "--evaluation.prompts", f"[{{source: {prompts}}}]", "--evaluation.k", "[2]",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((folder / "run" / "metrics" / "acceptance.json").read_text())["rows"]
+    assert [(row["prompt_set"], row["k"], row["prompts"]) for row in rows] == [("own", 2, 2)]
+    result = peagle("validate", "--config", "configs/quickstart.yaml", *overrides,
+                    "--ckpt_path", folder / "run" / "checkpoints" / "last.ckpt")  # fmt: skip
+    assert result.returncode == 0 and "given prefix right" in result.stdout
+    assert (folder / "run" / "config.yaml").read_bytes() == config
+
+
+def test_export_writes_both_layouts(small_run, tmp_path):
+    checkpoint = small_run[0] / "run" / "checkpoints" / "last.ckpt"
+    for layout, extra in (("eagle3", []), ("speculators", ["--target", "tiny"])):
+        out = tmp_path / layout
+        result = peagle(
+            "export", "--ckpt_path", checkpoint, "--out", out, "--format", layout, *extra
+        )
+        assert result.returncode == 0, result.stderr
+        assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--target", "./nowhere"], "target './nowhere' cannot be opened"),
+        (["--capture.prompts", "[{source: ./none.jsonl}]"], "none.jsonl does not exist"),
+        (["--model.cod.num_depths", "0"], "num_depths must be at least 1, got 0"),
+        (["--model.cod.keep_ratio", "1.5"], "keep_ratio must lie in (0, 1], got 1.5"),
+        (["--ckpt_path", "nowhere.ckpt"], "checkpoint nowhere.ckpt does not exist"),
+        (["--capture.layer_ids", "[5, 2]"], "layer_ids must be ascending"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(tmp_path, arguments, words):
+    result = peagle(
+        "fit", "--config", "configs/quickstart.yaml",
+        "--run_dir", tmp_path / "run", "--store", tmp_path / "store", *arguments,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
