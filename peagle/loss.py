@@ -11,16 +11,18 @@
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 LOSSES = ("kl", "ce", "tv", "lk_hybrid")
 LK_DECAY = 3.0
-CHUNK_ROWS = 1024  # logits exist for this many rows at a time
+CHUNK_ROWS = 512  # logits exist for this many rows at a time
+BLOCK = 128  # tokens per block in the search for the first choice
 
 
 def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
@@ -37,10 +39,17 @@ def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
     return {name: weight for name, weight in mix.items() if weight > 0}
 
 
+@runtime_checkable
+class Teacher(Protocol):
+    """The target's logits, looked up or computed when asked for."""
+
+    def __getitem__(self, position: Int[Tensor, " P"]) -> Float[Tensor, "P W"]: ...
+
+
 def head_loss(
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "W D"],
-    teacher: Float[Tensor, "P W"],
+    teacher: Teacher,
     position: Int[Tensor, " N"],
     *,
     mix: Mapping[str, float],
@@ -50,11 +59,14 @@ def head_loss(
     Args:
         hidden: last hidden states of the rows, normed.
         weight: the draft head.
-        teacher: the target's logits, once per position, shared by the rows that guess it.
-        position: which line of ``teacher`` each row guesses.
+        teacher: the target's logits, once per position (again where two chunks meet), shared by
+            the rows that guess it.
+        position: which position each row guesses; rows in any order.
         mix: weights of the losses (see ``check_mix``).
 
-    Gradients are taken chunk by chunk in the forward pass, so memory does not hold [N, W].
+    Rows are taken by position, a chunk at a time, so that rows which guess the same token share
+    the target's distribution of it. Gradients are taken in the same pass: no logits outlive their
+    chunk, and memory never holds [N, W].
     """
     return _HeadLoss.apply(hidden, weight, teacher, position, dict(mix))
 
@@ -62,29 +74,29 @@ def head_loss(
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, teacher, position, mix):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        if not torch.is_autocast_enabled(hidden.device.type):
-            dtype = hidden.dtype
-        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        head, states = weight.to(dtype), hidden.to(dtype)
-        teacher_log = torch.log_softmax(teacher.to(at_least_float(teacher.dtype)), -1)
-        total = teacher_log.new_zeros(())
+        dtype = compute_dtype(hidden)
+        needed = any(ctx.needs_input_grad[:2])
+        order = torch.argsort(position)
+        position, states, head = position[order], hidden[order].to(dtype), weight.to(dtype)
+        total = states.new_zeros((), dtype=at_least_float(dtype))
         guess = torch.empty_like(position)
-        grad_hidden = torch.empty_like(states) if needed else None
+        grad_hidden = torch.empty_like(hidden) if needed else None
         grad_weight = torch.zeros_like(weight) if needed else None
         for start in range(0, len(states), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
-            logits = F.linear(states[rows], head).to(teacher_log.dtype)
-            guess[rows] = logits.argmax(-1)
-            loss, grad = divergence(teacher_log[position[rows]], logits, mix)
+            target = target_at(teacher, position[rows], total.dtype)
+            logits = F.linear(states[rows], head).to(total.dtype)
+            first = first_choice(logits)
+            guess[order[rows]] = first
+            loss, grad = divergence(target, logits, first, mix=mix, with_grad=needed)
             total += loss
             if needed:
                 grad = grad.to(dtype)
-                torch.mm(grad, head, out=grad_hidden[rows])
-                grad_weight += grad.T @ states[rows]
+                grad_hidden[order[rows]] = (grad @ head).to(hidden.dtype)
+                add_product(grad_weight, grad.T, states[rows])
         ctx.mark_non_differentiable(guess)
         if needed:
-            ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
+            ctx.save_for_backward(grad_hidden, grad_weight)
         return total, guess
 
     @staticmethod
@@ -94,43 +106,128 @@ class _HeadLoss(torch.autograd.Function):
         return grad_hidden * scale, grad_weight * grad_total, None, None, None
 
 
+def compute_dtype(x: Float[Tensor, "..."]) -> torch.dtype:
+    """What autocast makes of a matrix product with ``x``."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def at_least_float(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def add_product(total: Float[Tensor, "A B"], a: Float[Tensor, "A C"], b: Float[Tensor, "C B"]):
+    """``total += a @ b``, in the precision of ``total``."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def first_choice(logits: Float[Tensor, "C W"]) -> Int[Tensor, " C"]:
+    """``logits.argmax(-1)``; on the CPU by block maxima, since ``argmax`` is not vectorised."""
+    whole = logits.shape[-1] // BLOCK * BLOCK
+    if logits.device.type != "cpu" or whole == 0:
+        return logits.argmax(-1)
+    blocks = logits[:, :whole].unflatten(-1, (-1, BLOCK))
+    block = blocks.amax(-1).argmax(-1)
+    rows = torch.arange(len(logits))
+    inside = blocks[rows, block].argmax(-1)
+    best = block * BLOCK + inside
+    if whole < logits.shape[-1]:
+        rest = logits[:, whole:].argmax(-1) + whole
+        best = torch.where(logits[rows, rest] > logits[rows, best], rest, best)
+    return best
+
+
+class Target(NamedTuple):
+    """The target's distribution for each row of a chunk."""
+
+    p: Float[Tensor, "C W"]
+    purity: Float[Tensor, " C"]  # sum(p * log(p))
+    label: Int[Tensor, " C"]  # argmax p
+
+
+def target_at(
+    teacher: Teacher,
+    position: Int[Tensor, " C"],
+    dtype: torch.dtype,
+) -> Target:
+    """Ask for each position once and share the answer among the rows that guess it."""
+    distinct, shared = torch.unique_consecutive(position, return_inverse=True)
+    logits = teacher[distinct].to(dtype)
+    p, label = torch.softmax(logits, -1), first_choice(logits)
+    purity = torch.linalg.vecdot(p, logits) - log_sum_exp(logits, p, label)
+    return Target(p.index_select(0, shared), purity[shared], label[shared])
+
+
+def log_sum_exp(
+    logits: Float[Tensor, "C W"], softmax: Float[Tensor, "C W"], first: Int[Tensor, " C"]
+) -> Float[Tensor, " C"]:
+    """From a softmax that is there anyway; exact at the largest entry, which cannot underflow."""
+    rows = torch.arange(len(first), device=first.device)
+    return logits[rows, first] - softmax[rows, first].log()
+
+
 def divergence(
-    teacher_log: Float[Tensor, "C W"], logits: Float[Tensor, "C W"], mix: Mapping[str, float]
-) -> tuple[Float[Tensor, ""], Float[Tensor, "C W"]]:
+    target: Target,
+    logits: Float[Tensor, "C W"],
+    first: Int[Tensor, " C"],
+    *,
+    mix: Mapping[str, float],
+    with_grad: bool,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "C W"] | None]:
     """Summed loss of a chunk and its gradient with respect to the logits.
 
     For a loss ``f(q)`` the gradient is ``q * (f'(q) - sum(q * f'(q)))``; that of ``kl`` is
     ``q - p`` and that of ``tv``, where ``f'(q) = -[q < p]``, is ``q * (sum(q[q < p]) - [q < p])``.
+    ``kl`` itself is ``sum(p log p) - sum(p * logits) + log_sum_exp(logits)``: no logarithm of
+    [C, W] is ever taken.
     """
-    draft_log = torch.log_softmax(logits, -1)
-    p, q = teacher_log.exp(), draft_log.exp()
-    kl_share = torch.full_like(p[:, :1], mix.get("kl", 0.0))
-    tv_share = torch.full_like(kl_share, mix.get("tv", 0.0))
-    if "lk_hybrid" in mix:
-        blend = torch.exp(-LK_DECAY * torch.minimum(p, q).sum(-1, keepdim=True))
-        kl_share = kl_share + mix["lk_hybrid"] * blend
-        tv_share = tv_share + mix["lk_hybrid"] * (1 - blend)
-
-    total, grad = logits.new_zeros(()), torch.zeros_like(logits)
-    if "kl" in mix or "lk_hybrid" in mix:
-        each = (p * (teacher_log - draft_log)).sum(-1, keepdim=True)
-        total = total + (kl_share * each).sum()
-        grad += kl_share * (q - p)
+    p, q = target.p, torch.softmax(logits, -1)
+    norm = log_sum_exp(logits, q, first)
+    kl_share = torch.full_like(norm, mix.get("kl", 0.0))
+    tv_share = torch.full_like(norm, mix.get("tv", 0.0))
+    total, below = norm.new_zeros(()), None
     if "tv" in mix or "lk_hybrid" in mix:
-        below = (q < p).to(q.dtype)
-        each = ((p - q) * below).sum(-1, keepdim=True)  # = 1 - sum(min(p, q))
-        total = total + (tv_share * each).sum()
-        grad += tv_share * q * ((q * below).sum(-1, keepdim=True) - below)
+        alpha = torch.minimum(p, q).sum(-1)
+        if "lk_hybrid" in mix:
+            blend = torch.exp(-LK_DECAY * alpha)
+            kl_share += mix["lk_hybrid"] * blend
+            tv_share += mix["lk_hybrid"] * (1 - blend)
+        total += (tv_share * (1 - alpha)).sum()
+        below = q < p
+    if "kl" in mix or "lk_hybrid" in mix:
+        total += (kl_share * (target.purity - torch.linalg.vecdot(p, logits) + norm)).sum()
     if "ce" in mix:
-        label = teacher_log.argmax(-1, keepdim=True)
-        total = total - mix["ce"] * draft_log.gather(-1, label).sum()
-        grad += mix["ce"] * q
-        grad.scatter_add_(-1, label, torch.full_like(kl_share, -mix["ce"]))
-    return total, grad
+        rows = torch.arange(len(norm), device=norm.device)
+        total += mix["ce"] * (norm - logits[rows, target.label]).sum()
+    if not with_grad:
+        return total, None
+    if set(mix) == {"kl"}:
+        grad = q.sub_(p)
+        return total, grad if mix["kl"] == 1 else grad.mul_(mix["kl"])
+    return total, slope(target, q, below, kl_share, tv_share, mix.get("ce", 0.0))
+
+
+def slope(
+    target: Target,
+    q: Float[Tensor, "C W"],
+    below: Bool[Tensor, "C W"] | None,
+    kl_share: Float[Tensor, " C"],
+    tv_share: Float[Tensor, " C"],
+    ce_share: float,
+) -> Float[Tensor, "C W"]:
+    """Gradient of a mix with respect to the logits, in the memory of ``q``."""
+    factor = (kl_share + ce_share)[:, None]
+    if below is not None:
+        sinking = q * below
+        factor = factor + tv_share[:, None] * (sinking.sum(-1, keepdim=True) - below.to(q.dtype))
+    q = q.mul_(factor).sub_(target.p * kl_share[:, None])
+    if ce_share:
+        rows = torch.arange(len(q), device=q.device)
+        q[rows, target.label] -= ce_share
+    return q
 
 
 def global_mean(total: Float[Tensor, ""], count: int) -> Float[Tensor, ""]:

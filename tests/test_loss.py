@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from peagle.loss import LOSSES, check_mix, global_mean, head_loss
+from peagle.loss import LOSSES, check_mix, first_choice, global_mean, head_loss
 
 
 def reference(hidden, weight, teacher, position, mix):
@@ -72,9 +72,35 @@ def test_bf16_autocast_stays_near_the_float64_gradient():
 
 
 def test_without_gradients_nothing_is_kept():
+    hidden, weight, teacher, position = inputs()
     with torch.no_grad():
-        loss, _ = head_loss(*inputs(), mix={"kl": 1.0})
+        loss, _ = head_loss(hidden, weight, teacher, position, mix={"kl": 1.0})
     assert not loss.requires_grad
+
+
+def test_the_target_is_asked_once_per_position_and_for_one_chunk_at_a_time(monkeypatch):
+    monkeypatch.setattr("peagle.loss.CHUNK_ROWS", 10)
+    hidden, weight, teacher, _ = inputs(rows=40)
+    position = torch.arange(40).flip(0) // 5  # 5 rows for each of 8 positions: 2 in a chunk
+    asked = []
+
+    class Listening:
+        def __getitem__(self, positions):
+            asked.append(positions.tolist())
+            return teacher[positions]
+
+    head_loss(hidden, weight, Listening(), position, mix={"kl": 1.0})
+    assert asked == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("width", [1, 100, 128, 129, 1000])
+def test_the_first_choice_is_the_largest_logit(width):
+    logits = torch.randn(200, width)
+    logits[:100] = torch.randint(0, 3, (100, width)).float()  # ties
+    rows = torch.arange(200)
+    found = first_choice(logits)
+    assert torch.equal(logits[rows, found], logits.amax(-1))
+    assert torch.equal(found[100:], logits[100:].argmax(-1))
 
 
 @pytest.mark.parametrize("mix", [{}, {"kl": 0.0}, {"kl": -1.0}, {"mse": 1.0}])

@@ -1,0 +1,109 @@
+"""One measurement of this package's training step, in a process of its own; prints JSON."""
+
+import argparse
+import contextlib
+import json
+from dataclasses import asdict
+
+import torch
+from measure import measure
+from shapes import Shape
+
+from peagle.cod.rollouts import Cod, expected_rows, sample_rows
+from peagle.cod.segments import partition
+from peagle.data.batch import Batch
+from peagle.loss import global_mean
+from peagle.model.config import PEagleConfig
+from peagle.model.drafter import PEagleDrafter
+from peagle.model.objective import objective
+from peagle.model.target_head import TargetHead
+
+
+def drafter_of(shape: Shape) -> PEagleDrafter:
+    return PEagleDrafter(
+        PEagleConfig(
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.groups,
+            head_dim=shape.head_dim,
+            num_hidden_layers=shape.layers,
+            vocab_size=shape.vocab,
+            draft_vocab_size=shape.draft_vocab,
+            eagle_aux_hidden_state_layer_ids=list(range(1, shape.captured + 1)),
+            max_position_embeddings=max(shape.n, 2048),
+        )
+    )
+
+
+def target_head_of(shape: Shape) -> TargetHead:
+    return TargetHead(
+        norm=torch.ones(shape.hidden),
+        head=torch.randn(shape.draft_vocab, shape.hidden) / shape.hidden**0.5,
+        embedding=torch.zeros(1, shape.hidden),
+        eps=1e-6,
+        softcap=None,
+    )
+
+
+def batch_of(shape: Shape, *, cod: Cod, max_rows: int) -> Batch:
+    """One document of random hidden states, stored in the precision of the run."""
+    stored = torch.bfloat16 if shape.dtype == "bf16" else torch.float32
+    supervised, document = torch.ones(shape.n, dtype=torch.bool), torch.zeros(shape.n).long()
+    expected = expected_rows(supervised, document, cod=cod)
+    return Batch(
+        tokens=torch.randint(1, shape.vocab, (shape.n,)),
+        labels=torch.randint(1, shape.vocab, (shape.n,)),
+        aux=torch.randn(shape.n, shape.captured * shape.hidden).to(stored),
+        final=torch.randn(shape.n, shape.hidden).to(stored),
+        position=torch.arange(shape.n),
+        document=document,
+        supervised=supervised,
+        segments=partition(expected, max_rows=max_rows),
+        seed=0,
+    )
+
+
+def run(shape: Shape, *, max_rows: int, steps: int, device: torch.device) -> dict:
+    torch.manual_seed(0)
+    cod = Cod(shape.depths, shape.keep_ratio, shape.min_keep_ratio)
+    drafter, head = drafter_of(shape).to(device), target_head_of(shape).to(device)
+    batch = batch_of(shape, cod=cod, max_rows=max_rows)
+    kept = {"document": batch.document, "supervised": batch.supervised}
+    moved = {k: v.to(device) for k, v in batch._asdict().items() if isinstance(v, torch.Tensor)}
+    batch = batch._replace(**{**moved, **kept})
+    autocast = contextlib.nullcontext()
+    if shape.dtype == "bf16":
+        autocast = torch.autocast(device.type, torch.bfloat16)
+
+    def step() -> None:
+        drafter.zero_grad(set_to_none=True)
+        rows = sample_rows(
+            batch.supervised,
+            batch.document,
+            cod=cod,
+            generator=torch.Generator().manual_seed(batch.seed),
+        )
+        with autocast:
+            outcome = objective(drafter, head, batch, rows, mix={"kl": 1.0})
+        global_mean(outcome.loss, len(rows.anchor)).backward()
+
+    measured = measure(step, steps=steps, device=device)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in drafter.parameters()]).item()
+    return {**measured._asdict(), "segments": len(batch.segments), "gradient_norm": norm}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", help="JSON of the fields of Shape that differ from the default")
+    parser.add_argument("--max_rows", type=int, required=True)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    shape = Shape(**json.loads(args.shape))
+    result = run(shape, max_rows=args.max_rows, steps=args.steps, device=torch.device(args.device))
+    print(json.dumps({"shape": asdict(shape), **result}))
+
+
+if __name__ == "__main__":
+    main()
