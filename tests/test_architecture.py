@@ -13,7 +13,7 @@ LEVELS = [
      "data.prompts"},
     {"cod.segments", "cod.visibility", "data.vocab", "data.capture_config",
      "metrics", "model.layers", "model.slot_cache", "model.target_head"},
-    {"model.attention", "model.target", "data.batch"},
+    {"model.attention", "model.flash", "model.target", "data.batch"},
     {"model.drafter", "data.answers"},
     {"model.drafting", "model.initial", "model.servable", "model.objective", "data.capture"},
     {"decoding", "model.export", "bench.engine"},
