@@ -1,8 +1,8 @@
 """Make the embedded target: ``python -m peagle.tiny_target.make --out DIR``.
 
 corpus (functions of the standard library) -> byte-level BPE -> Llama of 5.5 M parameters, trained
-on the chat form -> bf16 safetensors beside tokenizer and chat template. On two CPU cores with AMX
-an hour sees about forty million tokens; a GPU needs minutes (``--device cuda``).
+on the chat form -> bf16 safetensors beside tokenizer and chat template. Two CPU cores see about
+seven million tokens in an hour; ``--device cuda`` trains on a GPU.
 """
 
 import argparse
