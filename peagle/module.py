@@ -1,14 +1,13 @@
 """The LightningModule: batch -> rows -> segments -> loss, and what is measured on the way."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from jaxtyping import Int
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
@@ -82,7 +81,7 @@ class PEagleModule(L.LightningModule):
         fc_norm: bool = False,
         train_embeddings: bool = True,
         loss: dict[str, float] | None = None,
-        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-4, weight_decay=0.0),
+        optimizer: Callable[[Iterable], Optimizer] = lambda p: AdamW(p, lr=1e-4, weight_decay=0.0),
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] = LinearSchedule,
     ):
         super().__init__()

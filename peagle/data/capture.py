@@ -4,9 +4,11 @@ Both halves resume after a kill: answers are appended to ``answers.jsonl`` batch
 store keeps every finished shard.
 """
 
+import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,14 @@ from peagle.data.answers import Answer, regenerate
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import Rendered, conversation_id, render
 from peagle.data.prompts import load_prompts
-from peagle.data.store import Manifest, Sample, StoreWriter, require_disk, split_of
+from peagle.data.store import (
+    Manifest,
+    Sample,
+    StoreWriter,
+    require_disk,
+    split_of,
+    write_atomically,
+)
 from peagle.model.config import default_layer_ids
 from peagle.model.target import (
     TargetSource,
@@ -89,6 +98,7 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
     conversation_bytes = config.max_tokens * sample_bytes_per_token(wanted)
     require_disk(folder, conversation_bytes)
     wanted.write(partial)
+    write_atomically(folder / "capture.json", json.dumps(asdict(config), indent=2).encode())
 
     device = pick_device(config.device)
     model = target.model(dtype=getattr(torch, config.dtype), device=device)

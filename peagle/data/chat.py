@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 Message = dict[str, str]
 
@@ -39,6 +40,10 @@ def render(
 ) -> Rendered:
     """Ids and assistant mask of a whole conversation.
 
+    What the assistant wrote is tokenized apart from what comes before, because that is how it is
+    generated: a tokenizer may merge the last character of a prompt with the first of an answer,
+    a target never does.
+
     ``finished`` is false when the last answer was cut off: its end-of-turn token, which the
     target never wrote, is then left out.
 
@@ -49,37 +54,47 @@ def render(
     name = f"sample {conversation_id(messages)}"
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template")
+    text, spans = assistant_spans(tokenizer, messages, name)
+    ids: list[int] = []
+    mask: list[bool] = []
+    done = 0
+    for begin, end in spans:
+        before = tokenizer(text[done:begin], add_special_tokens=False)["input_ids"]
+        said = tokenizer(text[begin:end], add_special_tokens=False)["input_ids"]
+        # Up to and with the first end-of-turn token: what follows is the template's.
+        ends = [i for i, token in enumerate(said) if token == tokenizer.eos_token_id]
+        own = ends[0] + 1 if ends else len(said)
+        ids += before + said
+        mask += [False] * len(before) + [True] * own + [False] * (len(said) - own)
+        done = end
+    if finished:
+        after = tokenizer(text[done:], add_special_tokens=False)["input_ids"]
+        ids, mask = ids + after, mask + [False] * len(after)
+    else:
+        stop = len(mask) - mask[::-1].index(True) if any(mask) else 0
+        stop -= stop > 0 and ids[stop - 1] == tokenizer.eos_token_id
+        ids, mask = ids[:stop], mask[:stop]
+    if not any(mask) or all(mask):
+        kind = "no" if not any(mask) else "nothing but"
+        raise ValueError(f"{name} has {kind} supervised tokens: check the chat template")
+    return Rendered(torch.tensor(ids), torch.tensor(mask))
+
+
+def assistant_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], name: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation, and where the assistant's words lie in it."""
     template = tokenizer.chat_template
     if "{% generation" in template or "{%- generation" in template:
-        ids, mask = by_generation_mask(tokenizer, messages)
-    else:
-        ids, mask = by_prefix(tokenizer, messages, name)
-    if not finished:
-        end = last_true(mask) + 1
-        while end and ids[end - 1] == tokenizer.eos_token_id:
-            end -= 1
-        ids, mask = ids[:end], mask[:end]
-    if not mask.any() or mask.all():
-        kind = "no" if not mask.any() else "nothing but"
-        raise ValueError(f"{name} has {kind} supervised tokens: check the chat template")
-    return Rendered(ids, mask)
-
-
-def by_generation_mask(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> tuple[Tensor, Tensor]:
-    out = tokenizer.apply_chat_template(
-        list(messages), return_assistant_tokens_mask=True, return_dict=True
-    )
-    return torch.tensor(out["input_ids"]), torch.tensor(out["assistant_masks"]).bool()
-
-
-def by_prefix(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], name: str
-) -> tuple[Tensor, Tensor]:
-    """Mark what each assistant turn adds to the rendering of the turns before it."""
+        texts, spans = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+        return texts[0], [(begin, end) for begin, end in spans[0] if begin < end]
     text = tokenizer.apply_chat_template(list(messages), tokenize=False)
-    spans = []
+    found = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             before = tokenizer.apply_chat_template(
@@ -88,19 +103,5 @@ def by_prefix(
             after = tokenizer.apply_chat_template(list(messages[: i + 1]), tokenize=False)
             if not (text.startswith(before) and text.startswith(after)):
                 raise ValueError(f"{name}: the chat template rewrites earlier turns")
-            spans.append((len(before), len(after)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = torch.tensor(encoded["input_ids"])
-    start, stop = torch.tensor(encoded["offset_mapping"]).unbind(-1)
-    mask = torch.zeros(len(ids), dtype=torch.bool)
-    for begin, end in spans:
-        inside = (start >= begin) & (stop <= end) & (stop > start)
-        ended = torch.cumsum(inside & (ids == tokenizer.eos_token_id), 0)
-        # Up to and with the first end-of-turn token: what follows is the template's.
-        mask |= inside & ((ended == 0) | ((ended == 1) & (ids == tokenizer.eos_token_id)))
-    return ids, mask
-
-
-def last_true(mask: Bool[Tensor, " n"]) -> int:
-    found = torch.nonzero(mask).flatten()
-    return int(found[-1]) if len(found) else -1
+            found.append((len(before), len(after)))
+    return text, found

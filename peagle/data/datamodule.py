@@ -225,7 +225,8 @@ class HiddenStatesDataModule(L.LightningDataModule):
         if isinstance(batch, PromptBatch):  # lists of ids; decoding places them
             return batch
         kept = {name: getattr(batch, name) for name in ON_CPU}
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)._replace(**kept)
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved._replace(**kept)
 
     def hash_of(self, samples: list[int]) -> str:
         entries = (self.store.entries[i] for i in samples)

@@ -25,6 +25,9 @@ class PEagleConfig(LlamaConfig):
             vocabulary, or the draft vocabulary is larger than the target's.
     """
 
+    # jaxtyping's import hook would check __init__ against the fields and refuse transformers' rest.
+    __no_type_check__ = True
+
     target_hidden_size: int | None = None  # None: as wide as the drafter
     draft_vocab_size: int | None = None  # None: the target's whole vocabulary
     eagle_aux_hidden_state_layer_ids: list[int] | tuple[int, ...] = (2, 3, 5)

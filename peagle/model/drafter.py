@@ -57,16 +57,15 @@ class PEagleDrafter(PreTrainedModel):
             self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-
     def target_ids(self, draft_ids: Int[Tensor, " *T"]) -> Int[Tensor, " *T"]:
         """Ids of the target's vocabulary for ids of the draft vocabulary."""
         return draft_ids + self.d2t[draft_ids] if self.config.pruned else draft_ids
 
     def combine(self, aux: Float[Tensor, "T AD"]) -> Float[Tensor, "T D"]:
         """The target's hidden states, normed and projected in vLLM's order."""
+        if not torch.is_autocast_enabled(aux.device.type):
+            aux = aux.to(self.fc.weight.dtype)  # a store is bf16, whatever the run computes in
+        aux = aux.to(self.fc.weight.dtype)
         if self.config.norm_before_fc:
             aux = self.input_norm(aux)
         if self.config.fc_norm:

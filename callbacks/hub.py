@@ -1,0 +1,266 @@
+"""Publish a run on the Hub while and after it is trained, without slowing or breaking training.
+
+What is published is first put into the run's spool (``callbacks/spool.py``); a process of its own
+sends it (``callbacks/upload.py``). The trainer waits for the Hub only at its very end, and then for
+``publish_timeout`` seconds at most. What was not sent stays in the spool: the next start of the run
+sends it, or ``python -m peagle publish``.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from callbacks.publish import (
+    DRY_RUN,
+    SPOOL,
+    PublishResult,
+    Sender,
+    deliver,
+    obstacle,
+    publish_run,
+    read_json,
+    rehearse,
+    run_id,
+    spool_run,
+)
+from callbacks.spool import (
+    CHECKPOINTS,
+    MAIN,
+    PROVENANCE,
+    collect,
+    pending,
+    staging,
+    sweep,
+    write_entry,
+)
+from callbacks.upload import Destination
+
+__all__ = ["HubPublisher", "PublishResult", "publish_run"]
+
+Strategy = Literal["end", "every_save", "checkpoint", "all_checkpoints"]
+CHECK_S = 20.0  # an answer later than that is no answer
+
+
+class HubPublisher(L.Callback):
+    """Publish the drafter with its card while and after it is trained.
+
+    Listed after the callback that finishes ``drafter/``, ``card/`` and ``metrics/`` in
+    ``on_fit_end``: the finished run is published in ``teardown``, which Lightning calls once every
+    ``on_fit_end`` is done. Anything that writes those files in its own ``teardown`` must be listed
+    before. There is no parameter for a token: it comes from HF_TOKEN or `hf auth login`.
+
+    Args:
+        repo_id: "owner/name"; null publishes nothing.
+        hub_strategy: "end" publishes the finished run; "every_save" also drafter and card at every
+            checkpoint; "checkpoint" also that checkpoint, as ``last.ckpt`` on the branch ``ckpts``;
+            "all_checkpoints" keeps each of them there, as ``step-N.ckpt``.
+        private: whether a repository that has to be made is private.
+        revision: the branch to publish on; null means main.
+        always_push: publish a save although an earlier one is not sent yet; needs the disk for all.
+        endpoint: address of the Hub; null means the usual one, or HF_ENDPOINT.
+        dry_run: write what would be published to ``hub_dry_run/``, say so, and send nothing.
+        publish_timeout: seconds that the end of training may wait for the Hub.
+    """
+
+    def __init__(
+        self,
+        repo_id: str | None = None,
+        hub_strategy: Strategy = "end",
+        private: bool = True,
+        revision: str | None = None,
+        always_push: bool = False,
+        endpoint: str | None = None,
+        dry_run: bool = False,
+        publish_timeout: float = 300.0,
+    ):
+        if hub_strategy not in get_args(Strategy):
+            raise ValueError(
+                f"hub_strategy must be one of {', '.join(get_args(Strategy))}, got {hub_strategy!r}"
+            )
+        if publish_timeout <= 0:
+            raise ValueError(f"publish_timeout must be positive, got {publish_timeout}")
+        self.hub_strategy, self.always_push, self.dry_run = hub_strategy, always_push, dry_run
+        self.publish_timeout = publish_timeout
+        self.destination = Destination(repo_id, private, revision, endpoint) if repo_id else None
+        self.sender: Sender | None = None  # stays None where nothing is to be published
+        self._checker: Sender | None = None
+        self._saved_step: int | None = None
+        self._awaited: tuple[int, float] | None = None  # step and time of a save under way
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.destination is None or not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        self.run_dir = Path(trainer.default_root_dir)
+        self.sender = Sender(self.run_dir / (DRY_RUN if self.dry_run else SPOOL), self.destination)
+        with _never_failing("publishing could not be prepared"):
+            self._prepare()
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        step = trainer.global_step
+        if self.sender is None or self.hub_strategy == "end" or trainer.interrupted:
+            return
+        with _never_failing(f"step {step} was not published"):
+            if step == self._saved_step or self._occupied():
+                return
+            self._saved_step = step
+            if self.hub_strategy != "every_save":
+                self._awaited = step, time.time()
+            if not _is_last(trainer):  # those weights come with the finished run and its whole card
+                self._spool_drafter(pl_module, step)
+            if self._awaited is None:
+                self._send()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._awaited is not None:
+            self._spool_checkpoint()
+        if self._checker is not None:
+            self._report_check()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        for sender in (self._checker, self.sender):
+            if sender is not None:
+                sender.stop()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.sender is None or stage != "fit" or trainer.interrupted:
+            return
+        if self._checker is not None:
+            self._checker.stop()
+        if self._awaited is not None:
+            self._spool_checkpoint()
+        self.publish_final(self.run_dir, step=trainer.global_step)
+
+    def publish_final(self, run_dir: Path, *, step: int) -> PublishResult | None:
+        """Publish the finished folder, wait ``publish_timeout`` at most, say what came of it."""
+        assert self.sender is not None, "publish_final belongs to a fit on the first rank"
+        with _never_failing("the finished run was not published"):
+            entry = spool_run(run_dir, self.sender.spool, step=step)
+            if self.dry_run:
+                result = rehearse(entry, self.destination)
+            else:
+                result = deliver(self.sender, self.publish_timeout)
+            for line in result.planned:
+                _say(line)
+            for commit in result.sent:
+                _say(f"step {commit['step']} is on {self.destination.repo_id}@{commit['branch']}")
+            if result.waiting:
+                _say(f"{result.problem}; {len(result.waiting)} not sent. {self._later()}")
+            return result
+
+    def _prepare(self) -> None:
+        """Ask the Hub, without waiting for its answer, and send what an earlier start has left."""
+        if self.dry_run:
+            shutil.rmtree(self.sender.spool, ignore_errors=True)
+            return
+        sweep(self.sender.spool)
+        if self.hub_strategy in ("checkpoint", "all_checkpoints"):
+            _say(f"checkpoints, with the optimizer's state, go to the branch {CHECKPOINTS}")
+        problem = obstacle()
+        if problem is not None:
+            _say(f"{problem}; training goes on. {self._later()}")
+            return
+        self._checker = Sender(self.sender.spool, self.destination)
+        self._checker.start(CHECK_S, check=True)
+        self._send()
+
+    def _send(self) -> None:
+        if not self.dry_run and pending(self.sender.spool) and obstacle() is None:
+            self.sender.start(self.publish_timeout)
+
+    def _report_check(self) -> None:
+        if self._checker.running():
+            return
+        if self._checker.problem is not None:
+            _say(f"{self._checker.problem}; training goes on. {self._later()}")
+        self._checker = None
+
+    def _occupied(self) -> bool:
+        """Whether an earlier save is still on its way; if it got stuck, it is tried again."""
+        if self.always_push or self.dry_run:
+            return self.sender.refused
+        if self.sender.running():
+            return True
+        stuck = bool(pending(self.sender.spool))
+        self._send()
+        return stuck
+
+    def _spool_drafter(self, pl_module: L.LightningModule, step: int) -> None:
+        """Drafter and card of this moment. Figures measured on other weights stay out of both."""
+        from callbacks.card import CardOptions, write_card
+        from peagle.model.export import export_drafter
+
+        with staging(self.sender.spool) as stage:
+            export_drafter(pl_module.drafter, stage / "drafter")
+            name = {"run_id": run_id(self.run_dir), "step": step}
+            _write_provenance(self.run_dir, stage, name)
+            options = CardOptions(repo_id=self.destination.repo_id)
+            write_card(stage, stage / "drafter", stage / "card", options=options)
+            write_entry(self.sender.spool, collect(stage), **name, channel=MAIN, place=os.replace)
+
+    def _spool_checkpoint(self) -> None:
+        """Link the file that was just finished: checkpoints are replaced, never written into."""
+        (step, since), self._awaited = self._awaited, None
+        with _never_failing(f"the checkpoint of step {step} was not published"):
+            files = (self.run_dir / "checkpoints").glob("*.ckpt")
+            times = {path: path.stat().st_mtime for path in files if not path.is_symlink()}
+            newest = max(times, key=times.get, default=None)
+            if newest is None or times[newest] < since - 1:
+                raise FileNotFoundError("no new file in checkpoints/")
+            name = "last.ckpt" if self.hub_strategy == "checkpoint" else f"step-{step}.ckpt"
+            write_entry(
+                self.sender.spool,
+                {name: newest},
+                run_id=run_id(self.run_dir),
+                step=step,
+                channel=CHECKPOINTS,
+                place=os.link,
+            )
+            self._send()
+
+    def _later(self) -> str:
+        repo = self.destination.repo_id
+        return f"To publish later: python -m peagle publish --run {self.run_dir} --repo_id {repo}"
+
+
+def _is_last(trainer: L.Trainer) -> bool:
+    return trainer.should_stop or 0 < trainer.estimated_stepping_batches <= trainer.global_step
+
+
+def _write_provenance(run_dir: Path, stage: Path, name: dict[str, Any]) -> None:
+    """Make ``stage`` a run folder of this step: its name, its curve, no totals of another step."""
+    provenance = read_json(run_dir / PROVENANCE) | name
+    if "training" in provenance:
+        totals = {"steps": name["step"], "tokens": None, "rows": None, "hours": None}
+        provenance["training"] = provenance["training"] | totals
+    (stage / PROVENANCE).write_text(json.dumps(provenance, indent=2))
+    curve = run_dir / "metrics/train.csv"
+    if curve.exists():
+        (stage / "metrics").mkdir()
+        shutil.copyfile(curve, stage / "metrics/train.csv")
+
+
+@contextlib.contextmanager
+def _never_failing(what: str) -> Iterator[None]:
+    """Turn any fault of publishing into one line: a training is worth more than its publication."""
+    try:
+        yield
+    except Exception as error:
+        _say(f"{what}: {error}")
+
+
+def _say(line: str) -> None:
+    rank_zero_info(f"Hub: {line}")

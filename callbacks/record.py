@@ -1,0 +1,124 @@
+"""What a run was: ``provenance.json`` as it trains, the model card once its figures exist."""
+
+import hashlib
+import json
+import time
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+
+from callbacks.card import CardOptions, write_card
+from peagle.data.store import Store, write_atomically
+from peagle.model.target import TargetSource
+from peagle.provenance import environment
+
+
+class RunRecord(L.Callback):
+    """Writes ``provenance.json`` and ``card/``; list it after ``Evaluate``.
+
+    Args:
+        license: of the drafter; default what the target's licence is known to be.
+        base_model_relation: how the Hub files the drafter under its target.
+        repo_id: the name that the card's serving lines use; default the drafter's folder.
+    """
+
+    def __init__(
+        self,
+        license: str | None = None,
+        base_model_relation: Literal["adapter", "finetune", "merge", "quantized"] = "adapter",
+        repo_id: str | None = None,
+    ):
+        self.options = CardOptions(
+            base_model_relation=base_model_relation, license=license, repo_id=repo_id
+        )
+        self.started, self.hours_before = time.monotonic(), 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.started = time.monotonic()
+        self.hours_before = read(trainer).get("training", {}).get("hours", 0.0)
+        if trainer.global_step == 0:  # a new run, whatever lay in its folder
+            self.hours_before = 0.0
+        self.write(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.write(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        run_dir = Path(trainer.default_root_dir)
+        if trainer.is_global_zero and (run_dir / "drafter").exists() and read(trainer):
+            write_card(run_dir, run_dir / "drafter", run_dir / "card", options=self.options)
+            print(f"\nwrote {run_dir / 'card' / 'README.md'}")
+
+    def write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        data = trainer.datamodule
+        known = read(trainer) if trainer.global_step else {}
+        hours = self.hours_before + (time.monotonic() - self.started) / 3600
+        record = {
+            "run_id": known.get("run_id", uuid.uuid4().hex[:12]),
+            "target": target_facts(data.target, data.store),
+            "training": training_facts(trainer, pl_module, hours),
+            "data": data_facts(data.store),
+            "environment": environment(),
+        }
+        path = Path(trainer.default_root_dir) / "provenance.json"
+        write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def read(trainer: L.Trainer) -> dict[str, Any]:
+    path = Path(trainer.default_root_dir) / "provenance.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def target_facts(target: TargetSource, store: Store) -> dict[str, Any]:
+    folder = Path(target.name)
+    config = target.config()
+    return {
+        "name_or_path": str(folder.resolve()) if folder.is_dir() else target.name,
+        "revision": target.revision,
+        "architecture": (config.architectures or [None])[0],
+        "license": None,
+        "fingerprint": store.manifest.fingerprint,
+    }
+
+
+def training_facts(
+    trainer: L.Trainer, pl_module: L.LightningModule, hours: float
+) -> dict[str, Any]:
+    optimizer = trainer.optimizers[0]
+    return {
+        **asdict(pl_module.cod),
+        "loss": " + ".join(f"{weight:g} {name}" for name, weight in pl_module.mix.items()),
+        "optimizer": type(optimizer).__name__,
+        "lr": optimizer.param_groups[0].get("initial_lr"),
+        "steps": trainer.global_step,
+        "tokens": pl_module.tokens_trained * trainer.world_size,
+        "rows": pl_module.rows_trained * trainer.world_size,
+        "hours": round(hours, 4),
+        "seed": trainer.datamodule.seed,
+        "precision": str(trainer.precision),
+        "max_tokens": trainer.datamodule.max_tokens,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+    }
+
+
+def data_facts(store: Store) -> dict[str, Any]:
+    made = json.loads((store.folder / "capture.json").read_text())
+    manifest = (store.folder / "manifest.json").read_bytes()
+    return {
+        "prompts": ", ".join(source["source"] for source in made["prompts"]),
+        "samples": len(store),
+        "tokens": sum(entry.tokens for entry in store.entries),
+        "supervised_tokens": sum(entry.supervised for entry in store.entries),
+        **{key: made[key] for key in ("greedy_share", "temperature", "max_new_tokens")},
+        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+        "datasets": [s["source"] for s in made["prompts"] if is_hub_id(s["source"])],
+    }
+
+
+def is_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not source.endswith(".jsonl")

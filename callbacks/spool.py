@@ -1,0 +1,179 @@
+"""Publications that wait on disk for the Hub, and which files of a run may be in one.
+
+    hub_spool/<time>-step-<N>-<channel>/
+        entry.json    run_id, step, channel
+        files/        exactly the files of the commit
+
+An entry appears whole, by one rename, and never changes. ``callbacks/upload.py`` sends it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import get_token
+
+MAIN, CHECKPOINTS = "main", "ckpts"
+PROVENANCE = "provenance.json"
+DRAFTER_NAMES = frozenset(
+    "config.json generation_config.json model.safetensors.index.json tokenizer.json "
+    "tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
+    "tokenizer.model chat_template.jinja".split()
+)
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+CARD_WEIGHTS = re.compile(r"weights, sha256[^\n]*?\b([0-9a-f]{64})\b")  # a row of its facts table
+SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    folder: Path
+    run_id: str
+    step: int
+    channel: str
+
+    def files(self) -> dict[str, Path]:
+        """Path in the repository -> file, sorted."""
+        top = self.folder / "files"
+        found = sorted(path for path in top.rglob("*") if path.is_file())
+        return {path.relative_to(top).as_posix(): path for path in found}
+
+    def title(self) -> str:
+        """What the history is searched for: the same for the same files, different otherwise."""
+        hashes = {name: _sha256(path) for name, path in self.files().items()}
+        content = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+        weights = [
+            value for name, value in hashes.items() if name.endswith((".safetensors", "ckpt"))
+        ]
+        if len(weights) != 1:  # a sharded drafter
+            weights = [hashlib.sha256("".join(weights).encode()).hexdigest()]
+        return f"{self.run_id} step {self.step} weights {weights[0][:12]} files {content[:12]}"
+
+
+def collect(run_dir: Path) -> dict[str, Path]:
+    """Path in the repository -> file of the run, by an explicit list of names and suffixes.
+
+    Only regular files in real folders: a link could lead to anything.
+    """
+    found = {
+        name: path
+        for name, path in _regular_files(run_dir / "drafter")
+        if name in DRAFTER_NAMES or WEIGHTS.fullmatch(name)
+    }
+    for name, path in _regular_files(run_dir / "card"):
+        if name == "README.md" or (name.endswith(".png") and not name.startswith(".")):
+            found[name] = path
+    for name, path in _regular_files(run_dir / "metrics"):
+        if name.endswith(".json") and not name.startswith("."):
+            found[f"metrics/{name}"] = path
+    found |= {name: path for name, path in _regular_files(run_dir.resolve()) if name == PROVENANCE}
+    if "config.json" not in found or not any(WEIGHTS.fullmatch(name) for name in found):
+        raise ValueError(f"{run_dir / 'drafter'} holds no config.json with model.safetensors")
+    if "README.md" not in found:
+        raise ValueError(f"{run_dir / 'card'} holds no README.md: a drafter goes out with its card")
+    return found
+
+
+def write_entry(
+    spool: Path,
+    files: dict[str, Path],
+    *,
+    run_id: str,
+    step: int,
+    channel: str,
+    place: Callable[[Path, Path], object],
+) -> Entry:
+    """Add an entry; ``place(source, path)`` puts each file there by a copy, a move or a link."""
+    _refuse_secrets(files)
+    with staging(spool) as stage:
+        for name, source in files.items():
+            path = stage / "files" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            place(source, path)
+            _sync(path)
+        description = {"run_id": run_id, "step": step, "channel": channel}
+        (stage / "entry.json").write_text(json.dumps(description))
+        _sync(stage / "entry.json")
+        folder = spool / f"{time.time_ns()}-step-{step}-{channel}"
+        stage.rename(folder)
+    _sync(spool)
+    return Entry(folder, run_id, step, channel)
+
+
+@contextlib.contextmanager
+def staging(spool: Path) -> Iterator[Path]:
+    """A folder beside the entries, gone afterwards unless it was renamed into one."""
+    folder = spool / f".stage-{uuid.uuid4().hex}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def pending(spool: Path) -> list[Entry]:
+    """Oldest first."""
+    entries = []
+    for file in sorted(spool.glob("[!.]*/entry.json")):
+        with contextlib.suppress(FileNotFoundError):  # sent a moment ago
+            entries.append(Entry(file.parent, **json.loads(file.read_text())))
+    return entries
+
+
+def sweep(spool: Path) -> None:
+    """Remove what a killed process left half written or half removed."""
+    for folder in spool.glob(".*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_secrets(files: dict[str, Path]) -> None:
+    token = get_token()
+    for name, path in files.items():
+        if name.endswith((".safetensors", ".ckpt", ".png")):
+            continue
+        text = path.read_text("utf-8", errors="replace")
+        if (token and token in text) or re.search(r"hf_[A-Za-z0-9]{34}", text):
+            raise ValueError(f"{path} contains a token: remove it, then publish again")
+
+
+def check_card(files: dict[str, Path]) -> None:
+    """Refuse weights beside the card of other weights, as a run killed between the two leaves."""
+    named = CARD_WEIGHTS.search(files["README.md"].read_text("utf-8"))
+    if named and "model.safetensors" in files and named[1] != _sha256(files["model.safetensors"]):
+        raise ValueError(
+            f"{files['README.md']} describes other weights than {files['model.safetensors']}: "
+            "write the card again, then publish"
+        )
+
+
+def _regular_files(folder: Path) -> list[tuple[str, Path]]:
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(
+            (entry.name, Path(entry.path))
+            for entry in entries
+            if stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode)
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

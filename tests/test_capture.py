@@ -1,0 +1,130 @@
+"""Capture with the real embedded target: what is stored is what the target computes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_target
+
+from peagle.data import capture as capture_module
+from peagle.data.answers import read_answers
+from peagle.data.capture import capture, wanted_manifest
+from peagle.data.capture_config import CaptureConfig
+from peagle.data.prompts import PromptSource
+from peagle.data.store import Store
+from peagle.model.target import TargetSource, target_head_of
+from peagle.model.target_head import TargetHead
+
+TARGET = TargetSource("tiny")
+CONFIG = CaptureConfig(
+    prompts=[PromptSource("stdlib", limit=6)],
+    max_new_tokens=24,
+    batch_size=4,
+    dtype="float32",
+    val_share=0.3,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("capture") / "store"
+    capture(TARGET, CONFIG, folder)
+    return folder
+
+
+def test_the_store_holds_the_targets_hidden_states_in_bf16(folder):
+    store, target = Store(folder), TARGET.model(dtype=torch.float32, device="cpu")
+    assert len(store) == 6
+    for index in range(6):
+        sample = store.read(index)
+        with torch.no_grad():
+            out = target(sample.input_ids[None], output_hidden_states=True)
+        states = torch.cat([out.hidden_states[k][0] for k in (2, 4, 5)], -1)
+        assert (sample.aux.float() - states).norm() < 4e-3 * states.norm()
+        assert 0 < sample.loss_mask.sum() <= 25
+
+
+def test_the_targets_logits_are_rebuilt_from_the_store(folder):
+    store, target = Store(folder), TARGET.model(dtype=torch.float32, device="cpu")
+    manifest = store.manifest
+    head = TargetHead.load(folder / "target.safetensors", eps=manifest.rms_norm_eps, softcap=None)
+    sample = store.read(0)
+    with torch.no_grad():
+        logits = target(sample.input_ids[None]).logits[0]
+    p, q = torch.softmax(logits, -1), torch.softmax(head(sample.final), -1)
+    assert (p - q).abs().sum(-1).max() < 0.05  # the store is bf16
+    assert head.head.dtype == torch.bfloat16  # nothing is lost: the weights were bf16
+
+
+def test_greedy_answers_are_the_targets_greedy_output(folder):
+    answers = read_answers(folder / "answers.jsonl")
+    assert {a.greedy for a in answers} == {True, False}
+    assert all(a.messages[-1]["role"] == "assistant" for a in answers)
+
+
+def test_an_interrupted_capture_goes_on_and_ends_with_the_same_store(folder, tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_module, "run_batch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            capture(TARGET, CONFIG, tmp_path)
+    with open(tmp_path / "answers.jsonl", "a") as file:
+        file.write('{"id": "torn')
+    with pytest.raises(ValueError, match="no store"):
+        Store(tmp_path)
+    capture(TARGET, CONFIG, tmp_path)
+    first, second = Store(folder), Store(tmp_path)
+    assert {e.sample for e in first.entries} == {e.sample for e in second.entries}
+    assert not (tmp_path / "partial").exists()
+    hashes = [{e.sample: e.hashes for e in store.entries} for store in (first, second)]
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [({"layer_ids": [2, 5]}, "layer_ids"), ({"max_new_tokens": 25}, "answers")],
+)
+def test_a_store_made_otherwise_is_refused_by_field(folder, change, field):
+    with pytest.raises(ValueError, match=f"captured with {field}"):
+        capture(TARGET, replace(CONFIG, **change), folder)
+
+
+def test_a_moved_target_is_still_the_same_target(folder, tmp_path):
+    source = TARGET.path
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    for path in Path(source).glob("*.*"):
+        if path.suffix in (".json", ".safetensors", ".jinja"):
+            (copy / path.name).write_bytes(path.read_bytes())
+    capture(TargetSource(str(copy)), CONFIG, folder)  # finds the store complete
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    with pytest.raises(ValueError, match="fingerprint"):
+        capture(TargetSource(str(copy)), CONFIG, folder)
+
+
+def test_layer_ids_outside_the_target_are_refused():
+    with pytest.raises(ValueError, match=r"0\.\.8"):
+        wanted_manifest(TARGET, replace(CONFIG, layer_ids=[2, 9]))
+
+
+def test_an_unknown_target_is_one_sentence():
+    with pytest.raises(ValueError, match="target 'no/such-folder-or-model' cannot be opened"):
+        TargetSource("no/such-folder-or-model").config()
+
+
+def test_prompts_that_leave_no_room_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="max_tokens = 10 is smaller than every prompt"):
+        capture(TARGET, replace(CONFIG, max_tokens=10), tmp_path)
+
+
+def test_effective_norms_are_read_from_any_convention():
+    target = make_target()
+    head = target_head_of(target, target.config)
+    states = torch.randn(3, 32, dtype=torch.float64)
+    wanted = target.lm_head(target.model.norm(states))
+    assert torch.allclose(head(states).double(), wanted, atol=1e-4)

@@ -1,0 +1,166 @@
+"""The two streams against a flat masked form and against a replay of vLLM's slots."""
+
+import math
+
+import pytest
+import torch
+from conftest import LAYER_IDS, VOCABULARY, WIDTH, make_drafter
+
+from peagle.cod.rollouts import Cod, Rows, sample_rows
+from peagle.cod.visibility import visible
+from peagle.model import attention
+from peagle.model.drafting import draft, new_cache
+from peagle.model.layers import rotate
+
+AUX = len(LAYER_IDS) * WIDTH
+
+
+def documents(*lengths):
+    document = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+    position = torch.cat([torch.arange(n) for n in lengths])
+    tokens = torch.randint(0, VOCABULARY, (len(document),))
+    aux = torch.randn(len(document), AUX, dtype=torch.float64)
+    return document, position, tokens, aux
+
+
+def flat_form(drafter, rows, document, position, tokens, aux):
+    """Every row, all depths at once, in one sequence under the dense mask of the one rule."""
+    known = rows.depth == 0
+    mask_state, mask_embedding = drafter.mask_inputs()
+    hidden = torch.where(known[:, None], drafter.combine(aux)[rows.anchor], mask_state)
+    embedding = torch.where(
+        known[:, None], drafter.embed_tokens(tokens)[rows.anchor], mask_embedding
+    )
+    angles = drafter.rotary.angles(position[rows.anchor] + rows.depth, hidden.dtype)
+    seen = visible(rows, rows, document)
+    for layer in drafter.layers:
+        x, residual = layer.enter(hidden, embedding)
+        query, key, value = layer.self_attn(x)
+        query, key = rotate(query, angles), rotate(key, angles)
+        groups = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+        scores = torch.einsum("qhe,khe->hqk", query, key) / math.sqrt(query.shape[-1])
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        context = torch.einsum("hqk,khe->qhe", weights, value)
+        hidden, embedding = layer.leave(residual, context), None
+    return hidden
+
+
+def all_rows(document, cod):
+    """Depth 0 everywhere (as context) and a draw of deeper rows."""
+    return sample_rows(
+        torch.ones(len(document), dtype=torch.bool),
+        document,
+        cod=cod,
+        generator=torch.Generator().manual_seed(1),
+    )
+
+
+@pytest.mark.parametrize("lengths", [(40,), (7, 1, 25, 2)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_hidden_layers": 4},
+        {"norm_before_residual": True},
+        {"norm_before_fc": True},
+        {"fc_norm": True},
+        {"draft_vocab_size": 20},
+    ],
+    ids=lambda changes: "+".join(changes) or "plain",
+)
+def test_two_streams_equal_the_flat_masked_form(lengths, changes, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_ROWS", 16)  # several blocks, also within a document
+    drafter = make_drafter(**changes)
+    document, position, tokens, aux = documents(*lengths)
+    rows = all_rows(document, Cod(5, 0.8))
+    deep = rows.depth > 0
+    assert deep.sum() > 32
+
+    expected = flat_form(drafter, rows, document, position, tokens, aux)
+    stream = drafter.depth_zero(tokens, aux, position, document_lengths=list(lengths))
+    deeper = drafter.rollouts(rows.deeper(), stream, position, document)
+    assert torch.allclose(stream.hidden, expected[~deep], atol=1e-9)
+    assert torch.allclose(deeper, expected[deep], atol=1e-9)
+
+    weights = torch.randn_like(expected)
+    parameters = [p for n, p in drafter.named_parameters() if not n.startswith(("norm", "lm_"))]
+    wanted = torch.autograd.grad((expected * weights).sum(), parameters)
+    ours = (stream.hidden * weights[~deep]).sum() + (deeper * weights[deep]).sum()
+    for got, want in zip(torch.autograd.grad(ours, parameters), wanted, strict=True):
+        assert torch.allclose(got, want, rtol=1e-7, atol=1e-9)
+
+
+def test_training_rows_equal_a_drafting_pass_in_vllms_slot_layout():
+    """For every anchor, drafting with a cache gives what training computes for its rollout."""
+    drafter, depths = make_drafter(num_hidden_layers=3), 4
+    document, position, tokens, aux = documents(12)
+    rows = sample_rows(
+        torch.ones(12, dtype=torch.bool), document, cod=Cod(depths, 1.0), generator=None
+    )
+    stream = drafter.depth_zero(tokens, aux, position, document_lengths=[12])
+    deeper = drafter.rollouts(rows.deeper(), stream, position, document)
+    trained = {}
+    for row, state in zip(zip(*rows.deeper(), strict=True), deeper, strict=True):
+        trained[tuple(map(int, row))] = drafter.logits(state[None]).argmax().item()
+    for anchor in range(12):
+        trained[anchor, 0] = drafter.logits(stream.hidden[anchor][None]).argmax().item()
+
+    cache = new_cache(drafter, 32)
+    known = 0
+    for anchor in (2, 3, 6, 8):  # slots come in as verifications accept 3, 1, 3, 2 of them
+        new = slice(known, anchor + 1)
+        guesses = draft(
+            drafter,
+            cache,
+            tokens[None, new],
+            aux[None, new],
+            torch.tensor([known]),
+            torch.tensor([anchor + 1 - known]),
+            num_tokens=depths,
+        )
+        known = anchor + 1
+        assert guesses[0].tolist() == [trained[anchor, depth] for depth in range(depths)]
+
+
+def test_rows_of_a_batch_do_not_disturb_each_other_in_drafting():
+    drafter = make_drafter()
+    tokens = torch.randint(0, VOCABULARY, (3, 9))
+    aux = torch.randn(3, 9, AUX, dtype=torch.float64)
+    count = torch.tensor([9, 4, 6])
+    start = torch.zeros(3, dtype=torch.long)
+    together = draft(drafter, new_cache(drafter, 20), tokens, aux, start, count, num_tokens=4)
+    for row, length in enumerate(count.tolist()):
+        alone = draft(
+            drafter,
+            new_cache(drafter, 20),
+            tokens[row : row + 1, :length],
+            aux[row : row + 1, :length],
+            start[:1],
+            count[row : row + 1],
+            num_tokens=4,
+        )
+        assert torch.equal(alone[0], together[row])
+
+
+def test_a_guess_depends_on_its_position():
+    drafter = make_drafter()
+    _, position, tokens, aux = documents(10)
+    near = drafter.depth_zero(tokens, aux, position, document_lengths=[10]).hidden
+    stretched = drafter.depth_zero(tokens, aux, position * 3, document_lengths=[10]).hidden
+    assert torch.allclose(near[0], stretched[0])  # alone, a slot has nobody to be distant from
+    assert not torch.allclose(near[5], stretched[5])
+
+
+def test_the_rule_of_visibility_is_the_table_of_its_docstring():
+    rows = Rows(torch.tensor([0, 1, 2, 1, 1, 2]), torch.tensor([0, 0, 0, 1, 2, 1]))
+    query = Rows(torch.tensor([2, 1, 2]), torch.tensor([0, 2, 1]))
+    seen = visible(query, rows, torch.zeros(3, dtype=torch.long)).int().tolist()
+    assert seen == [[1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 1]]
+
+
+def test_guesses_of_a_pruned_vocabulary_come_back_as_target_ids():
+    drafter = make_drafter(draft_vocab_size=3)
+    kept = torch.tensor([4, 17, 30])
+    drafter.d2t.copy_(kept - torch.arange(3))
+    assert drafter.target_ids(torch.tensor([2, 0, 1])).tolist() == [30, 4, 17]

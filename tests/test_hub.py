@@ -1,0 +1,331 @@
+"""Publishing against a real HTTP server with the real client; nothing of the client is replaced."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import hub_runs
+import pytest
+from hub_runs import PUBLISHED, REPO, finish_run, publish
+from hub_server import TOKEN, Hub
+from huggingface_hub import snapshot_download
+
+from callbacks.hub import HubPublisher, PublishResult
+from callbacks.spool import pending
+
+TIMEOUT = 8.0  # a request of the sender is given a quarter of it
+FAULTS = {  # what goes wrong, and how many commits must be there after the first attempt
+    "commit answers 503": ("commit", {"status": 503, "times": 2}, 1),
+    "commit answers 429": (
+        "commit", {"status": 429, "times": 1, "headers": {"Retry-After": "1"}}, 1
+    ),
+    "commit answers 412": ("commit", {"status": 412, "times": 1}, 1),
+    "commit hangs once": ("commit", {"hang": 4.0, "drop": True, "times": 1}, 1),
+    "line cut before the commit": ("commit", {"drop": True, "times": 1}, 1),
+    "line cut after the commit": ("commit", {"drop": True, "after": True, "times": 1}, 1),
+    "every answer is 503": ("any", {"status": 503}, 0),
+    "every request hangs": ("any", {"hang": 600.0}, 0),
+    "login refused": ("any", {"status": 401}, 0),
+    "no permission": ("commit", {"status": 403}, 0),
+}  # fmt: skip
+RARE_FAULTS = {
+    "create answers 503": ("create", {"status": 503, "times": 1}, 1),
+    "preupload answers 503": ("preupload", {"status": 503, "times": 1}, 1),
+    "commit done but answered 503": ("commit", {"status": 503, "after": True, "times": 1}, 1),
+    "commit done but answered late": ("commit", {"hang": 4.0, "after": True, "times": 1}, 1),
+    "upload cut": ("storage.upload", {"drop": True, "times": 1}, 1),
+    "tag answers 503": ("tag", {"status": 503, "times": 1}, 1),
+    "every answer is 429": ("any", {"status": 429, "headers": {"Retry-After": "600"}}, 0),
+    "every line is cut": ("any", {"drop": True}, 0),
+}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    with Hub() as hub:
+        yield hub
+
+
+def spooled(run_dir: Path) -> list[int]:
+    return [entry.step for entry in pending(run_dir / "hub_spool")]
+
+
+def run_script(**task) -> subprocess.Popen:
+    command = [sys.executable, hub_runs.__file__, json.dumps(task)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("part_size", [None, pytest.param(3000, marks=pytest.mark.slow)])
+def test_a_published_run_comes_back_byte_for_byte(hub, tmp_path, part_size):
+    hub.storage.part_size = part_size
+    sha = finish_run(tmp_path / "run", step=40)
+    result = publish(tmp_path / "run", hub.url)
+    assert result.complete and spooled(tmp_path / "run") == []
+    (commit,) = hub.history(REPO)
+    assert re.fullmatch(f"run-1 step 40 weights {sha[:12]} files [0-9a-f]{{12}}", commit.title)
+    assert hub.repos[REPO].tags == {"step-40": commit.oid}
+    assert hub.repos[REPO].private
+    folder = snapshot_download(
+        REPO, revision="step-40", endpoint=hub.url, token=TOKEN, cache_dir=tmp_path / "cache"
+    )
+    files = {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*.*")}
+    assert files - {".gitattributes"} == PUBLISHED
+    places = {"config.json": "drafter", "model.safetensors": "drafter", "README.md": "card"}
+    for name in PUBLISHED - {"accuracy.png"}:
+        source = tmp_path / "run" / places.get(name, ".") / name
+        assert (Path(folder) / name).read_bytes() == source.read_bytes()
+
+
+@dataclass
+class Outcome:
+    """What a fault left after the first attempt, and after another with a healthy Hub."""
+
+    result: PublishResult
+    seconds: float
+    commits: tuple[int, int]
+    waiting: tuple[list[int], list[int]]
+    tags: list[str]
+    met: int
+
+
+def meet_fault(run_dir: Path, fault: tuple[str, dict, int]) -> Outcome:
+    route, what, commits = fault
+    finish_run(run_dir, step=3)
+    with Hub() as hub:
+        fault = hub.fault(route, **what)
+        started = time.monotonic()
+        result = publish(run_dir, hub.url, publish_timeout=TIMEOUT if commits else 1.5)
+        seconds = time.monotonic() - started
+        landed, waiting = len(hub.history(REPO)), spooled(run_dir)
+        hub.faults.clear()
+        publish(run_dir, hub.url)
+        commits = (landed, len(hub.history(REPO)))
+        waiting = (waiting, spooled(run_dir))
+        return Outcome(result, seconds, commits, waiting, [*hub.repos[REPO].tags], fault.met)
+
+
+def meet_faults(faults: dict, folders: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Every fault at once: they wait more than they work."""
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(5) as pool:
+        patch.setenv("HF_TOKEN", TOKEN)
+        patch.setenv("HF_HUB_DISABLE_XET", "1")
+        runs = [folders.mktemp("fault") for _ in faults]
+        return dict(zip(faults, pool.map(meet_fault, runs, faults.values()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    return meet_faults(FAULTS, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def rare_outcomes(tmp_path_factory):
+    return meet_faults(RARE_FAULTS, tmp_path_factory)
+
+
+def assert_one_commit(outcome: Outcome, fault: tuple[str, dict, int]) -> None:
+    _, what, commits = fault
+    assert outcome.met >= min(what.get("times", 1), 2), "the fault never happened"
+    assert outcome.commits == (commits, 1)
+    assert outcome.waiting == ([] if commits else [3], [])
+    assert outcome.result.complete == bool(commits)
+    assert outcome.tags == ["step-3"]
+    assert outcome.seconds < (TIMEOUT if commits else 1.5) + 5
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_ends_in_one_commit_once_the_hub_is_well(outcomes, fault):
+    assert_one_commit(outcomes[fault], FAULTS[fault])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", RARE_FAULTS)
+def test_every_rarer_fault_ends_in_one_commit_too(rare_outcomes, fault):
+    assert_one_commit(rare_outcomes[fault], RARE_FAULTS[fault])
+
+
+def test_only_listed_regular_files_reach_the_hub(hub, tmp_path):
+    finish_run(tmp_path, step=1)
+    (tmp_path / "secret").write_text("not for anybody")
+    for folder in ("drafter", "card", "metrics", "."):
+        for name in (
+            ".env",
+            "optimizer.pt",
+            "last.ckpt",
+            "notes.txt",
+            "pickle.bin",
+            ".hidden.json",
+        ):
+            (tmp_path / folder / name).write_text("not for anybody")
+    for link in ("drafter/tokenizer.json", "metrics/bench.json", "card/plot.png"):
+        (tmp_path / link).symlink_to(tmp_path / "secret")
+    (tmp_path / "drafter/merges.txt").mkdir()
+    os.mkfifo(tmp_path / "metrics/pipe.json")
+    assert publish(tmp_path, hub.url).complete
+    assert set(hub.content(REPO)) == PUBLISHED | {".gitattributes"}
+    assert b"not for anybody" not in hub.received
+
+
+def test_a_linked_folder_is_not_followed(hub, tmp_path):
+    finish_run(tmp_path, step=1)
+    (tmp_path / "metrics").rename(tmp_path / "elsewhere")
+    (tmp_path / "metrics").symlink_to(tmp_path / "elsewhere")
+    assert publish(tmp_path, hub.url).complete
+    assert not [name for name in hub.content(REPO) if name.startswith("metrics/")]
+
+
+def test_publishing_again_or_twice_at_once_makes_no_second_commit(hub, tmp_path):
+    finish_run(tmp_path, step=1)
+    hub.fault("commit", hang=0.5, after=True)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: publish(tmp_path, hub.url), range(2)))
+    assert [result.complete for result in results] == [True, True]
+    repo = hub.repos[REPO]
+    for number in range(30):  # others' commits push ours to the history's second page
+        hub.add_commit(repo, "main", f"edit {number}", "", repo.at("main").files)
+    assert publish(tmp_path, hub.url).complete
+    assert sum("step 1 " in commit.title for commit in hub.history(REPO)) == 1
+
+
+def test_a_later_publication_leaves_no_figures_of_other_weights(hub, tmp_path):
+    finish_run(tmp_path, step=1)
+    assert publish(tmp_path, hub.url).complete
+    finish_run(tmp_path, step=2)
+    (tmp_path / "metrics/validate.json").rename(tmp_path / "metrics/acceptance.json")
+    assert publish(tmp_path, hub.url).complete
+    assert {name for name in hub.content(REPO) if name.startswith("metrics/")} == {
+        "metrics/acceptance.json"
+    }
+    assert "metrics/validate.json" in hub.content(REPO, "step-1")
+
+
+@pytest.mark.slow
+def test_a_richer_card_of_the_same_step_is_published_and_the_first_tag_stays(hub, tmp_path):
+    finish_run(tmp_path, step=1)
+    assert publish(tmp_path, hub.url).complete
+    with (tmp_path / "card/README.md").open("a") as card:
+        card.write("measured later\n")
+    assert publish(tmp_path, hub.url).complete
+    second, first = hub.history(REPO)
+    assert hub.repos[REPO].tags == {"step-1": first.oid, f"step-1-{second.oid[:7]}": second.oid}
+    assert b"measured later" in hub.content(REPO)["README.md"]
+
+
+def test_another_branch_is_made_and_main_stays_as_it_was(hub, tmp_path):
+    finish_run(tmp_path, step=1)
+    assert publish(tmp_path, hub.url, revision="candidates", private=False).complete
+    assert set(hub.content(REPO, "candidates")) == PUBLISHED | {".gitattributes"}
+    assert set(hub.content(REPO)) == {".gitattributes"}
+    assert not hub.repos[REPO].private
+
+
+def test_a_dry_run_writes_and_names_everything_and_sends_nothing(hub, tmp_path):
+    finish_run(tmp_path, step=1)
+    result = publish(tmp_path, hub.url, dry_run=True)
+    (folder,) = (tmp_path / "hub_dry_run").iterdir()
+    written = {path.relative_to(folder / "files").as_posix() for path in folder.rglob("files/**/*")}
+    assert {name for name in written if "." in name} == PUBLISHED
+    assert all(any(name in line for line in result.planned) for name in PUBLISHED)
+    assert hub.requests == [] and spooled(tmp_path) == []
+
+
+SPOILS = {
+    "card of other weights": ("drafter/model.safetensors", "other", "other weights"),
+    "no card": ("card/README.md", None, "goes out with its card"),
+    "no config": ("drafter/config.json", None, "no config.json"),
+    "no step": ("provenance.json", '{"step": "many"}', "after how many steps"),
+    "our token": ("metrics/validate.json", f'"{TOKEN}"', "contains a token"),
+    "a token": ("provenance.json", json.dumps({"step": 1, "a": "hf_" + "x" * 34}), "contains a t"),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_a_run_that_must_not_be_published_is_refused_in_one_sentence(hub, tmp_path, spoil):
+    path, content, said = SPOILS[spoil]
+    finish_run(tmp_path, step=1)
+    (tmp_path / "metrics/train.csv").unlink()
+    (tmp_path / path).unlink()
+    if content is not None:
+        (tmp_path / path).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        publish(tmp_path, hub.url)
+    assert hub.requests == [] and spooled(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repo_id": "no-owner"},
+        {"repo_id": "a/b/c"},
+        {"repo_id": "alice/dra fter"},
+        {"repo_id": f"alice/{TOKEN}"},
+        {"repo_id": REPO, "endpoint": f"http://user:{TOKEN}@127.0.0.1"},
+        {"repo_id": REPO, "endpoint": "http://user:password@127.0.0.1"},
+        {"repo_id": REPO, "revision": TOKEN},
+        {"repo_id": REPO, "revision": "ckpts"},
+        {"repo_id": REPO, "hub_strategy": "sometimes"},
+        {"repo_id": REPO, "publish_timeout": 0},
+    ],
+)
+def test_a_malformed_setting_or_a_token_in_one_is_refused(options):
+    with pytest.raises(ValueError) as refusal:
+        HubPublisher(**options)
+    assert TOKEN not in str(refusal.value)
+
+
+def test_there_is_no_setting_for_a_token():
+    with pytest.raises(TypeError, match="token"):
+        HubPublisher(REPO, token=TOKEN)
+
+
+def kill(process: subprocess.Popen, *, sender_too: bool) -> None:
+    """As the kernel does when memory runs out: no handler runs, nothing is flushed."""
+    if process.poll() is None:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        for child in children if sender_too else []:
+            os.kill(int(child), signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.slow
+def test_kill_9_during_publish_mixes_duplicates_and_loses_nothing(hub, tmp_path):
+    draw = random.Random(10)
+    hub.fault("commit", hang=0.3, after=True)  # a wide window between done and answered
+    weights, owed = {}, set()
+    for step in range(1, 11):
+        weights[step] = finish_run(tmp_path, step=step)
+        process = run_script(do="publish", run_dir=str(tmp_path), endpoint=hub.url)
+        while (
+            step not in spooled(tmp_path) and process.poll() is None
+        ):  # what is killed before is not yet being published
+            time.sleep(0.001)
+        expected = len(hub.requests) + draw.randint(1, 14)
+        while len(hub.requests) < expected and process.poll() is None:
+            time.sleep(0.005)
+        kill(process, sender_too=step % 2 == 0)
+        owed |= {step, *spooled(tmp_path)}
+    assert publish(tmp_path, hub.url).complete
+    assert spooled(tmp_path) == []
+    steps = [int(re.search(r"step (\d+)", commit.title)[1]) for commit in hub.history(REPO)]
+    assert sorted(steps) == sorted(owed)  # each once
+    for commit, step in zip(hub.history(REPO), steps, strict=True):
+        content = hub.content(REPO, commit.oid)
+        found = hashlib.sha256(content["model.safetensors"]).hexdigest()
+        assert found == weights[step] and weights[step][:12] in commit.title
+        assert f"# Step {step}\n" in content["README.md"].decode()
+        assert weights[step] in content["README.md"].decode()
+        assert json.loads(content["provenance.json"])["step"] == step
+        assert json.loads(content["metrics/validate.json"])["step"] == step

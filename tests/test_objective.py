@@ -1,0 +1,105 @@
+"""Segments and held gradients against one plain backward pass."""
+
+import pytest
+import torch
+from conftest import make_drafter, make_head, make_sample
+
+from peagle.cod.rollouts import Cod, expected_rows, sample_rows
+from peagle.cod.segments import Segment, partition
+from peagle.data.batch import Batch, pack
+from peagle.loss import head_loss
+from peagle.model.objective import objective
+
+COD = Cod(6, 0.8)
+
+
+def make_batch(lengths=(60, 25, 41), segments=None, dtype=torch.float64):
+    slots = pack([make_sample(n, seed) for seed, n in enumerate(lengths)])
+    slots["aux"], slots["final"] = slots["aux"].to(dtype), slots["final"].to(dtype)
+    whole = (Segment(0, len(slots["tokens"])),)
+    return Batch(**slots, segments=segments or whole, seed=0)
+
+
+def draw(batch):
+    generator = torch.Generator().manual_seed(batch.seed)
+    return sample_rows(batch.supervised, batch.document, cod=COD, generator=generator)
+
+
+def plain_loss(drafter, head, batch, rows):
+    """No segments, no held gradients: ordinary autograd over all rows."""
+    lengths = torch.bincount(batch.document).tolist()
+    stream = drafter.depth_zero(batch.tokens, batch.aux, batch.position, document_lengths=lengths)
+    deep = rows.depth > 0
+    hidden = stream.hidden[rows.anchor]
+    hidden[deep] = drafter.rollouts(rows.deeper(), stream, batch.position, batch.document)
+    logits = drafter.lm_head(drafter.norm(hidden))
+    p = torch.softmax(head(batch.final).double(), -1)[rows.position]
+    return (p * (p.log() - torch.log_softmax(logits, -1))).sum()
+
+
+def gradients(loss, drafter):
+    drafter.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in drafter.named_parameters()}
+
+
+def test_held_gradients_equal_ordinary_backward():
+    drafter, head, batch = make_drafter(), make_head(), make_batch()
+    rows = draw(batch)
+    wanted_loss = plain_loss(drafter, head, batch, rows)
+    wanted = gradients(2 * wanted_loss / 7, drafter)
+    outcome = objective(drafter, head, batch, rows, mix={"kl": 1.0})
+    got = gradients(2 * outcome.loss / 7, drafter)
+    assert outcome.loss.item() == pytest.approx(wanted_loss.item(), rel=1e-6)
+    for name, want in wanted.items():
+        assert (got[name] - want).norm() <= 1e-6 * want.norm(), name
+
+
+@pytest.mark.parametrize("count", [2, 5, 16])
+def test_segments_change_neither_loss_nor_gradients_in_float32(count):
+    drafter, head = make_drafter().float(), make_head()
+    whole = make_batch(lengths=(160, 25, 41), dtype=torch.float32)
+    expected = expected_rows(whole.supervised, whole.document, cod=COD)
+    segments = partition(expected, max_rows=int(expected.sum() / count) + 4)
+    assert 0.8 * count <= len(segments) <= count
+    rows = draw(whole)
+    once = objective(drafter, head, whole, rows, mix={"kl": 1.0})
+    wanted = gradients(once.loss, drafter)
+    parts = objective(drafter, head, whole._replace(segments=segments), rows, mix={"kl": 1.0})
+    got = gradients(parts.loss, drafter)
+    assert torch.equal(once.correct, parts.correct)
+    for name, want in wanted.items():
+        assert (got[name] - want).norm() <= 1e-5 * want.norm(), name
+
+
+def test_every_parameter_gets_a_gradient_even_without_deep_rows():
+    drafter, head, batch = make_drafter(), make_head(), make_batch(lengths=(20,))
+    rows = sample_rows(batch.supervised, batch.document, cod=Cod(1), generator=None)
+    got = gradients(objective(drafter, head, batch, rows, mix={"kl": 1.0}).loss, drafter)
+    assert not got["mask_hidden"].any()
+    assert got["fc.weight"].any()
+
+
+def test_correct_marks_the_rows_whose_guess_is_the_label():
+    drafter, head, batch = make_drafter(), make_head(), make_batch()
+    rows = draw(batch)
+    with torch.no_grad():
+        outcome = objective(drafter, head, batch, rows, mix={"kl": 1.0})
+    assert not outcome.loss.requires_grad
+    assert 0 < outcome.correct.float().mean() < 0.5  # chance level, not nothing
+
+
+def test_a_perfect_drafter_of_depth_zero_has_no_loss():
+    """A drafter whose last state is the target's own agrees with it: shifts and heads line up."""
+    drafter, head, batch = make_drafter(num_hidden_layers=1), make_head(), make_batch()
+    rows = sample_rows(batch.supervised, batch.document, cod=Cod(1), generator=None)
+    teacher = head(batch.final).double()
+    loss, _ = head_loss(
+        torch.nn.functional.rms_norm(batch.final, (32,), head.norm.double(), 1e-6),
+        head.head.double(),
+        teacher,
+        torch.arange(len(teacher)),
+        mix={"kl": 1.0},
+    )
+    assert loss.item() < 1e-6 * len(rows.anchor)
+    assert objective(drafter, head, batch, rows, mix={"kl": 1.0}).loss.item() > 1.0

@@ -1,0 +1,157 @@
+"""Lightning around the numeric core: short runs on a store of random hidden states."""
+
+import lightning as L
+import pytest
+import torch
+from torch.optim import AdamW
+
+from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
+from peagle.cod.rollouts import Cod
+from peagle.data.datamodule import HiddenStatesDataModule
+from peagle.evaluation import EvaluationConfig
+from peagle.module import LinearSchedule, PEagleModule, load_drafter
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+COD = Cod(4, 0.8)
+
+
+def make_module(**changes):
+    settings = {"mask_token_id": 1, "cod": COD, "num_layers": 2}
+    return PEagleModule(**{**settings, "optimizer": lambda p: AdamW(p, lr=3e-3), **changes})
+
+
+def make_data(store, **changes):
+    settings = {"max_tokens": 64, "max_rows": 200, "num_workers": 0, "seed": 0}
+    return HiddenStatesDataModule(
+        target="tiny",
+        revision=None,
+        store=str(store),
+        cod=COD,
+        mask_token_id=1,
+        evaluation=EvaluationConfig(),
+        **{**settings, **changes},
+    )
+
+
+def make_trainer(folder, steps, **changes):
+    settings = {
+        "default_root_dir": str(folder),
+        "max_steps": steps,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        "plugins": [AtomicCheckpointIO()],
+        "callbacks": [Checkpoint(every_n_steps=10)],
+    }
+    return L.Trainer(**{**settings, **changes})
+
+
+class Losses(L.Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(float(outputs["loss"]))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_twenty_steps_lower_the_loss(random_store, tmp_path, precision):
+    losses = Losses()
+    trainer = make_trainer(
+        tmp_path,
+        20,
+        precision=precision,
+        gradient_clip_val=1.0,
+        callbacks=[losses, Checkpoint(every_n_steps=100)],
+    )
+    trainer.fit(make_module(), datamodule=make_data(random_store))
+    assert len(losses.values) == 20
+    assert sum(losses.values[-4:]) < 0.8 * sum(losses.values[:4])
+
+
+def test_a_checkpoint_brings_back_the_drafter_and_refuses_another_architecture(
+    random_store, tmp_path
+):
+    module = make_module()
+    make_trainer(tmp_path, 3).fit(module, datamodule=make_data(random_store))
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    drafter = load_drafter(last)
+    for name, tensor in module.drafter.state_dict().items():
+        assert torch.equal(tensor, drafter.state_dict()[name]), name
+    with pytest.raises(ValueError, match=r"num_hidden_layers: checkpoint 2, this run 3"):
+        make_trainer(tmp_path, 5).fit(
+            make_module(num_layers=3),
+            datamodule=make_data(random_store),
+            ckpt_path=str(last),
+            weights_only=True,
+        )
+
+
+def test_validation_counts_every_supervised_row_of_every_depth(random_store, tmp_path):
+    module, data = make_module(), make_data(random_store)
+    trainer = make_trainer(tmp_path, 1, limit_val_batches=1.0)
+    trainer.fit(module, datamodule=data)
+    trainer.validate(module, datamodule=data, verbose=False)
+    report = module.depths.compute()
+    lengths = [data.store.entries[i].tokens for i in data.store.split("val")]
+    # Prompt of 3: tokens 3.. are the assistant's; slots 2..n-3 are supervised.
+    runs = [n - 4 for n in lengths]
+    assert report.count == [sum(max(0, run - depth) for run in runs) for depth in range(4)]
+
+
+def test_a_pruned_vocabulary_is_chosen_from_the_store_and_kept_in_the_checkpoint(
+    random_store, tmp_path
+):
+    module = make_module(draft_vocab_size=20)
+    make_trainer(tmp_path, 2).fit(module, datamodule=make_data(random_store))
+    drafter = load_drafter(tmp_path / "checkpoints" / "last.ckpt")
+    kept = torch.arange(20) + drafter.d2t
+    counts = make_data(random_store)
+    counts.setup("fit")
+    wanted = counts.assistant_tokens().argsort(descending=True, stable=True)[:20].sort().values
+    assert torch.equal(kept, wanted)
+    assert torch.equal(drafter.t2d.nonzero().flatten(), kept)
+    assert len(module.target_head.head) == 20
+
+
+def test_frozen_embeddings_stay_the_targets(random_store, tmp_path):
+    module = make_module(train_embeddings=False)
+    make_trainer(tmp_path, 2).fit(module, datamodule=make_data(random_store))
+    assert torch.equal(module.drafter.embed_tokens.weight, module.full_head[0].embedding.float())
+
+
+def test_accumulated_steps_equal_lightnings_mean_of_their_gradients(random_store, tmp_path):
+    trainer = make_trainer(tmp_path, 3, accumulate_grad_batches=2)
+    trainer.fit(make_module(), datamodule=make_data(random_store))
+    assert trainer.global_step == 3
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"max_tokens": 5}, "max_tokens = 5 is smaller than each"), ({"max_rows": 2}, "max_rows")],
+)
+def test_settings_that_fit_no_sample_are_refused(random_store, tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        make_trainer(tmp_path, 2).fit(make_module(), datamodule=make_data(random_store, **changes))
+
+
+def test_a_mask_token_outside_the_vocabulary_is_refused(random_store):
+    data = make_data(random_store)
+    data.mask_token_id = 48
+    with pytest.raises(ValueError, match=r"mask_token_id must lie in 0\.\.47, got 48"):
+        data.setup("fit")
+
+
+def test_the_schedule_warms_up_and_decays_by_step():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = LinearSchedule(optimizer, 10, warmup_ratio=0.2)
+    rates = []
+    for _ in range(11):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0])
