@@ -8,6 +8,7 @@ Nothing random is stored: the order of an epoch and the seed of every COD draw f
 
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -132,6 +133,8 @@ class HiddenStatesDataModule(L.LightningDataModule):
             "their hash": self.hash_of(samples),
         }
         refuse_other_order(self.saved_order, self.order)
+        # Lightning cannot know that the sampler finds its place by counting.
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
         sampler = PackSampler(
             samples,
             lengths,

@@ -4,6 +4,7 @@ As a script it is ``python -m peagle``, except that nothing is captured before a
 after ``fit``, because no target has these hidden states.
 """
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ def run_toy() -> None:
 def as_process(arguments: list[str], environment: dict[str, str], log: str) -> None:
     """Body of a forked process: the toy run, its output in a file."""
     os.setsid()  # a process group of its own, so that a signal to all of it ends there
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as usual
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -91,13 +93,17 @@ def make_manifest() -> Manifest:
     )
 
 
-def make_store(folder: Path, samples: int = SAMPLES) -> Path:
+def split(number: int) -> str:
+    return "val" if number % 10 == 4 else "train"
+
+
+def make_store(folder: Path, samples: int = SAMPLES, identity: str | None = None) -> Path:
     """``samples`` random conversations in shards of ten; every tenth is for validation."""
     manifest = make_manifest()
-    writer = StoreWriter(folder, shard_bytes=10**9, identity=manifest.identity())
+    identity = identity or manifest.identity()
+    writer = StoreWriter(folder, shard_bytes=10**9, identity=identity)
     for number in range(samples):
-        split = "val" if number % 10 == 4 else "train"
-        writer.append(f"{number:016x}", split, make_sample(number))
+        writer.append(f"{number:016x}", split(number), make_sample(number))
         if number % 10 == 9:
             writer.flush()
     writer.flush()
