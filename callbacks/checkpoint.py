@@ -6,6 +6,7 @@ file system, a kill or a full disk in the middle destroys the previous checkpoin
 
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Checkpoint as BaseCheckpoint
+
+from peagle.checkpoint import read_checkpoint
+from peagle.data.store import publish
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -28,11 +32,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            if size_of(checkpoint) > shutil.disk_usage(path.parent).free:
+                raise OSError("no space left on device")
+            torch.save(checkpoint, temporary)
+            publish(temporary, path)
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
             need, have = size_of(checkpoint), shutil.disk_usage(path.parent).free
@@ -44,10 +47,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: _PATH, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Raises ``ValueError`` for http(s) addresses, whatever the caller asked for."""
-        if str(path).startswith(("http://", "https://")):
-            raise ValueError(f"{path}: checkpoints are loaded from files or hf:// only")
-        return super().load_checkpoint(path, map_location=map_location, weights_only=True)
+        """As data, whatever the caller asked for; see ``read_checkpoint``."""
+        return read_checkpoint(str(path), map_location=map_location)
 
 
 def size_of(checkpoint: Any) -> int:
@@ -62,15 +63,19 @@ def size_of(checkpoint: Any) -> int:
 
 
 class Checkpoint(BaseCheckpoint):
-    """``checkpoints/last.ckpt``, renewed every so many steps or minutes, and after an exception.
+    """``checkpoints/last.ckpt``, renewed every so many steps or minutes, and when a run is ended.
 
     Lightning's ``ModelCheckpoint`` ranks checkpoints by a metric; a drafter is trained to the end
     of its schedule, so the last one is the one that counts.
 
+    Every checkpoint is the state right after a finished optimizer step: a run that ends in the
+    middle of the next one (an exception, a signal, gradients half accumulated) resumes at that
+    step's first batch, and goes on as if nothing had happened.
+
     Args:
         every_n_steps: optimizer steps between checkpoints.
         minutes: also after this much time, when given.
-        keep_all: keep a copy of each, ``step-N.ckpt``.
+        keep_all: keep each of them too, as ``step-N.ckpt``.
     """
 
     def __init__(
@@ -80,6 +85,9 @@ class Checkpoint(BaseCheckpoint):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps, self.minutes, self.keep_all = every_n_steps, minutes, keep_all
         self.saved_step, self.saved_time = 0, time.monotonic()
+        self.stepping = False  # the optimizer may be writing: weights are neither old nor new
+        self.finished_step = 0
+        self.finished: dict[str, Any] = {}  # the counters as they were after that step
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and stage == "fit":
@@ -87,7 +95,13 @@ class Checkpoint(BaseCheckpoint):
                 leftover.unlink()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.saved_step, self.saved_time = trainer.global_step, time.monotonic()
+        self.saved_step = self.finished_step = trainer.global_step
+        self.saved_time = time.monotonic()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.stepping = True
 
     def on_train_batch_end(
         self,
@@ -97,30 +111,63 @@ class Checkpoint(BaseCheckpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        step = trainer.global_step
-        if step == self.saved_step:  # gradients are still being accumulated
+        if trainer.global_step == self.finished_step:  # gradients are still being accumulated
             return
-        late = self.minutes and time.monotonic() - self.saved_time > self.minutes * 60
-        if trainer.strategy.broadcast(bool(late)) or step % self.every_n_steps == 0:
+        self.note_step(trainer, pl_module)
+        late = False
+        if self.minutes is not None:
+            passed = time.monotonic() - self.saved_time
+            late = trainer.strategy.broadcast(passed > self.minutes * 60)
+        if late or trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
+            trainer.strategy.barrier("checkpoint")
+
+    def note_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.stepping, self.finished_step = False, trainer.global_step
+        self.finished = {
+            "fit_loop": trainer.fit_loop.state_dict(),
+            "progress": pl_module.progress(),
+        }
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        if trainer.training and trainer.global_step > self.saved_step:
+        """Save what is finished. No collective: the other ranks may be gone, or be waiting."""
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        if self.stepping and batches.processed == batches.ready:
+            self.note_step(trainer, pl_module)  # another callback failed after the step
+        if self.stepping:
+            print("the optimizer was interrupted: its weights are not saved", file=sys.stderr)
+        elif self.finished_step > self.saved_step:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step > self.saved_step:
+        if self.finished_step > self.saved_step:
             self.save(trainer)
+            trainer.strategy.barrier("checkpoint")
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write ``last.ckpt`` on rank 0; every rank must call this."""
-        self.saved_step, self.saved_time = trainer.global_step, time.monotonic()
+        """Write ``last.ckpt``; only the first rank does anything."""
+        self.saved_step, self.saved_time = self.finished_step, time.monotonic()
+        if not trainer.is_global_zero:
+            return
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        checkpoint["loops"]["fit_loop"] = self.finished["fit_loop"]
+        checkpoint |= {"progress": self.finished["progress"], "global_step": self.finished_step}
         last = folder_of(trainer) / "last.ckpt"
-        trainer.save_checkpoint(last)
-        if self.keep_all and trainer.is_global_zero:
-            shutil.copyfile(last, last.with_name(f"step-{self.saved_step}.ckpt"))
+        trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, last)
+        if self.keep_all:
+            keep(last, last.with_name(f"step-{self.saved_step}.ckpt"))
+
+
+def keep(source: Path, name: Path) -> None:
+    """Give a finished file a second name; a copy where the file system has no links."""
+    temporary = name.with_name(name.name + ".tmp")
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    publish(temporary, name)
 
 
 def folder_of(trainer: L.Trainer) -> Path:

@@ -47,6 +47,8 @@ def main() -> None:
             raise
         print(f"peagle: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

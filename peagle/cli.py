@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
+from peagle.checkpoint import check_address
 from peagle.data.capture import capture
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.datamodule import HiddenStatesDataModule
@@ -45,7 +46,7 @@ class PEagleCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        hidden = {"model", "datamodule"}
+        hidden = {"model", "datamodule", "weights_only"}  # checkpoints are data, always
         return {
             "fit": {*hidden, "train_dataloaders", "val_dataloaders"},
             "validate": {*hidden, "dataloaders"},
@@ -76,14 +77,21 @@ class PEagleCLI(LightningCLI):
         """Lightning would let a checkpoint's hyper-parameters override the command line."""
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Checkpoints are read as data, and ``last`` means this run's."""
+        """Checkpoints are read as data, and ``last`` means this run's.
+
+        A job that is started again and again with one command needs ``fit --ckpt_path last`` to
+        begin when there is nothing to go on from.
+        """
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         path = arguments.get("ckpt_path")
         if path == "last":
             path = str(Path(self.config[subcommand].run_dir) / "checkpoints" / "last.ckpt")
-        if path is not None and "://" not in path and not Path(path).is_file():
-            raise ValueError(f"checkpoint {path} does not exist")
-        if path is None and subcommand != "fit":
+            if subcommand == "fit" and not Path(path).exists():
+                print(f"no {path} yet: starting from the beginning", file=sys.stderr)
+                path = None
+        if path is not None:
+            check_address(path)
+        elif subcommand != "fit":
             raise ValueError(f"{subcommand} needs --ckpt_path: a .ckpt file, hf://..., or last")
         return {**arguments, "ckpt_path": path, "weights_only": True}
 
@@ -124,6 +132,8 @@ def lightning(cli: type[PEagleCLI], arguments: list[str]) -> None:
         save_config_callback=RunConfig,
         auto_configure_optimizers=False,
         seed_everything_default=0,
+        # The data module shares its packs among the ranks; Lightning would share them once more.
+        trainer_defaults={"use_distributed_sampler": False},
     )
 
 

@@ -10,15 +10,18 @@ import torch
 from jaxtyping import Int
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from peagle.checkpoint import read_checkpoint
 from peagle.cod.rollouts import Cod, Rows, sample_rows
 from peagle.data.batch import Batch
 from peagle.data.store import Manifest
 from peagle.data.vocab import choose_vocabulary
 from peagle.decoding import Decoder
 from peagle.evaluation import PromptBatch, Run, decode_batch
+from peagle.guard import StepGuard, poisoned
 from peagle.loss import check_mix, global_mean
 from peagle.metrics import DepthAccuracy
 from peagle.model.config import PEagleConfig
@@ -28,6 +31,7 @@ from peagle.model.objective import objective
 from peagle.model.target import end_tokens, pick_device, refuse_other_target
 from peagle.model.target_head import TargetHead
 from peagle.optimizer import MATRICES
+from peagle.optimizer_options import impose, options_of
 
 
 class LinearSchedule(LambdaLR):
@@ -101,6 +105,7 @@ class PEagleModule(L.LightningModule):
         self.full_head: list[TargetHead] = []
         self.decoder: Decoder | None = None
         self.depths = DepthAccuracy(cod.num_depths)
+        self.guard = StepGuard()
         self.rows_trained = self.tokens_trained = 0
 
     def configure_model(self) -> None:
@@ -147,8 +152,33 @@ class PEagleModule(L.LightningModule):
         self.rows_trained += len(rows.anchor)
         self.tokens_trained += len(batch.tokens)
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
-        self.log("train/accuracy", outcome.correct.float().mean(), batch_size=1)
-        return loss
+        if len(rows.anchor):
+            self.log("train/accuracy", outcome.correct.float().mean(), batch_size=1)
+        if self.guard.skipped:
+            self.log("train/skipped_steps", float(self.guard.skipped), batch_size=1)
+        return poisoned(loss)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, unless the guard has dropped the gradients: then the step changes nothing."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = self.guard.norm(parameters)
+        if self.guard.in_a_row:
+            self.print(
+                f"step {self.global_step}: loss or gradients are not finite, the step is skipped "
+                f"({self.guard.in_a_row} in a row, {self.guard.skipped} in all)"
+            )
+        elif gradient_clip_val and gradient_clip_algorithm == "value":
+            clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.guard.stop_if_hopeless()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         rows = self.every_row(batch)
@@ -188,15 +218,34 @@ class PEagleModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(parameter_groups(self.drafter))
+        self.configured = options_of(optimizer)
         scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def on_train_start(self) -> None:
+        """The configuration decides the learning rate, also of a resumed run."""
+        if self.trainer.precision == "16-mixed":
+            raise ValueError("precision 16-mixed is not supported: use bf16-mixed or 32-true")
+        impose(
+            self.configured,
+            self.trainer.optimizers[0],
+            self.trainer.lr_scheduler_configs[0].scheduler,
+        )
+
+    def progress(self) -> dict[str, int]:
+        """What was counted since the run began."""
+        return {
+            "rows": self.rows_trained,
+            "tokens": self.tokens_trained,
+            "skipped": self.guard.skipped,
+        }
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["drafter_config"] = self.drafter.config.to_dict()
-        checkpoint["progress"] = {"rows": self.rows_trained, "tokens": self.tokens_trained}
+        checkpoint["progress"] = self.progress()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ``ValueError`` with the difference when the checkpoint is another drafter's."""
@@ -207,8 +256,10 @@ class PEagleModule(L.LightningModule):
         if saved.pruned and self.target_head is not None:
             offsets = checkpoint["state_dict"]["drafter.d2t"]
             self.use_vocabulary(torch.arange(len(offsets)) + offsets)
-        self.rows_trained = checkpoint["progress"]["rows"]
-        self.tokens_trained = checkpoint["progress"]["tokens"]
+        progress, loop = checkpoint["progress"], checkpoint["loops"]["fit_loop"]
+        self.rows_trained, self.tokens_trained = progress["rows"], progress["tokens"]
+        self.guard.skipped = progress["skipped"]
+        self.trainer.datamodule.resumed = loop["epoch_loop.batch_progress"]["total"]["processed"]
 
 
 def parameter_groups(drafter: PEagleDrafter) -> list[dict[str, Any]]:
@@ -242,9 +293,7 @@ def saved_config(checkpoint: dict[str, Any]) -> PEagleConfig:
 
 def load_drafter(ckpt_path: Path) -> PEagleDrafter:
     """The drafter of a checkpoint, for export and decoding; runs no code from the file."""
-    if not Path(ckpt_path).is_file():
-        raise ValueError(f"checkpoint {ckpt_path} does not exist")
-    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(str(ckpt_path))
     drafter = PEagleDrafter(saved_config(checkpoint))
     weights = {
         name.removeprefix("drafter."): tensor

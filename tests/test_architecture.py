@@ -9,9 +9,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("peagle/**/*.py"), *ROOT.glob("callbacks/**/*.py")])
 LEVELS = [
-    {"provenance", "loss", "optimizer", "cod.rollouts", "model.config", "data.chat", "data.store",
+    {"provenance", "loss", "optimizer", "optimizer_options", "guard", "checkpoint", "data.order",
+     "cod.rollouts", "model.config", "data.chat", "data.store",
      "data.prompts"},
-    {"cod.segments", "cod.visibility", "data.vocab", "data.capture_config",
+    {"cod.segments", "cod.visibility", "data.bad_samples", "data.vocab", "data.capture_config",
      "metrics", "model.layers", "model.slot_cache", "model.target_head"},
     {"model.attention", "model.flash", "model.target", "data.batch"},
     {"model.drafter", "data.answers"},

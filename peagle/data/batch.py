@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from peagle.cod.segments import Segment
-from peagle.data.store import Sample
+from peagle.data.store import Manifest, Sample
 
 
 class Batch(NamedTuple):
@@ -28,6 +28,7 @@ class Batch(NamedTuple):
     supervised: Bool[Tensor, " S"]
     segments: tuple[Segment, ...]
     seed: int  # of the COD draw
+    bad: tuple[str, ...] = ()  # what was wrong with samples that should have been here
 
 
 def slots_of(sample: Sample) -> dict[str, Tensor]:
@@ -54,3 +55,17 @@ def pack(samples: list[Sample]) -> dict[str, Tensor]:
     lengths = torch.tensor([len(part["tokens"]) for part in parts])
     packed["document"] = torch.repeat_interleave(lengths)
     return packed
+
+
+def unsupervised(manifest: Manifest) -> Sample:
+    """A document without anything to learn: what a sequence holds when all its samples are bad.
+
+    A step must still happen, or the ranks would part.
+    """
+    width = manifest.hidden_size
+    return Sample(
+        input_ids=torch.zeros(3, dtype=torch.long),
+        loss_mask=torch.zeros(3, dtype=torch.bool),
+        aux=torch.zeros(3, width * len(manifest.layer_ids), dtype=torch.bfloat16),
+        final=torch.zeros(3, width, dtype=torch.bfloat16),
+    )

@@ -126,7 +126,9 @@ def read_hidden_states(
     folder: Path,
 ) -> None:
     """Run the target over every conversation once and store what the drafter will read."""
-    writer = StoreWriter(folder, shard_bytes=config.shard_mb * 1_000_000)
+    writer = StoreWriter(
+        folder, shard_bytes=config.shard_mb * 1_000_000, identity=manifest.identity()
+    )
     names = [conversation_id(answer.messages) for answer in answers]
     todo = {names[i]: i for i in range(len(answers)) if names[i] not in writer.done}
     tokens = sum(len(rendered[i].input_ids) for i in todo.values())

@@ -3,108 +3,33 @@
 order of an epoch = f(seed, epoch) -> packs of documents -> slots -> segments
 
 Nothing random is stored: the order of an epoch and the seed of every COD draw follow from
-(seed, epoch, pack), so a run resumes at any step by counting.
+(seed, epoch, pack), so a run resumes at any step by counting (``peagle/data/order.py``).
 """
 
+import signal
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal
 
 import lightning as L
 import torch
+import xxhash
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from peagle.cod.rollouts import Cod, expected_rows
 from peagle.cod.segments import partition
-from peagle.data.batch import Batch, pack
-from peagle.data.store import Store, token_counts
+from peagle.data.bad_samples import BadSamples
+from peagle.data.batch import Batch, pack, unsupervised
+from peagle.data.order import Pack, PackSampler, fill_packs
+from peagle.data.store import BadSample, Sample, Store, token_counts
 from peagle.evaluation import EvaluationConfig, PromptBatch, prompt_batches
 from peagle.model.target import TargetSource
 
 ON_CPU = ("document", "supervised")  # the draw is made on the CPU, the same on every device
-
-
-class Pack(NamedTuple):
-    """The samples of one packed sequence, and the seed of its COD draw."""
-
-    samples: tuple[int, ...]
-    seed: int
-
-
-def plan_packs(
-    samples: list[int], lengths: list[int], *, max_tokens: int, seed: int, epoch: int | None
-) -> list[Pack]:
-    """Fill sequences of at most ``max_tokens`` slots, in an order that the epoch decides.
-
-    ``lengths`` are slots per sample. ``epoch=None`` keeps the given order (validation).
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + (epoch or 0))
-    order = list(range(len(samples)))
-    if epoch is not None:
-        order = torch.randperm(len(samples), generator=generator).tolist()
-    packs: list[list[int]] = []
-    room = 0
-    for i in order:
-        if lengths[i] > room:
-            packs.append([])
-            room = max_tokens
-        packs[-1].append(samples[i])
-        room -= lengths[i]
-    seeds = torch.randint(2**62, (len(packs),), generator=generator).tolist()
-    return [Pack(tuple(members), s) for members, s in zip(packs, seeds, strict=True)]
-
-
-class PackSampler(Sampler[Pack]):
-    """The packs of one rank in one epoch, from any step on.
-
-    Ranks take packs in turn; the few left over are dropped so that all ranks make equal steps.
-    """
-
-    def __init__(
-        self,
-        samples: list[int],
-        lengths: list[int],
-        *,
-        max_tokens: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-    ):
-        self.samples, self.lengths = samples, lengths
-        self.max_tokens, self.seed = max_tokens, seed
-        self.rank, self.world_size = rank, world_size
-        self.resume_at(epoch=0, step=0)
-
-    def resume_at(self, *, epoch: int, step: int) -> None:
-        """Continue epoch ``epoch`` after ``step`` of its batches."""
-        self.epoch, self.start = epoch, step
-        packs = plan_packs(
-            self.samples,
-            self.lengths,
-            max_tokens=self.max_tokens,
-            seed=self.seed,
-            epoch=epoch,
-        )
-        even = len(packs) - len(packs) % self.world_size
-        self.packs = packs[self.rank : even : self.world_size]
-        if not self.packs:
-            raise ValueError(
-                f"{len(packs)} packed sequences are too few for {self.world_size} processes"
-            )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of each epoch; a resumed epoch keeps its place."""
-        if epoch != self.epoch:
-            self.resume_at(epoch=epoch, step=0)
-
-    def __len__(self) -> int:
-        return len(self.packs)
-
-    def __iter__(self) -> Iterator[Pack]:
-        return iter(self.packs[self.start :])
 
 
 class PackedSequences(Dataset[Batch]):
@@ -115,18 +40,30 @@ class PackedSequences(Dataset[Batch]):
         self.mask_token_id = mask_token_id
 
     def __getitem__(self, pack_: Pack) -> Batch:
-        """Raises ``ValueError`` naming the sample that holds the mask token or is corrupt."""
-        samples = [self.store.read(i) for i in pack_.samples]
-        for index, sample in zip(pack_.samples, samples, strict=True):
-            if (sample.input_ids == self.mask_token_id).any():
-                raise ValueError(
-                    f"sample {self.store.entries[index].sample} contains the mask token "
-                    f"{self.mask_token_id}: choose a token id that never occurs"
-                )
-        slots = pack(samples)
+        """What is wrong with a sample travels in ``bad``; nothing is trained in its place.
+
+        Raises:
+            ValueError: naming the sample that holds the mask token.
+        """
+        samples, bad = [], []
+        for index in pack_.samples:
+            try:
+                samples.append(self.sample(index))
+            except BadSample as error:
+                bad.append(str(error))
+        slots = pack(samples or [unsupervised(self.store.manifest)])
         expected = expected_rows(slots["supervised"], slots["document"], cod=self.cod)
         segments = partition(expected, max_rows=self.max_rows)
-        return Batch(**slots, segments=segments, seed=pack_.seed)
+        return Batch(**slots, segments=segments, seed=pack_.seed, bad=tuple(bad))
+
+    def sample(self, index: int) -> Sample:
+        sample = self.store.read(index)
+        if (sample.input_ids == self.mask_token_id).any():
+            raise ValueError(
+                f"sample {self.store.entries[index].sample} contains the mask token "
+                f"{self.mask_token_id}: choose a token id that never occurs"
+            )
+        return sample
 
 
 class HiddenStatesDataModule(L.LightningDataModule):
@@ -143,6 +80,9 @@ class HiddenStatesDataModule(L.LightningDataModule):
         max_rows: rows per segment; fewer rows need less memory, at some cost in speed.
         num_workers: processes that read ahead; 0 reads in the training process.
         seed: decides the order of every epoch and every COD draw.
+        on_bad_sample: ``error`` stops at a damaged sample; ``skip`` leaves it out, counted and
+            named. No other sample ever takes its place.
+        bad_sample_budget: share of the store that ``skip`` may leave out before it stops too.
     """
 
     def __init__(
@@ -157,17 +97,24 @@ class HiddenStatesDataModule(L.LightningDataModule):
         max_rows: int = 8192,
         num_workers: int = 2,
         seed: int = 0,
+        on_bad_sample: Literal["error", "skip"] = "error",
+        bad_sample_budget: float = 0.001,
     ):
         super().__init__()
         self.target, self.evaluation = TargetSource(target, revision), evaluation
         self.folder, self.cod, self.mask_token_id = Path(store), cod, mask_token_id
         self.max_tokens, self.max_rows = max_tokens, max_rows
         self.num_workers, self.seed = num_workers, seed
+        self.bad = BadSamples(skip=on_bad_sample == "skip", budget=bad_sample_budget)
         self.store: Store | None = None
+        self.resumed = 0  # batches that the run had finished when its checkpoint was written
+        self.order: dict[str, Any] = {}  # what the place in the data depends on
+        self.saved_order: dict[str, Any] = {}
 
     def setup(self, stage: str) -> None:
         if self.store is None and not (stage == "test" and not self.folder.exists()):
-            self.store = Store(self.folder)
+            self.store = Store(self.folder, allow_missing=self.bad.skip)
+            self.bad.samples = len(self.store)
             vocab_size = self.store.manifest.vocab_size
             if not 0 <= self.mask_token_id < vocab_size:
                 raise ValueError(
@@ -175,7 +122,19 @@ class HiddenStatesDataModule(L.LightningDataModule):
                 )
 
     def train_dataloader(self) -> DataLoader:
+        """Raises ``ValueError`` when the checkpoint's place is one in another order of the data."""
         samples, lengths = self.usable("train")
+        self.order = {
+            "seed": self.seed,
+            "max_tokens": self.max_tokens,
+            "world_size": self.trainer.world_size,
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+            "training samples": len(samples),
+            "their hash": self.hash_of(samples),
+        }
+        refuse_other_order(self.saved_order, self.order)
+        # Lightning cannot know that the sampler finds its place by counting.
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
         sampler = PackSampler(
             samples,
             lengths,
@@ -183,17 +142,23 @@ class HiddenStatesDataModule(L.LightningDataModule):
             seed=self.seed,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
+            done=self.batches_done,
         )
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        sampler.resume_at(epoch=self.trainer.current_epoch, step=done)
         return self.loader(sampler, self.cod)
+
+    def batches_done(self) -> int:
+        """Batches that this rank has finished since the run began.
+
+        Lightning asks for the loader before it restores its counters, hence the maximum.
+        """
+        return max(self.resumed, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
     def val_dataloader(self) -> DataLoader:
         """Every row of every conversation of the validation split, in a fixed order."""
         samples, lengths = self.usable("val")
-        packs = plan_packs(samples, lengths, max_tokens=self.max_tokens, seed=self.seed, epoch=None)
+        packs = fill_packs(samples, lengths, max_tokens=self.max_tokens, seed=None)
         mine = packs[self.trainer.global_rank :: self.trainer.world_size]
-        return self.loader(mine, self.cod.keeping_all())
+        return self.loader([Pack(members, 0) for members in mine], self.cod.keeping_all())
 
     def test_dataloader(self) -> DataLoader:
         """Prompts to decode; ranks share them."""
@@ -212,6 +177,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=ignore_signals,
         )
 
     def usable(self, split: str) -> tuple[list[int], list[int]]:
@@ -237,8 +203,24 @@ class HiddenStatesDataModule(L.LightningDataModule):
     def assistant_tokens(self) -> Tensor:
         """How often each token is the assistant's in the training split; [V]."""
         train = self.store.split("train")
-        samples = (self.store.read(i) for i in tqdm(train, desc="token counts", disable=None))
+        samples = self.readable(tqdm(train, desc="token counts", disable=None))
         return token_counts(samples, self.store.manifest.vocab_size)
+
+    def readable(self, indices: Iterable[int]) -> Iterator[Sample]:
+        for index in indices:
+            try:
+                yield self.store.read(index)
+            except BadSample as error:
+                self.bad.admit(str(error))
+
+    def on_before_batch_transfer(
+        self, batch: Batch | PromptBatch, dataloader_idx: int
+    ) -> Batch | PromptBatch:
+        """Damage found by the workers is judged here, in the order of training."""
+        if isinstance(batch, Batch):
+            for problem in batch.bad:
+                self.bad.admit(problem)
+        return batch
 
     def transfer_batch_to_device(
         self, batch: Batch | PromptBatch, device: torch.device, dataloader_idx: int
@@ -248,3 +230,36 @@ class HiddenStatesDataModule(L.LightningDataModule):
         kept = {name: getattr(batch, name) for name in ON_CPU}
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
         return moved._replace(**kept)
+
+    def hash_of(self, samples: list[int]) -> str:
+        entries = (self.store.entries[i] for i in samples)
+        text = "".join(f"{entry.sample} {entry.tokens}\n" for entry in entries)
+        return xxhash.xxh3_64_hexdigest(text.encode())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order, "bad": list(self.bad.found)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.saved_order = state_dict["order"]
+        self.bad.found = dict.fromkeys(state_dict["bad"])
+
+
+def refuse_other_order(saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise ``ValueError`` with the differences; ``saved`` is empty when nothing is resumed."""
+    differences = [
+        f"{key}: checkpoint {value!r}, this run {ours.get(key)!r}"
+        for key, value in saved.items()
+        if value != ours.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            "the checkpoint stands at a place in another order of the data, and would repeat some "
+            f"samples and miss others here ({'; '.join(differences)}): resume with the same values"
+        )
+
+
+def ignore_signals(worker: int) -> None:
+    """A signal to the whole process group is the training process's to answer."""
+    signal.set_wakeup_fd(-1)  # inherited, and would report to the training process
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -11,7 +11,7 @@ shard without its index part does not exist, so a killed writer loses at most on
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,11 @@ from torch import Tensor
 
 FORMAT = 1
 TENSORS = ("input_ids", "loss_mask", "aux", "final")
+IDENTITY = b"peagle.identity"  # in an index part: of the store that its shard was written for
+
+
+class BadSample(ValueError):  # noqa: N818 (what it is, not that it is one)
+    """One sample cannot be used as it was captured; the message names it and its shard."""
 
 
 class Sample(NamedTuple):
@@ -69,6 +74,11 @@ class Manifest:
             raise ValueError(f"{path} is not a manifest of format {FORMAT}: capture again")
         return cls(**{**found, "layer_ids": tuple(found["layer_ids"])})
 
+    def identity(self) -> str:
+        """Hash of all that makes the hidden states what they are; ``target`` is only a name."""
+        content = {key: value for key, value in asdict(self).items() if key != "target"}
+        return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
+
     def write(self, folder: Path) -> None:
         write_atomically(folder / "manifest.json", json.dumps(asdict(self), indent=2).encode())
 
@@ -99,15 +109,19 @@ class Entry(NamedTuple):
 
 
 class StoreWriter:
-    """Appends samples to a store; ``done`` holds the samples that earlier runs completed."""
+    """Appends samples to a store; ``done`` holds the samples that earlier runs completed.
 
-    def __init__(self, folder: Path, *, shard_bytes: int):
-        self.folder, self.shard_bytes = folder, shard_bytes
+    With the ``identity`` of its manifest in every index part, a shard cannot be mistaken for one
+    of another store.
+    """
+
+    def __init__(self, folder: Path, *, shard_bytes: int, identity: str | None = None):
+        self.folder, self.shard_bytes, self.identity = folder, shard_bytes, identity
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.tmp"):
             leftover.unlink()
         parts = sorted(folder.glob("shard-*.parquet"))
-        self.done = {entry.sample for part in parts for entry in read_index(part)}
+        self.done = {entry.sample for part in parts for entry in read_index(part, identity)}
         self.next_shard = len(parts)
         self.pending: list[tuple[str, str, Sample]] = []
         self.bytes = 0
@@ -147,26 +161,35 @@ class StoreWriter:
         publish(temporary, self.folder / f"{name}.safetensors")
         part = self.folder / f"{name}.parquet.tmp"
         columns = {key: [entry[i] for entry in entries] for i, key in enumerate(Entry._fields)}
-        pq.write_table(pa.table(columns), part)
+        metadata = {} if self.identity is None else {IDENTITY: self.identity}
+        table = pa.table(columns).replace_schema_metadata(metadata)
+        pq.write_table(table, part, write_page_checksum=True)
         publish(part, self.folder / f"{name}.parquet")
         self.pending, self.bytes = [], 0
         self.next_shard += 1
 
 
 class Store:
-    """Reads samples by number; a tensor is verified the first time it is read."""
+    """Reads samples by number; a sample is verified the first time it is read.
 
-    def __init__(self, folder: Path):
+    Raises:
+        ValueError: if manifest or index are not in order, or a shard is missing. With
+            ``allow_missing``, reading the samples of a missing shard raises ``BadSample`` instead.
+    """
+
+    def __init__(self, folder: Path, *, allow_missing: bool = False):
         self.folder = folder
         self.manifest = Manifest.read(folder)
-        parts = sorted(folder.glob("shard-*.parquet"))
-        self.entries = [entry for part in parts for entry in read_index(part)]
-        for name in {entry.shard for entry in self.entries}:
-            path = folder / name
-            if Path(name).name != name or path.is_symlink():
-                raise ValueError(f"the index names {name!r}, which is not a file of this store")
-            if not path.exists():
-                raise ValueError(f"shard {name} is missing from {folder}: capture again")
+        self.entries: list[Entry] = []
+        for part in sorted(folder.glob("shard-*.parquet")):
+            shard = part.with_suffix(".safetensors")
+            entries = read_index(part, self.manifest.identity())
+            for name in {entry.shard for entry in entries}:
+                if name != shard.name or shard.is_symlink():
+                    raise ValueError(f"{part.name} names {name!r}, not a file of this store")
+            if not shard.exists() and not allow_missing:
+                raise ValueError(f"shard {shard.name} is missing from {folder}: capture again")
+            self.entries += entries
         self.verified: set[int] = set()
 
     def __len__(self) -> int:
@@ -177,34 +200,63 @@ class Store:
         return [i for i, entry in enumerate(self.entries) if entry.split == name]
 
     def read(self, index: int) -> Sample:
-        """Raises ``ValueError`` naming shard and sample when the stored bytes are not right."""
+        """Raises ``BadSample`` naming shard and sample when the stored bytes are not right."""
         entry = self.entries[index]
-        where = f"shard {entry.shard}, sample {entry.sample}"
         try:
             with safe_open(self.folder / entry.shard, "pt") as shard:
                 tensors = [shard.get_tensor(f"{entry.slot}.{key}") for key in TENSORS]
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{where}: cannot be read ({error}): capture again") from error
+            raise bad(entry, f"cannot be read ({error})") from error
         sample = Sample(*tensors)
         if index not in self.verified:
-            self.verify(sample, entry, where)
+            verify(sample, entry, self.manifest)
             self.verified.add(index)
         return sample
 
-    def verify(self, sample: Sample, entry: Entry, where: str) -> None:
-        hidden, layers = self.manifest.hidden_size, len(self.manifest.layer_ids)
-        shapes = [(entry.tokens,)] * 2 + [(entry.tokens, layers * hidden), (entry.tokens, hidden)]
-        for key, tensor, shape, wanted in zip(TENSORS, sample, shapes, entry.hashes, strict=True):
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{where}: {key} has shape {tuple(tensor.shape)}, not {shape}")
-            if digest(tensor) != wanted:
-                raise ValueError(f"{where}: {key} is corrupt (its hash differs): capture again")
+
+def bad(entry: Entry, problem: str) -> BadSample:
+    return BadSample(f"shard {entry.shard}, sample {entry.sample}: {problem}: capture again")
 
 
-def read_index(part: Path) -> Iterator[Entry]:
-    columns = pq.read_table(part).to_pydict()
-    for values in zip(*(columns[key] for key in Entry._fields), strict=True):
-        yield Entry(*values[:-1], tuple(values[-1]))
+def verify(sample: Sample, entry: Entry, manifest: Manifest) -> None:
+    """Raise ``BadSample`` unless the tensors are the captured ones and fit the manifest."""
+    hidden, tokens = manifest.hidden_size, entry.tokens
+    states = getattr(torch, manifest.dtype)
+    wanted = (
+        ((tokens,), torch.long),
+        ((tokens,), torch.bool),
+        ((tokens, len(manifest.layer_ids) * hidden), states),
+        ((tokens, hidden), states),
+    )
+    for key, tensor, hash_, (shape, dtype) in zip(
+        TENSORS, sample, entry.hashes, wanted, strict=True
+    ):
+        if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+            found = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise bad(entry, f"{key} is {found}, not {shape} {dtype}")
+        if digest(tensor) != hash_:
+            raise bad(entry, f"{key} is corrupt (its hash differs)")
+    if not all(torch.isfinite(bound) for x in (sample.aux, sample.final) for bound in x.aminmax()):
+        raise bad(entry, "its hidden states are not finite")
+    low, high = sample.input_ids.aminmax()
+    if low < 0 or high >= manifest.vocab_size:
+        raise bad(entry, f"token ids reach {low}..{high} of a vocabulary of {manifest.vocab_size}")
+
+
+def read_index(part: Path, identity: str | None = None) -> list[Entry]:
+    """Raises ``ValueError`` for a damaged part, or one of a store with another ``identity``."""
+    try:
+        table = pq.read_table(part, page_checksum_verification=True)
+        columns = [table[key].to_pylist() for key in Entry._fields]
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"index part {part.name} is damaged ({error}): capture again") from error
+    found = (table.schema.metadata or {}).get(IDENTITY, b"").decode()
+    if identity and found and found != identity:
+        raise ValueError(
+            f"index part {part.name} belongs to a store of another target or with other settings "
+            f"than {part.parent / 'manifest.json'} says: capture again"
+        )
+    return [Entry(*values[:-1], tuple(values[-1])) for values in zip(*columns, strict=True)]
 
 
 def digest(tensor: Tensor) -> str:
@@ -218,9 +270,18 @@ def split_of(sample_id: str, val_share: float) -> str:
 
 def publish(temporary: Path, path: Path) -> None:
     """Make a finished temporary file visible under its name, durably."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    sync(temporary)
     os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -4,9 +4,14 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from peagle.data.store import digest
+
+TENSORS = ("norm", "head", "embedding")
 
 
 class TargetHead(nn.Module):
@@ -29,11 +34,25 @@ class TargetHead(nn.Module):
 
     @classmethod
     def load(cls, path: Path, *, eps: float, softcap: float | None) -> "TargetHead":
-        """Read the ``target.safetensors`` that capture left beside the shards."""
-        return cls(**load_file(path), eps=eps, softcap=softcap)
+        """Read the ``target.safetensors`` that capture left beside the shards.
+
+        Raises:
+            ValueError: if it is missing or damaged.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                hashes = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in TENSORS}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): capture again") from error
+        for name, hash_ in hashes.items():
+            if digest(tensors[name]) != hash_:
+                raise ValueError(f"{path}: {name} is corrupt (its hash differs): capture again")
+        return cls(**tensors, eps=eps, softcap=softcap)
 
     def save(self, path: Path) -> None:
-        save_file({"norm": self.norm, "head": self.head, "embedding": self.embedding}, path)
+        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
+        save_file(tensors, path, metadata={name: digest(t) for name, t in tensors.items()})
 
     def restricted(self, token_ids: Tensor) -> "TargetHead":
         """The same head over the given tokens only (the draft vocabulary)."""

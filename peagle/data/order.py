@@ -1,0 +1,104 @@
+"""In which order the packs of a store are trained: a function of the seed and of counting.
+
+samples -> packs (once per run) -> shuffled per epoch -> dealt to the ranks in turn
+
+Packs are filled once, so every epoch has equally many steps: the schedule, and the place that a
+number of finished batches stands for, are the same in a resumed run as in an uninterrupted one.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import Sampler
+
+
+class Pack(NamedTuple):
+    """The samples of one packed sequence, and the seed of its COD draw."""
+
+    samples: tuple[int, ...]
+    seed: int
+
+
+def fill_packs(
+    samples: list[int], lengths: list[int], *, max_tokens: int, seed: int | None
+) -> list[tuple[int, ...]]:
+    """Groups of samples of at most ``max_tokens`` slots; ``seed=None`` keeps the given order.
+
+    ``lengths`` are slots per sample. Every sample is in exactly one group.
+    """
+    order = list(range(len(samples)))
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(samples), generator=generator).tolist()
+    packs: list[list[int]] = []
+    room = 0
+    for i in order:
+        if lengths[i] > room:
+            packs.append([])
+            room = max_tokens
+        packs[-1].append(samples[i])
+        room -= lengths[i]
+    return [tuple(members) for members in packs]
+
+
+def even_out(packs: list[tuple[int, ...]], world_size: int) -> list[tuple[int, ...]]:
+    """Halve the largest packs until all ranks get equally many; nothing is dropped or repeated.
+
+    Raises:
+        ValueError: if there are fewer samples than processes.
+    """
+    packs = list(packs)
+    while len(packs) % world_size:
+        largest = max(range(len(packs)), key=lambda i: len(packs[i]))
+        members = packs[largest]
+        if len(members) < 2:
+            raise ValueError(
+                f"{len(packs)} packed sequences cannot be shared evenly by {world_size} processes: "
+                "use fewer processes or more data"
+            )
+        half = len(members) // 2
+        packs[largest] = members[:half]
+        packs.insert(largest + 1, members[half:])
+    return packs
+
+
+def shuffle_packs(packs: list[tuple[int, ...]], *, seed: int, epoch: int) -> list[Pack]:
+    """The order of an epoch, and the seed of each pack's COD draw in it."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(packs), generator=generator).tolist()
+    seeds = torch.randint(2**62, (len(packs),), generator=generator).tolist()
+    return [Pack(packs[i], draw) for i, draw in zip(order, seeds, strict=True)]
+
+
+class PackSampler(Sampler[Pack]):
+    """The packs of one rank, epoch after epoch, from wherever training stands.
+
+    Iterating asks ``done`` how many batches this rank has finished since the run began and yields
+    the rest of that epoch. Lightning's own epoch counter plays no part: it differs between a
+    checkpoint written in the middle and one written at the end of an epoch.
+    """
+
+    def __init__(
+        self,
+        samples: list[int],
+        lengths: list[int],
+        *,
+        max_tokens: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        done: Callable[[], int],
+    ):
+        groups = fill_packs(samples, lengths, max_tokens=max_tokens, seed=seed)
+        self.packs = even_out(groups, world_size)
+        self.seed, self.rank, self.world_size, self.done = seed, rank, world_size, done
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, also when resumed inside one."""
+        return len(self.packs) // self.world_size
+
+    def __iter__(self) -> Iterator[Pack]:
+        epoch, step = divmod(self.done(), len(self))
+        packs = shuffle_packs(self.packs, seed=self.seed, epoch=epoch)
+        return iter(packs[self.rank :: self.world_size][step:])

@@ -1,0 +1,91 @@
+"""Reading and writing checkpoints without a trainer; ``tests/faults`` does it with real kills."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
+
+import peagle.cli
+from callbacks.checkpoint import AtomicCheckpointIO, size_of
+from peagle.checkpoint import check_address, read_checkpoint
+
+CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
+
+
+class Payload:
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return Path.touch, (self.witness,)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://h/x.ckpt", "https://h/x", "HTTPS://h/x", "file:///etc/passwd", "memory://x", "s3://b/x",
+     "hf://a/b::https://h/x", "simplecache::http://h/x", "zip://x::hf://a/b"],
+)  # fmt: skip
+def test_only_files_and_the_hub_hold_checkpoints(address):
+    with pytest.raises(ValueError, match="read from files and hf:// only"):
+        check_address(address)
+    with pytest.raises(ValueError, match="read from files and hf:// only"):
+        AtomicCheckpointIO().load_checkpoint(address, weights_only=False)
+
+
+def test_a_checkpoint_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint .*none\.ckpt does not exist"):
+        read_checkpoint(str(tmp_path / "none.ckpt"))
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    path, witness = tmp_path / "x.ckpt", tmp_path / "witness"
+    torch.save({"state_dict": {}, "x": Payload(witness)}, path)
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+    assert not witness.exists()
+    torch.load(path, weights_only=False)  # the attack is a real one
+    assert witness.exists()
+
+
+def test_what_is_saved_is_loaded_and_no_temporary_file_stays(tmp_path):
+    path = tmp_path / "new/last.ckpt"
+    content = {"a": torch.arange(5), "b": {"c": [1.5, "text", None, (2, True)]}}
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    loaded = AtomicCheckpointIO().load_checkpoint(path)
+    assert torch.equal(loaded["a"], content["a"]) and loaded["b"] == content["b"]
+    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_save_that_fails_keeps_the_old_file(tmp_path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    too_large = torch.empty(2**60, dtype=torch.uint8, device="meta")
+    with pytest.raises(OSError, match=r"needs \d+\.\d MB, \d+\.\d MB are free; the previous"):
+        AtomicCheckpointIO().save_checkpoint({"x": too_large}, path)
+    assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_the_size_of_a_checkpoint_is_that_of_its_tensors():
+    nested = {"a": torch.zeros(3), "b": [torch.zeros(2, dtype=torch.float64), {"c": 7}]}
+    assert size_of(nested) == 3 * 4 + 2 * 8
+
+
+def test_lightning_still_reads_hyper_parameters_by_the_hook_that_we_silence():
+    assert callable(LightningCLI._parse_ckpt_path)
+    assert peagle.cli.PEagleCLI._parse_ckpt_path is not LightningCLI._parse_ckpt_path
+
+
+def test_no_option_lets_a_checkpoint_be_read_as_code():
+    assert all("weights_only" in hidden for hidden in peagle.cli.PEagleCLI.subcommands().values())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_can_be_killed(path):
+    trainer = yaml.safe_load(path.read_text())["trainer"]
+    callbacks = [entry["class_path"] for entry in trainer["callbacks"]]
+    plugins = [entry["class_path"] for entry in trainer["plugins"]]
+    assert "callbacks.checkpoint.AtomicCheckpointIO" in plugins
+    assert {"callbacks.checkpoint.Checkpoint", "callbacks.signals.StopOnSignal"} <= set(callbacks)
