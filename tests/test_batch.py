@@ -1,7 +1,7 @@
 """From samples to slots: shifts, masks and packing, written out by hand."""
 
 import torch
-from conftest import make_sample
+from random_parts import make_sample
 
 from peagle.data.batch import pack, slots_of
 from peagle.data.store import Sample

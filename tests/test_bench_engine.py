@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_drafter
+from random_parts import make_drafter
 
 from peagle.bench.client import Question, ask
 from peagle.bench.engine import (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_target
+from random_parts import make_target
 
 from peagle.data import capture as capture_module
 from peagle.data.answers import read_answers

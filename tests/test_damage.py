@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import VOCABULARY, WIDTH, make_head, make_manifest, make_sample
+from random_parts import VOCABULARY, WIDTH, make_head, make_manifest, make_sample
 from safetensors.torch import load_file, save_file
 
 from peagle.cod.rollouts import Cod

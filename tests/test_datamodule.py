@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import VOCABULARY, make_manifest, make_sample
+from random_parts import VOCABULARY, make_manifest, make_sample
 
 from peagle.cod.rollouts import Cod
 from peagle.data.datamodule import PackedSequences

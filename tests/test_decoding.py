@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import LAYER_IDS, VOCABULARY, WIDTH, make_drafter, make_target
+from random_parts import LAYER_IDS, VOCABULARY, WIDTH, make_drafter, make_target
 
 from peagle.decoding import Decoder, verify
 from peagle.model.target import hidden_states

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import LAYER_IDS, VOCABULARY, WIDTH, make_drafter
+from random_parts import LAYER_IDS, VOCABULARY, WIDTH, make_drafter
 
 from peagle.cod.rollouts import Cod, Rows, sample_rows
 from peagle.cod.visibility import visible

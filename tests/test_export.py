@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_drafter
+from random_parts import make_drafter
 from safetensors.torch import load_file
 
 from peagle.model.config import PEagleConfig, default_layer_ids

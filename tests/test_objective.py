@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_drafter, make_head, make_sample
+from random_parts import make_drafter, make_head, make_sample
 
 from peagle.cod.rollouts import Cod, expected_rows, sample_rows
 from peagle.cod.segments import Segment, partition

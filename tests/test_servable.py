@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_drafter
+from random_parts import make_drafter
 from safetensors.torch import load_file, save_file
 
 from peagle.model.export import Verifier, export_drafter

@@ -3,7 +3,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from conftest import make_manifest, make_sample
+from random_parts import make_manifest, make_sample
 
 from peagle.data import store as store_module
 from peagle.data.store import Manifest, Store, StoreWriter, require_disk, split_of, token_counts

@@ -60,8 +60,11 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=200)
     args = parser.parse_args()
     documented = [f for f in read_functions(args.stdlib) if f.documented]
+    trained = {f.prompt for f in documented if not f.held_out}
     for split, limit in (("test", args.test), ("train", args.train)):
         pool = [f for f in documented if f.held_out == (split == "test")]
+        if split == "test":  # another module may have the same signature and docstring
+            pool = [f for f in pool if f.prompt not in trained]
         pool.sort(key=lambda f: hash_order(f.name))
         chosen = choose(TargetSource(str(args.out)), pool, limit)
         with open(args.out / f"prompts_{split}.jsonl", "w", encoding="utf-8") as file:
