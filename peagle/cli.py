@@ -162,7 +162,7 @@ def export(
         refuse_other_target(drafter.config, text)
         folder = Path(source.path).is_dir()
         name = str(Path(source.path).resolve()) if folder else target
-        verifier = Verifier(name, text.architectures)
+        verifier = Verifier(name, text.architectures or [])
         if folder and format == "speculators":
             print(f"config.json names the target by its folder on this machine, {name}: elsewhere "
                   "give a Hub id", file=sys.stderr)  # fmt: skip

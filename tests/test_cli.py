@@ -28,7 +28,7 @@ def test_help_answers_at_once_and_lists_the_commands():
     result = peagle("--help")
     assert time.monotonic() - begin < 3
     assert result.returncode == 0
-    for command in ("fit", "validate", "test", "capture", "export"):
+    for command in ("fit", "validate", "test", "capture", "export", "bench"):
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
 
 
@@ -36,6 +36,14 @@ def test_an_unknown_command_is_answered_with_the_known_ones():
     result = peagle("train")
     assert result.returncode == 2
     assert "no command 'train'" in result.stderr and "validate" in result.stderr
+
+
+def test_bench_takes_its_options_with_dashes_too_and_refuses_a_folder_without_a_drafter(tmp_path):
+    result = peagle("bench", "--drafter", tmp_path, "--target=tiny", "--vllm-python=/env/python")
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"peagle: {tmp_path} is not a servable drafter: it has no config.json\n"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from random_parts import LAYER_IDS, VOCABULARY, WIDTH, make_drafter
 
 from peagle.cod.rollouts import Cod, Rows, sample_rows
 from peagle.cod.visibility import visible
-from peagle.model import attention
+from peagle.model import flash
 from peagle.model.drafting import draft, new_cache
 from peagle.model.layers import rotate
 
@@ -70,7 +70,7 @@ def all_rows(document, cod):
     ids=lambda changes: "+".join(changes) or "plain",
 )
 def test_two_streams_equal_the_flat_masked_form(lengths, changes, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK_ROWS", 16)  # several blocks, also within a document
+    monkeypatch.setattr(flash, "LEAF_ROWS", 16)  # several parts, also within a document
     drafter = make_drafter(**changes)
     document, position, tokens, aux = documents(*lengths)
     rows = all_rows(document, Cod(5, 0.8))

@@ -23,6 +23,7 @@ from typing import NamedTuple
 FIRST_VERSION = (0, 16)  # the first vLLM with parallel_drafting (vllm-project/vllm#32887)
 MODEL_NAME = "target"
 LINES_SHOWN = 15
+PROBE_TIMEOUT_S = 900  # the first import reads gigabytes of libraries
 
 # Runs in vLLM's interpreter. Logging may share standard output, so the answer is the last line.
 PROBE = """
@@ -77,7 +78,11 @@ def find_vllm(python: str | None) -> Vllm:
     wanted = "install vLLM 0.16 or newer and name its interpreter: --vllm_python PATH"
     try:
         result = subprocess.run(
-            [chosen, "-c", PROBE], capture_output=True, text=True, timeout=300, check=False
+            [chosen, "-c", PROBE],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"{chosen} cannot be run ({error}): {wanted}") from error

@@ -97,12 +97,11 @@ def bench(config: BenchConfig) -> None:
     refuse_other_target(drafter, text)
     warn_beyond_training(drafter, config.k)
     vllm = find_vllm(config.vllm_python)
-    require_parallel_drafting(vllm, [*drafter.architectures, *text.architectures])
+    require_parallel_drafting(vllm, [*drafter.architectures, *(text.architectures or ())])
     prompt_sets = rendered_prompts(config, target)
 
     folder = (config.run_dir or config.drafter.resolve().parent) / "metrics"
-    drafter_name = str(config.drafter.resolve())
-    conditions = Conditions(vllm.name, config.dtype, config.temperature, drafter_name)
+    conditions = Conditions(vllm.name, config.dtype, config.temperature, str(config.drafter))
     print(f"{describe(vllm)}; {config.dtype}, temperature {config.temperature:g}", file=sys.stderr)
     measurements: list[Measurement] = []
     for k in (0, *config.k):

@@ -14,17 +14,28 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peagle.cod.rollouts import Rows
-from peagle.model.attention import causal_attention, plan_blocks, rollout_attention
+from peagle.model.attention import causal_attention, plan_attention, rollout_attention
 from peagle.model.config import PEagleConfig
 from peagle.model.layers import DrafterLayer, RMSNorm, Rotary, rotate
 
 
+class MaskRow(NamedTuple):
+    """What layer 0 makes of the mask token: the same for every row of depth >= 1, but rotation."""
+
+    query: Float[Tensor, "1 A E"]
+    key: Float[Tensor, "1 G E"]
+    value: Float[Tensor, "1 G E"]
+    residual: Float[Tensor, "1 D"]
+
+
 class Stream(NamedTuple):
-    """What depth 0 leaves behind: its last hidden states and each layer's keys and values."""
+    """What depth 0 leaves behind for the rollouts: its last hidden states, each layer's keys and
+    values, and the mask row."""
 
     hidden: Float[Tensor, "S D"]
     keys: tuple[Float[Tensor, "S G E"], ...]
     values: tuple[Float[Tensor, "S G E"], ...]
+    mask_row: MaskRow
 
 
 class PEagleDrafter(PreTrainedModel):
@@ -98,7 +109,12 @@ class PEagleDrafter(PreTrainedModel):
             hidden, embedding = layer.leave(residual, context), None
             keys.append(key)
             values.append(value)
-        return Stream(hidden, tuple(keys), tuple(values))
+        return Stream(hidden, tuple(keys), tuple(values), self.mask_row())
+
+    def mask_row(self) -> MaskRow:
+        """Computed once per sequence; part of the stream, so that no segment repeats it."""
+        x, residual = self.layers[0].enter(*self.mask_inputs())
+        return MaskRow(*self.layers[0].self_attn(x), residual)
 
     def rollouts(
         self,
@@ -107,30 +123,37 @@ class PEagleDrafter(PreTrainedModel):
         position: Int[Tensor, " S"],
         document: Int[Tensor, " S"],
     ) -> Float[Tensor, "M D"]:
-        """Run rows of depth >= 1 against the keys and values of depth 0.
-
-        Layer 0 reads the same two vectors in every row: its projections are computed once and
-        only rotated per row.
-        """
-        blocks = plan_blocks(rows, document)
-        hidden, embedding = self.mask_inputs()
-        angles = self.rotary.angles(position[rows.anchor] + rows.depth, hidden.dtype)
-        count = len(rows.anchor)
-        for layer, prefix_key, prefix_value in zip(
-            self.layers, stream.keys, stream.values, strict=True
-        ):
-            x, residual = layer.enter(hidden, embedding)
-            query, key, value = (t.expand(count, -1, -1) for t in layer.self_attn(x))
+        """Run rows of depth >= 1 against the keys and values of depth 0."""
+        plan = plan_attention(rows, document)
+        count, mask_row = len(rows.anchor), stream.mask_row
+        angles = self.rotary.angles(position[rows.anchor] + rows.depth, mask_row.query.dtype)
+        query, key, value = mask_row.query, mask_row.key, mask_row.value.expand(count, -1, -1)
+        hidden = residual = mask_row.residual.expand(count, -1)
+        for index, layer in enumerate(self.layers):
+            if index > 0:
+                x, residual = layer.enter(hidden, None)
+                query, key, value = layer.self_attn(x)
             context = rollout_attention(
                 rotate(query, angles),
                 rotate(key, angles),
                 value,
-                prefix_key,
-                prefix_value,
-                blocks=blocks,
+                stream.keys[index],
+                stream.values[index],
+                plan=plan,
             )
-            hidden, embedding = layer.leave(residual.expand(count, -1), context), None
+            hidden = layer.leave(residual, context)
         return hidden
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters that every segment reads; the others serve only the stream."""
+        first = self.layers[0]
+        projections = first.self_attn
+        inputs = (first.input_layernorm, first.hidden_norm)
+        entrance = (*inputs, projections.q_proj, projections.k_proj, projections.v_proj)
+        stream_only = {p for module in entrance for p in module.parameters()}
+        modules = (self.layers, self.norm, self.lm_head)
+        found = (p for module in modules for p in module.parameters())
+        return [p for p in found if p.requires_grad and p not in stream_only]
 
     def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T W"]:
         """Logits over the draft vocabulary."""

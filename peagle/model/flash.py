@@ -34,6 +34,9 @@ class Part(NamedTuple):
     prefix: slice
     mask: Float[Tensor, "q k"] | None  # added to the scores; None: every row sees every slot
 
+    def bias(self, query: Float[Tensor, "M A E"]) -> Float[Tensor, "q k"] | None:
+        return None if self.mask is None else self.mask.to(precise(query))
+
 
 class Plan(NamedTuple):
     """How the rows of a segment (depth >= 1, sorted) see the prefix and their own rollout."""
@@ -112,7 +115,7 @@ class _RolloutAttention(torch.autograd.Function):
                 spread(query[part.rows], groups),
                 shared(prefix_key[part.prefix], query),
                 shared(prefix_value[part.prefix], query),
-                attn_mask=part.mask,
+                attn_mask=part.bias(query),
             )
             merge(total[part.rows], norm[part.rows], gathered(out), lse.permute(2, 1, 0))
         total = total.flatten(1, 2).to(query.dtype)
@@ -139,7 +142,7 @@ class _RolloutAttention(torch.autograd.Function):
                 norm[part.rows].permute(2, 1, 0),
                 0.0,
                 False,
-                attn_mask=part.mask,
+                attn_mask=part.bias(query),
             )
             grad_query[part.rows] += gathered(for_query)
             grad_prefix_key[part.prefix] += for_key.sum(0).transpose(0, 1)
@@ -187,9 +190,9 @@ def band(
     value: Float[Tensor, "M G E"],
     depth: Int[Tensor, " M"],
 ) -> tuple[Float[Tensor, "M G R E"], Float[Tensor, "M G R"]]:
-    """Attention to the own rollout so far, and its log-sum-exp; both in float32."""
+    """Attention to the own rollout so far, and its log-sum-exp; both in float32 at least."""
     groups, scale = key.shape[1], query.shape[2] ** -0.5
-    total = query.new_zeros(query.shape, dtype=torch.float32).unflatten(1, (groups, -1))
+    total = torch.zeros_like(query, dtype=precise(query)).unflatten(1, (groups, -1))
     norm = total.new_empty(total.shape[:-1])
     for rows, queries in band_chunks(query, groups):
         weights = band_scores(queries, key, depth[rows], rows) * scale
@@ -198,9 +201,14 @@ def band(
         norm[rows] = highest + weights.sum(0).log_()
         weights /= weights.sum(0)
         for back, (here, there) in enumerate(shifts(rows, len(weights))):
-            seen = value[there].float()[:, :, None]
+            seen = value[there][:, :, None]
             total[here] += weights[back, here.start - rows.start :][..., None] * seen
     return total, norm
+
+
+def precise(x: Float[Tensor, "..."]) -> torch.dtype:
+    """What sums are kept in."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def band_chunks(
@@ -208,7 +216,7 @@ def band_chunks(
 ) -> Iterator[tuple[slice, Float[Tensor, "T G R E"]]]:
     for start in range(0, len(x), BAND_ROWS):
         rows = slice(start, min(start + BAND_ROWS, len(x)))
-        yield rows, x[rows].float().unflatten(1, (groups, -1))
+        yield rows, x[rows].to(precise(x)).unflatten(1, (groups, -1))
 
 
 def shifts(rows: slice, count: int) -> Iterator[tuple[slice, slice]]:
@@ -229,7 +237,7 @@ def band_scores(
     scores = query.new_full((count, *query.shape[:3]), -math.inf)
     for back, (here, there) in enumerate(shifts(rows, count)):
         first = here.start - rows.start
-        product = query[first:] * key[there].float()[:, :, None]
+        product = query[first:] * key[there][:, :, None]
         beyond = depth[first:, None, None] <= back
         scores[back, first:] = product.sum(-1).masked_fill_(beyond, -math.inf)
     return scores
@@ -246,8 +254,8 @@ def band_backward(
 ) -> tuple[Float[Tensor, "M G R E"], Float[Tensor, "M G E"], Float[Tensor, "M G E"]]:
     """Gradients of the own-rollout part, given the output and log-sum-exp over all keys."""
     groups, scale = key.shape[1], query.shape[2] ** -0.5
-    grad_query = query.new_zeros(query.shape, dtype=torch.float32).unflatten(1, (groups, -1))
-    grad_key, grad_value = (torch.zeros_like(key, dtype=torch.float32) for _ in range(2))
+    grad_query = torch.zeros_like(query, dtype=precise(query)).unflatten(1, (groups, -1))
+    grad_key, grad_value = (torch.zeros_like(key, dtype=precise(key)) for _ in range(2))
     for (rows, queries), (_, grads) in zip(
         band_chunks(query, groups), band_chunks(grad, groups), strict=True
     ):
@@ -256,9 +264,9 @@ def band_backward(
         for back, (here, there) in enumerate(shifts(rows, len(weights))):
             first = here.start - rows.start
             weight, onward = weights[back, first:], grads[first:]
-            slope = (onward * value[there].float()[:, :, None]).sum(-1)
+            slope = (onward * value[there][:, :, None]).sum(-1)
             slope = (slope - mean[first:]).mul_(weight).mul_(scale)
-            grad_query[here] += slope[..., None] * key[there].float()[:, :, None]
+            grad_query[here] += slope[..., None] * key[there][:, :, None]
             grad_key[there] += (slope[..., None] * queries[first:]).sum(2)
             grad_value[there] += (weight[..., None] * onward).sum(2)
     return grad_query, grad_key, grad_value

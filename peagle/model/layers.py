@@ -92,7 +92,7 @@ class Rotary(nn.Module):
 
 
 def rotate(
-    x: Float[Tensor, "T A E"], angles: tuple[Float[Tensor, "T 1 E"], Float[Tensor, "T 1 E"]]
+    x: Float[Tensor, "#T A E"], angles: tuple[Float[Tensor, "T 1 E"], Float[Tensor, "T 1 E"]]
 ) -> Float[Tensor, "T A E"]:
     cos, sin = angles
     first, second = x.chunk(2, -1)

@@ -7,11 +7,13 @@ clipping, accumulation, mixed precision and DDP work unchanged.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from peagle.cod.rollouts import Rows
 from peagle.data.batch import Batch
@@ -56,8 +58,7 @@ def objective(
     pieces = [rows.within(*segment) for segment in batch.segments]
     parts = [part(piece) for piece in pieces if len(piece.anchor)]
     if torch.is_grad_enabled():
-        parameters = [p for p in drafter.parameters() if p.requires_grad]
-        loss = held_sum(parts, stream, parameters)
+        loss = held_sum(parts, stream, drafter.shared_parameters())
     else:
         loss = sum((run(stream) for run in parts), stream.hidden.new_zeros((), dtype=torch.float32))
     hits = torch.cat(correct) if correct else torch.zeros(0, dtype=torch.bool)
@@ -75,20 +76,30 @@ def segment_loss(
 ) -> tuple[Float[Tensor, ""], Bool[Tensor, " N"]]:
     """Summed loss of the rows of one segment, all depths, and whether each guess is right."""
     deep = rows.depth > 0
-    hidden = stream.hidden[rows.anchor]  # right for depth 0, replaced below for the others
-    if deep.any():
-        guessed = drafter.rollouts(rows.deeper(), stream, batch.position, batch.document)
-        hidden = hidden.masked_scatter(deep[:, None], guessed.to(hidden.dtype))
-    first = int(rows.anchor[0])
-    last = int(rows.position.max()) + 1
+    known, guessed = torch.nonzero(~deep).flatten(), torch.nonzero(deep).flatten()
+    hidden = stream.hidden.index_select(0, rows.anchor[known].to(stream.hidden.device))
+    if len(guessed):
+        deeper = drafter.rollouts(rows.deeper(), stream, batch.position, batch.document)
+        hidden = torch.cat([hidden, deeper.to(hidden.dtype)])
+    order = torch.cat([known, guessed])
+    position = rows.position[order].to(hidden.device)
+    teacher = TargetLogits(target_head, batch.final)
     loss, guess = head_loss(
-        drafter.norm(hidden),
-        drafter.lm_head.weight,
-        target_head(batch.final[first:last]),
-        rows.position - first,
-        mix=mix,
+        drafter.norm(hidden), drafter.lm_head.weight, teacher, position, mix=mix
     )
-    return loss, drafter.target_ids(guess) == batch.labels[rows.position]
+    right = drafter.target_ids(guess) == batch.labels[position]
+    return loss, torch.empty_like(right).index_copy_(0, order.to(right.device), right)
+
+
+@dataclass(frozen=True)
+class TargetLogits:
+    """The target's logits, computed for the positions that are asked for."""
+
+    head: TargetHead
+    final: Float[Tensor, "S T"]
+
+    def __getitem__(self, position: Int[Tensor, " P"]) -> Float[Tensor, "P W"]:
+        return self.head(self.final[position])
 
 
 def held_sum(
@@ -99,19 +110,15 @@ def held_sum(
     Each part is differentiated as soon as it is computed; what remains are the summed gradients
     of the stream and of ``parameters``, handed out when the result is differentiated.
     """
-    return _HeldSum.apply(parts, len(stream.keys), *flat(stream), *parameters)
-
-
-def flat(stream: Stream) -> list[Tensor]:
-    return [stream.hidden, *stream.keys, *stream.values]
+    tensors, form = tree_flatten(stream)
+    return _HeldSum.apply(parts, form, len(tensors), *tensors, *parameters)
 
 
 class _HeldSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parts, depth, *inputs):
-        count = 1 + 2 * depth
+    def forward(ctx, parts, form, count, *inputs):
         leaves = [x.detach().requires_grad_() for x in inputs[:count]]
-        stream = Stream(leaves[0], tuple(leaves[1 : 1 + depth]), tuple(leaves[1 + depth :]))
+        stream = tree_unflatten(leaves, form)
         variables = [*leaves, *inputs[count:]]
         # Zeros, not None: DDP waits for every parameter, and a draw may leave one unused.
         held = [torch.zeros_like(x) for x in variables]
@@ -130,4 +137,5 @@ class _HeldSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total):
-        return None, None, *(grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
+        held = (grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
+        return None, None, None, *held

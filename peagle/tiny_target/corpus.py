@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 HELD_OUT_SHARE = 0.06
 MAX_BODY_CHARACTERS = 900
-MAX_PROMPT_CHARACTERS = 700
+MAX_PROMPT_CHARACTERS = 300
 
 
 class Function(NamedTuple):
@@ -74,11 +74,12 @@ def walk(node: ast.AST, scope: str) -> Iterator[Function]:
 
 
 def split_function(node: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Function | None:
-    documented = ast.get_docstring(node) is not None
+    docstring = ast.get_docstring(node)
+    documented = docstring is not None
     first = 1 if documented else 0
     if len(node.body) == first:
         return None
-    header = [node.body[0]] if documented else [ast.Pass()]
+    header = [ast.Expr(ast.Constant(summary(docstring)))] if documented else [ast.Pass()]
     shell = type(node)(**{**dict(ast.iter_fields(node)), "body": header, "decorator_list": []})
     prompt = ast.unparse(ast.fix_missing_locations(shell))
     if not documented:
@@ -87,6 +88,11 @@ def split_function(node: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> F
     if len(body) > MAX_BODY_CHARACTERS or len(prompt) > MAX_PROMPT_CHARACTERS or len(body) < 16:
         return None
     return Function(name, prompt, body, documented)
+
+
+def summary(docstring: str) -> str:
+    """The first paragraph on one line: a question shorter than its answer."""
+    return " ".join(docstring.strip().split("\n\n")[0].split())
 
 
 def indent(code: str) -> str:

@@ -1,6 +1,6 @@
 """Make the embedded target: ``python -m peagle.tiny_target.make --out DIR``.
 
-corpus (functions of the standard library) -> byte-level BPE -> Llama of 5.5 M parameters, trained
+corpus (functions of the standard library) -> byte-level BPE -> Llama of 2.6 M parameters, trained
 on the chat form -> bf16 safetensors beside tokenizer and chat template. Two CPU cores see about
 seven million tokens in an hour; ``--device cuda`` trains on a GPU.
 """
@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peagle.tiny_target.corpus import Function, read_functions, standard_library
 
-VOCABULARY = 3072
+VOCABULARY = 512  # short tokens: most of a word follows from its beginning
 END_OF_TEXT, TURN, END_OF_TURN, MASK = SPECIAL_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
-WIDTHS = (64, 96, 128, 160, 192, 256, 384)  # padded lengths
+WIDTHS = (64, 96, 128, 160, 192, 256, 320, 448)  # padded lengths
 USER_WEIGHT = 0.2  # docstrings are read more than they are written
 
 
@@ -75,11 +75,11 @@ def build_tokenizer(functions: list[Function]) -> PreTrainedTokenizerFast:
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
+        hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        num_key_value_heads=3,
         head_dim=64,
         max_position_embeddings=2048,
         rms_norm_eps=1e-6,

@@ -21,7 +21,7 @@ from peagle.data.prompts import Prompt, PromptSource
 from peagle.model.target import TargetSource
 from peagle.tiny_target.corpus import Function, read_functions, standard_library
 
-MAX_NEW_TOKENS = 192
+MAX_NEW_TOKENS = 224
 GREEDY = CaptureConfig(prompts=[PromptSource("stdlib")], max_new_tokens=MAX_NEW_TOKENS)
 
 

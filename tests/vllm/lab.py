@@ -104,7 +104,7 @@ def peagle(command, options):
         text=True,
         check=False,
     )
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, (result.returncode, result.stderr[-3000:])
     return result.stdout
 
 

@@ -15,7 +15,7 @@ from transformers import (
 SHAPE = {
     "vocab_size": 3072,
     "head_dim": 64,  # vLLM's attention on a CPU knows only some sizes
-    "initializer_range": 0.05,  # smaller: one token for ever; larger: noise that nobody can learn
+    "initializer_range": 0.02,  # larger: noise that no drafter can learn
     "max_position_embeddings": 1024,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -52,8 +52,9 @@ def make_target(family, folder):
     """Write a target of the family; the same one each time."""
     torch.manual_seed(0)
     model = FAMILIES[family]().to(torch.bfloat16)
-    with torch.no_grad():  # never says the four special tokens: the mask token must not occur
-        model.lm_head.weight[:4] = 0
+    with torch.no_grad():
+        model.lm_head.weight *= 20  # random logits are flat: a divergence would teach nothing
+        model.lm_head.weight[:4] = 0  # never says a special token: the mask token must not occur
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model.save_pretrained(folder)
     embedded = resources.files("peagle.tiny_target")
