@@ -41,6 +41,7 @@ def test_with_all_layers_of_the_target_depth_zero_is_the_target(monkeypatch):
     assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max()
 
 
+@torch.no_grad()
 def test_query_heads_that_share_keys_pass_the_embedding_on_once():
     drafter = make_drafter(num_attention_heads=8, num_key_value_heads=4)
     layer, embedding = drafter.layers[0], torch.randn(1, WIDTH, dtype=torch.float64)
