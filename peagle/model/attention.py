@@ -12,10 +12,16 @@ from torch.nn import functional as F
 from peagle.cod.rollouts import Rows
 from peagle.model.flash import (
     Plan,
+    fast_dtype,
     flash_causal_attention,
     flash_rollout_attention,
     plan_flash,
 )
+
+
+def kernel_dtype(x: Float[Tensor, "..."]) -> torch.dtype:
+    """Precision that attention computes in where the drafter computes in that of ``x``."""
+    return fast_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
 
 
 def causal_attention(

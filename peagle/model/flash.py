@@ -257,6 +257,10 @@ def precise(x: Float[Tensor, "..."]) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def fast_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision that the kernel is fastest in; without matrix tiles that is not bf16."""
+    return dtype if MATRIX_TILES else torch.promote_types(dtype, torch.float32)
+
+
 def fast(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """In the precision that the kernel is fastest in; without matrix tiles that is not bf16."""
-    return x if MATRIX_TILES else x.to(precise(x))
+    return x.to(fast_dtype(x.dtype))
