@@ -129,7 +129,7 @@ class PEagleDrafter(PreTrainedModel):
         document: Int[Tensor, " S"],
     ) -> Float[Tensor, "M D"]:
         """Run rows of depth >= 1 against the keys and values of depth 0."""
-        plan = plan_attention(rows, document)
+        plan = plan_attention(rows, document, device=position.device)
         count, mask_row = len(rows.anchor), stream.mask_row
         angles = self.rotary.angles(
             position[rows.anchor] + rows.depth, kernel_dtype(mask_row.query)
