@@ -12,9 +12,9 @@ SETTINGS = {"slots": 64, "rollout": 8, "element": 4}
 
 
 def large():
-    return PEagleConfig(
-        hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_key_value_heads=4
-    )
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    width = {"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 8192}
+    return PEagleConfig(num_hidden_layers=4, **width, **heads)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 4}, {"draft_vocab_size": 20}])

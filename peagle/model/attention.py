@@ -21,9 +21,9 @@ from peagle.model.flash import (
 from peagle.model.flex import flex_rollout_attention, plan_flex
 
 
-def kernel_dtype(x: Float[Tensor, "..."]) -> torch.dtype:
-    """Precision that attention computes in where the drafter computes in that of ``x``."""
-    return fast_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+def kernel_dtype(x: Float[Tensor, "..."], document_lengths: list[int]) -> torch.dtype:
+    """Precision of queries and keys where the drafter computes in that of ``x``."""
+    return fast_dtype(x.dtype, max(document_lengths)) if x.device.type == "cpu" else x.dtype
 
 
 def causal_attention(
