@@ -26,15 +26,18 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    facts = {"machine": machine(), "peer": "speculators 0.9.0", **vars(args)}
-    facts.pop("python")
+    settings = {
+        key: getattr(args, key) for key in ("shape", "max_rows", "steps", "turns", "device")
+    }
+    facts = {**settings, "peer": "speculators 0.9.0", "machine": machine()}
     rows = []
     for dtype, n in product(args.dtype, args.n):
         shape = {**SHAPES[args.shape], "n": n, "dtype": DTYPES[dtype]}
         rows.append(compared(shape, dtype, args))
         print(table(rows[-1:]), flush=True)
     print(table(rows))
-    print(f"written to {save('against_speculators', rows, **facts)}")
+    path = save("against_speculators", rows, keys=("dtype", "n"), **facts)
+    print(f"written to {path}")
 
 
 def compared(shape: dict, dtype: str, args: argparse.Namespace) -> dict:

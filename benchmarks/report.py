@@ -33,11 +33,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
-    """Write ``benchmarks/results/NAME.json``."""
+def save(name: str, rows: list[dict[str, Any]], *, keys: tuple[str, ...], **facts: Any) -> Path:
+    """Write ``benchmarks/results/NAME.json``; rows of earlier calls stay unless measured again.
+
+    Long measurements can so be split over calls. Every row carries the facts of its call.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+    measured = {tuple(row[key] for key in keys) for row in rows}
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [row for row in before if tuple(row[key] for key in keys) not in measured]
+    found = sorted(kept + [{**row, **facts} for row in rows], key=lambda r: [r[k] for k in keys])
+    path.write_text(json.dumps({"rows": found}, indent=2) + "\n")
     return path
 
 
@@ -52,13 +59,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def shown(value: Any) -> str:
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 100
-        else f"{value:.0f}"
-        if (isinstance(value, float))
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return str(value)
 
 
 def run_step(script: str, shape: dict[str, Any], *options: str, python: str = sys.executable):

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="the fastest counts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    facts = {"machine": machine(), "shape": args.shape, "steps": args.steps}
+    facts = {"shape": args.shape, "steps": args.steps, "machine": machine()}
     dtypes = [DTYPES[name] for name in args.dtype]
     rates = {d: matrix_rate(STORED[d], torch.device(args.device)) for d in dtypes}
     rows = []
@@ -38,7 +38,8 @@ def main() -> None:
         rows.append(measured(shape, segments, rates[dtype], args))
         print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
-    path = save(f"training_step_{args.device}", rows, **facts, matrix_rates=rates)
+    keys = ("dtype", "n", "depths", "segments")
+    path = save(f"training_step_{args.device}", rows, keys=keys, **facts)
     print(f"written to {path}")
 
 
@@ -56,9 +57,11 @@ def measured(shape: dict, segments: int, rate: float, args: argparse.Namespace) 
         "depths": whole.depths,
         "segments": result["segments"],
         "dtype": whole.dtype,
+        "milliseconds_per_token": 1e3 * result["seconds"] / whole.n,
+        "least_milliseconds_per_token": 1e3 * least / whole.n,
         "tokens_per_second": whole.n / result["seconds"],
         "limit_share": least / result["seconds"],
-        "attention_share_of_operations": operations["attention"] / sum(operations.values()),
+        "matrix_gflops": rate / 1e9,
         "peak_memory_gb": result["peak_gb"],
         "gradient_norm": result["gradient_norm"],
     }
