@@ -104,7 +104,7 @@ class PEagleDrafter(PreTrainedModel):
     ) -> Stream:
         """Run the slots whose token and hidden states are known."""
         hidden, embedding = self.combine(aux), self.embed_tokens(tokens)
-        angles = self.rotary.angles(position, kernel_dtype(hidden))
+        angles = self.rotary.angles(position, kernel_dtype(hidden, document_lengths))
         keys, values = [], []
         for layer in self.layers:
             x, residual = layer.enter(hidden, embedding)
@@ -129,11 +129,9 @@ class PEagleDrafter(PreTrainedModel):
         document: Int[Tensor, " S"],
     ) -> Float[Tensor, "M D"]:
         """Run rows of depth >= 1 against the keys and values of depth 0."""
-        plan = plan_attention(rows, document)
+        plan = plan_attention(rows, document, device=position.device)
         count, mask_row = len(rows.anchor), stream.mask_row
-        angles = self.rotary.angles(
-            position[rows.anchor] + rows.depth, kernel_dtype(mask_row.query)
-        )
+        angles = self.rotary.angles(position[rows.anchor] + rows.depth, stream.keys[0].dtype)
         query, key, value = mask_row.query, mask_row.key, mask_row.value.expand(count, -1, -1)
         hidden = residual = mask_row.residual.expand(count, -1)
         for index, layer in enumerate(self.layers):
