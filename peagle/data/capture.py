@@ -105,7 +105,8 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
     tokenizer = target.tokenizer()
     answers = regenerate(model, tokenizer, prompts, config, folder / "answers.jsonl")
     rendered = [render(tokenizer, a.messages, finished=a.finished) for a in answers]
-    target_head_of(model, target.config()).save(folder / "target.safetensors")
+    head = target_head_of(model, target.config())
+    head.save(folder / "target.safetensors", wanted.identity())
     read_hidden_states(model, wanted, answers, rendered, config, folder)
     os.replace(partial / "manifest.json", folder / "manifest.json")
     partial.rmdir()

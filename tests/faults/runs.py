@@ -158,6 +158,12 @@ def start(
     )
 
 
+def start_command(folder: Path, *arguments: Any) -> Run:
+    """Start any other command of ``python -m peagle``."""
+    log = folder / "log"
+    return Run([forked(list(map(str, arguments)), log, ENVIRONMENT)], log)
+
+
 def finish(*args, **kwargs) -> Run:
     """Start a run and insist that it ends well."""
     run = start(*args, **kwargs)

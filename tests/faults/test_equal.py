@@ -15,7 +15,8 @@ from peagle.model.drafter import PEagleDrafter
 from peagle.model.initial import initialise
 from peagle.model.objective import objective
 from peagle.model.target_head import TargetHead
-from peagle.module import LinearSchedule, saved_config
+from peagle.module import LinearSchedule
+from peagle.restore import saved_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 13
