@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from random_parts import make_drafter
+from random_parts import make_drafter, make_target
 
+from peagle.model.target import TargetSource
 from peagle.module import load_drafter
 from peagle.restore import (
     PARTS,
@@ -103,3 +104,10 @@ def test_differences_say_both_values():
         ValueError, match="is another: a: checkpoint 1, this run 2; b: checkpoint 3"
     ):
         refuse_differences({"a": 1, "b": 3}, {"a": 2}, "is another")
+
+
+def test_a_target_with_pickled_weights_is_refused(tmp_path):
+    make_target().config.save_pretrained(tmp_path)
+    torch.save(make_target().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"cannot be opened.*safetensors"):
+        TargetSource(str(tmp_path), None).model(dtype=torch.float32, device="cpu")
