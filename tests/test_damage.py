@@ -13,6 +13,7 @@ from peagle.data.datamodule import PackedSequences
 from peagle.data.order import Pack
 from peagle.data.store import TENSORS, BadSample, Entry, Store, StoreWriter, digest
 from peagle.model.target_head import TargetHead
+from peagle.model.target_layers import TargetLayers
 
 SHARD = "shard-00000"
 
@@ -284,6 +285,15 @@ def test_the_head_of_another_target_is_refused(tmp_path):
     TargetHead.load(path, eps=1e-6, softcap=None, identity="this store")
     with pytest.raises(ValueError, match="belongs to a store of another target"):
         TargetHead.load(path, eps=1e-6, softcap=None, identity="another")
+
+
+def test_the_layers_of_another_target_are_refused(tmp_path):
+    path = tmp_path / "target_layers.safetensors"
+    TargetLayers({0: {"x": torch.ones(2)}}).save(path, "this store")
+    found = TargetLayers.load(path, "this store").layers
+    assert list(found) == [0] and torch.equal(found[0]["x"], torch.ones(2))
+    with pytest.raises(ValueError, match="belongs to a store of another target"):
+        TargetLayers.load(path, "another")
 
 
 def test_every_column_of_the_index_is_what_was_written(folder):

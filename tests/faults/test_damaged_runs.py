@@ -175,6 +175,8 @@ REFUSED = {
     "manifest that asks for code": add_a_setting,
     "foreign shard": lambda broken: replace(broken, "shard-00003.parquet"),
     "foreign target head": lambda broken: replace(broken, "target.safetensors"),
+    "foreign target layers": lambda broken: replace(broken, "target_layers.safetensors"),
+    "missing target layers": lambda broken: remove(broken / "target_layers.safetensors"),
     "damaged target head": lambda broken: flip_a_bit(broken / "target.safetensors"),
     "bit flip in the index": lambda broken: flip_a_bit(broken / "shard-00001.parquet"),
     "missing part of the index": lambda broken: remove(broken / "shard-00001.parquet"),
