@@ -57,6 +57,7 @@ def damaged(store, folder, kind):
     return folder
 
 
+@pytest.mark.short
 def test_a_strict_run_stops_and_names_shard_and_sample(store, tmp_path, tally):
     def stopped(kind):
         name = kind.replace(" ", "-")
@@ -118,6 +119,7 @@ def test_a_tolerant_run_resumes_to_the_bit(store, tmp_path, tally, kind):
     tally(f"tolerant run resumed, {kind}", [same_training(run_dir, tmp_path / "whole")])
 
 
+@pytest.mark.short
 def test_more_damage_than_the_budget_ends_the_run(store, tmp_path, tally):
     broken = damaged(store, tmp_path / "store", "truncation")
     run = start(tmp_path / "run", broken, SKIP[0], "--data.bad_sample_budget=0.1")
@@ -187,6 +189,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.short
 def test_what_makes_the_whole_store_doubtful_is_refused(store, tmp_path, tally):
     """Also by a tolerant run: there is no telling which samples it concerns."""
 

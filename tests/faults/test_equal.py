@@ -74,6 +74,7 @@ def samples_by_name(store) -> dict:
     return names
 
 
+@pytest.mark.short
 def test_two_ranks_with_unequal_segments_train_like_one_process(
     store, head, drafter, tmp_path, tally
 ):

@@ -94,6 +94,7 @@ def test_a_configuration_with_python_tags_is_not_run(store, tmp_path, tally):
     tally("configuration with Python tags", problems)
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("command", ["fit", "validate"])
 def test_hyper_parameters_in_a_checkpoint_are_ignored(store, reference, tmp_path, tally, command):
     witness = tmp_path / "witness"
@@ -153,6 +154,7 @@ def test_another_optimizer_is_refused_with_both_names(store, reference, tmp_path
     tally("resume with another optimizer", ["" if right else said[-500:]])
 
 
+@pytest.mark.short
 @pytest.mark.parametrize(
     ("option", "difference"),
     [
