@@ -110,9 +110,11 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
     tokenizer = target.tokenizer()
     answers = regenerate(model, tokenizer, prompts, config, folder / "answers.jsonl")
     rendered = [render(tokenizer, a.messages, finished=a.finished) for a in answers]
-    target_head_of(model, text).save(folder / "target.safetensors")
+    head = target_head_of(model, text)
+    head.save(folder / "target.safetensors", wanted.identity())
     start = tuple(config.start_layers or default_start_layers(text.num_hidden_layers))
-    target_layers_of(model, text, start).save(folder / "target_layers.safetensors")
+    layers = target_layers_of(model, text, start)
+    layers.save(folder / "target_layers.safetensors", wanted.identity())
     read_hidden_states(model, wanted, answers, rendered, config, folder)
     os.replace(partial / "manifest.json", folder / "manifest.json")
     partial.rmdir()

@@ -87,7 +87,8 @@ class HiddenStatesDataModule(L.LightningDataModule):
         seed: decides the order of every epoch and every COD draw.
         on_bad_sample: ``error`` stops at a damaged sample; ``skip`` leaves it out, counted and
             named. No other sample ever takes its place.
-        bad_sample_budget: share of the store that ``skip`` may leave out before it stops too.
+        bad_sample_budget: share of the store that ``skip`` may leave out before it stops too; each
+            process counts what it reads.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ class TargetSource:
         return opened(AutoTokenizer, self)
 
     def model(self, *, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
-        model = opened(AutoModelForCausalLM, self, dtype=dtype)
+        model = opened(AutoModelForCausalLM, self, dtype=dtype, use_safetensors=True)
         return model.to(device).eval().requires_grad_(False)
 
     def fingerprint(self) -> str:
