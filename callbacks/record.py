@@ -92,7 +92,7 @@ def training_facts(
     optimizer = trainer.optimizers[0]
     return {
         **asdict(pl_module.cod),
-        "loss": " + ".join(f"{weight:g} {name}" for name, weight in pl_module.mix.items()),
+        "loss": loss_of(pl_module.mix),
         "optimizer": type(optimizer).__name__,
         "lr": optimizer.param_groups[0].get("initial_lr"),
         "steps": trainer.global_step,
@@ -104,6 +104,13 @@ def training_facts(
         "max_tokens": trainer.datamodule.max_tokens,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
     }
+
+
+def loss_of(mix: dict[str, float]) -> str:
+    """ "kl", or "0.5 kl + 0.5 tv"."""
+    if list(mix.values()) == [1.0]:
+        return next(iter(mix))
+    return " + ".join(f"{weight:g} {name}" for name, weight in mix.items())
 
 
 def data_facts(store: Store) -> dict[str, Any]:

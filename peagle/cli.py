@@ -92,7 +92,9 @@ class PEagleCLI(LightningCLI):
         if path is not None:
             check_address(path)
         elif subcommand != "fit":
-            raise ValueError(f"{subcommand} needs --ckpt_path: a .ckpt file, hf://..., or last")
+            raise ValueError(
+                f"{subcommand} needs --ckpt_path: a file, hf://OWNER/NAME/FILE@REVISION, or last"
+            )
         return {**arguments, "ckpt_path": path, "weights_only": True}
 
     def before_fit(self) -> None:
@@ -138,7 +140,7 @@ def lightning(cli: type[PEagleCLI], arguments: list[str]) -> None:
 
 
 def export(
-    ckpt_path: Path,
+    ckpt_path: str,
     out: Path,
     format: Layout = "eagle3",
     target: str | None = None,
@@ -148,7 +150,7 @@ def export(
     """Write the servable folder of a checkpoint.
 
     Args:
-        ckpt_path: a ``.ckpt`` of ``fit``.
+        ckpt_path: a ``.ckpt`` of ``fit``, or hf://OWNER/NAME/FILE@REVISION.
         out: folder to write; replaced if it exists.
         format: ``eagle3`` for vLLM's --speculative-config, ``speculators`` for ``vllm serve DIR``.
         target: Hub id (or folder) of the target; the speculators format names it.
