@@ -220,7 +220,10 @@ class HubPublisher(L.Callback):
             _write_provenance(self.run_dir, stage, name)
             options = _card_options(trainer, self.destination.repo_id)
             write_card(stage, stage / "drafter", stage / "card", options=options)
-            write_entry(self.sender.spool, collect(stage), **name, channel=MAIN, place=os.replace)
+            files = collect(stage)
+            write_entry(
+                self.sender.spool, files, **name, channel=MAIN, final=False, place=os.replace
+            )
 
     def _spool_checkpoint(self) -> None:
         """Link the file that was just finished: checkpoints are replaced, never written into."""
@@ -238,6 +241,7 @@ class HubPublisher(L.Callback):
                 run_id=run_id(self.run_dir),
                 step=step,
                 channel=CHECKPOINTS,
+                final=False,
                 place=os.link,
             )
             self._send()

@@ -32,7 +32,7 @@ _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["peagle.cli", "callbacks.hub", "callbacks.evaluate"])
 
 
-def write_config(run_dir: Path, store: Path, **publisher: Any) -> Path:
+def write_config(run_dir: Path, store: Path, every_n_steps: int = 2, **publisher: Any) -> Path:
     """The quickstart's configuration in small, its last callback publishing as told."""
     config = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
     for section, values in SMALL.items():
@@ -44,7 +44,7 @@ def write_config(run_dir: Path, store: Path, **publisher: Any) -> Path:
     assert hub["class_path"] == "callbacks.hub.HubPublisher"
     for callback in others:
         if callback["class_path"] == "callbacks.checkpoint.Checkpoint":
-            callback["init_args"]["every_n_steps"] = 2
+            callback["init_args"]["every_n_steps"] = every_n_steps
     hub["init_args"] = publisher
     path = run_dir.with_name(f"{run_dir.name}.yaml")
     path.write_text(json.dumps(config))

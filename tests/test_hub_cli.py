@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import random
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,3 +200,43 @@ def test_a_fit_ends_as_without_a_hub_whatever_the_hub_does(hub, alone, store, tm
     (commit,) = hub.history(REPO)
     assert f" step {STEPS} " in commit.title and spooled(run) == []
     assert hub.content(REPO)["model.safetensors"] == (run / name).read_bytes()
+
+
+def said_on_the_card(content: dict[str, bytes]) -> tuple[str, int]:
+    """The weights and the step that the card of a commit names."""
+    card = content["README.md"].decode()
+    sha = re.search(r"^\| Drafter weights, sha256 \| `(\w{64})` \|", card, flags=re.M)[1]
+    step = re.search(r"^\| Steps \| (\d+) \|", card, flags=re.M)[1]
+    return sha, int(step)
+
+
+@pytest.mark.slow
+def test_a_fit_that_is_killed_ten_times_publishes_every_save_once(hub, store, tmp_path):
+    """Each life ends by kill -9 amid the requests of a publication; the last one finishes."""
+    run, log, draw = tmp_path / "run", tmp_path / "log", random.Random(9)
+    options = {"repo_id": REPO, "endpoint": hub.url, "hub_strategy": "every_save"}
+    config = write_config(run, store, 1, always_push=True, **options)
+    arguments = ("fit", "--config", config, "--ckpt_path", "last", "--trainer.max_steps", 40)
+    hub.fault("commit", hang=0.2, after=True)  # a wide window between done and answered
+    owed, ends = set(), []
+    for _ in range(10):
+        process = hub_fits.forked(*arguments, log=log, **environment(hub, tmp_path))
+        end = len(hub.requests) + draw.randint(4, 25)
+        while len(hub.requests) < end and process.is_alive():
+            time.sleep(0.005)
+        assert process.is_alive(), log.read_text()
+        process.kill()
+        process.join()
+        ends.append(hub.requests[-1][0])
+        owed |= {step for step in spooled(run) if step}
+    code, _ = finish(*arguments, log=log, **environment(hub, tmp_path))
+    assert code == 0 and spooled(run) == [], log.read_text()
+    assert len(set(ends)) > 2, "every kill came at the same moment"
+    commits = hub.history(REPO)
+    steps = [int(commit.title.split()[2]) for commit in commits]
+    assert sorted(set(steps)) == sorted(steps) and owed | {40} <= set(steps)
+    for commit, step in zip(commits, steps, strict=True):
+        content = hub.content(REPO, commit.oid)
+        sha = hashlib.sha256(content["model.safetensors"]).hexdigest()
+        assert said_on_the_card(content) == (sha, step) and sha[:12] in commit.title
+        assert json.loads(content["provenance.json"])["training"]["steps"] == step
