@@ -102,6 +102,12 @@ class HubPublisher(L.Callback):
         self._before: dict[str, tuple[int, int]] = {}  # what lay there when fit started
         self._awaited: tuple[int, float] | None = None  # step and time of a save under way
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """The serving lines on the finished card name the repository that it will stand in."""
+        for callback in trainer.callbacks if self.destination is not None else []:
+            if isinstance(callback, RunRecord) and callback.options.repo_id is None:
+                callback.options = replace(callback.options, repo_id=self.destination.repo_id)
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.destination is None or not trainer.is_global_zero or trainer.fast_dev_run:
             return

@@ -22,7 +22,8 @@ class RunRecord(L.Callback):
     Args:
         license: of the drafter; default what the target's licence is known to be.
         base_model_relation: how the Hub files the drafter under its target.
-        repo_id: the name that the card's serving lines use; default the drafter's folder.
+        repo_id: the name that the card's serving lines use; default where ``HubPublisher`` sends
+            the drafter, or else its folder.
     """
 
     def __init__(
