@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from hub_server import TOKEN, Hub
 from huggingface_hub import snapshot_download
 
 from callbacks.hub import HubPublisher, PublishResult
-from callbacks.spool import pending
+from callbacks.publish import Sender, deliver
+from callbacks.spool import MAIN, collect, pending, write_entry
+from callbacks.upload import Destination
 
 ENDLESS_S = 5.0  # patience where all of it is used up; elsewhere it is only a bound
 
@@ -224,6 +227,20 @@ def test_a_later_publication_leaves_no_figures_of_other_weights(hub, tmp_path):
     assert "metrics/validate.json" in hub.content(REPO, "step-1")
 
 
+def test_a_save_that_a_killed_run_makes_again_is_not_published_again(hub, tmp_path):
+    """It has the same weights under another date; a finished run's card may change."""
+    sender = Sender(tmp_path / "hub_spool", Destination(REPO, True, None, hub.url))
+    for date in ("before the kill", "after it"):
+        finish_run(tmp_path, step=2)
+        (tmp_path / "metrics/validate.json").write_text(json.dumps({"rows": [], "date": date}))
+        note = {"run_id": "run-1", "step": 2, "channel": MAIN, "final": False}
+        write_entry(sender.spool, collect(tmp_path), **note, place=shutil.copyfile)
+        assert deliver(sender, 60).complete
+    (commit,) = hub.history(REPO)
+    assert b"before the kill" in hub.content(REPO)["metrics/validate.json"]
+    assert hub.repos[REPO].tags == {"step-2": commit.oid} and spooled(tmp_path) == []
+
+
 @pytest.mark.slow
 def test_a_richer_card_of_the_same_step_is_published_and_the_first_tag_stays(hub, tmp_path):
     finish_run(tmp_path, step=1)
@@ -324,7 +341,7 @@ def kill(process: subprocess.Popen, *, sender_too: bool) -> None:
 def test_kill_9_during_publish_mixes_duplicates_and_loses_nothing(hub, tmp_path):
     draw = random.Random(10)
     hub.fault("commit", hang=0.3, after=True)  # a wide window between done and answered
-    weights, owed = {}, set()
+    weights, owed, moments = {}, set(), []
     for step in range(1, 11):
         weights[step] = finish_run(tmp_path, step=step)
         process = run_script(do="publish", run_dir=str(tmp_path), endpoint=hub.url)
@@ -335,8 +352,11 @@ def test_kill_9_during_publish_mixes_duplicates_and_loses_nothing(hub, tmp_path)
         expected = len(hub.requests) + draw.randint(1, 14)
         while len(hub.requests) < expected and process.poll() is None:
             time.sleep(0.005)
+        if process.poll() is None:
+            moments.append(hub.requests[-1][0])
         kill(process, sender_too=step % 2 == 0)
         owed |= {step, *spooled(tmp_path)}
+    assert len(moments) > 7 and len(set(moments)) > 2, "the kills came too late, or all at once"
     assert publish(tmp_path, hub.url).complete
     assert spooled(tmp_path) == []
     steps = [int(re.search(r"step (\d+)", commit.title)[1]) for commit in hub.history(REPO)]
