@@ -172,6 +172,7 @@ def export(
     print(f"wrote {out}")
 
 
+HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 FUNCTIONS: dict[str, Callable[..., Any]] = {"export": export}
 
 
@@ -181,8 +182,22 @@ def underscored(arguments: list[str]) -> list[str]:
             for argument in arguments]  # fmt: skip
 
 
+def refuse_tokens(arguments: list[str]) -> None:
+    """Raise ``ValueError`` for a Hub token, which logs, errors and the run's files would repeat."""
+    texts = {"the command line": " ".join(arguments)}
+    for path in (Path(argument.rpartition("=")[2]) for argument in arguments):
+        if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
+            texts[str(path)] = path.read_text()
+    for place, text in texts.items():
+        if HUB_TOKEN.search(text):
+            raise ValueError(
+                f"{place} holds a Hub token: take it out, then set HF_TOKEN or run `hf auth login`"
+            )
+
+
 def run(command: str, arguments: list[str]) -> None:
     """Run one command of ``python -m peagle``; raises ``ValueError`` for what the user can mend."""
+    refuse_tokens(arguments)
     sys.path.insert(0, os.getcwd())  # the callbacks package lies beside peagle in a checkout
     if command in FUNCTIONS:
         auto_cli(FUNCTIONS[command], args=arguments[1:], as_positional=False)

@@ -141,7 +141,7 @@ def test_what_is_no_checkpoint_on_the_hub_is_one_clear_sentence(
     ("publisher", "words"),
     [
         ({"repo_id": "no-owner"}, "repo_id must be written owner/name, got 'no-owner'"),
-        ({"repo_id": REPO, "token": TOKEN}, "token"),
+        ({"repo_id": REPO, "token": TOKEN}, "run.yaml holds a Hub token: take it out"),
     ],
     ids=["malformed", "token"],
 )
