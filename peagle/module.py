@@ -291,7 +291,7 @@ def saved_config(checkpoint: dict[str, Any]) -> PEagleConfig:
     return PEagleConfig(**config)
 
 
-def load_drafter(ckpt_path: Path | str) -> PEagleDrafter:
+def load_drafter(ckpt_path: Path) -> PEagleDrafter:
     """The drafter of a checkpoint, for export and decoding; runs no code from the file."""
     checkpoint = read_checkpoint(str(ckpt_path))
     drafter = PEagleDrafter(saved_config(checkpoint))
