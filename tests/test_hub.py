@@ -25,7 +25,7 @@ from callbacks.publish import Sender, deliver
 from callbacks.spool import MAIN, collect, pending, write_entry
 from callbacks.upload import Destination
 
-ENDLESS_S = 5.0  # patience where all of it is used up; elsewhere it is only a bound
+ENDLESS_S = 3.0  # patience where all of it is used up; elsewhere it is only a bound
 
 
 @dataclass(frozen=True)
