@@ -16,10 +16,13 @@ from pathlib import Path
 
 import hub_runs
 import pytest
+from card_runs import full_run
 from hub_runs import PUBLISHED, REPO, finish_run, publish
 from hub_server import TOKEN, Hub
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 
+from callbacks import command
+from callbacks.card import CardOptions, write_card
 from callbacks.hub import HubPublisher, PublishResult
 from callbacks.publish import Sender, deliver
 from callbacks.spool import MAIN, collect, pending, write_entry
@@ -251,6 +254,22 @@ def test_a_richer_card_of_the_same_step_is_published_and_the_first_tag_stays(hub
     second, first = hub.history(REPO)
     assert hub.repos[REPO].tags == {"step-1": first.oid, f"step-1-{second.oid[:7]}": second.oid}
     assert b"measured later" in hub.content(REPO)["README.md"]
+
+
+def test_a_card_that_names_a_folder_names_the_repository_once_it_is_published(hub, tmp_path):
+    run = full_run(tmp_path)
+    written = CardOptions(license="Our Own 1.0", base_model_relation="finetune")
+    write_card(run, run / "drafter", run / "card", options=written)
+    command.publish(run, REPO, endpoint=hub.url)
+    card = ModelCard(hub.content(REPO)["README.md"].decode())
+    assert card.text.count(f'"model": "{REPO}"') == 1 and "./drafter" not in card.text
+    assert (card.data.license, card.data["license_name"]) == ("other", "our-own-1.0")
+    assert card.data["base_model_relation"] == "finetune"
+    with (run / "drafter/model.safetensors").open("ab") as weights:
+        weights.write(b"changed")
+    with pytest.raises(ValueError, match="other weights"):
+        command.publish(run, REPO, endpoint=hub.url)
+    assert len(hub.history(REPO)) == 1
 
 
 def test_another_branch_is_made_and_main_stays_as_it_was(hub, tmp_path):
