@@ -220,16 +220,14 @@ class HubPublisher(L.Callback):
 
     def _spool_drafter(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Drafter and card of this moment. Figures measured on other weights stay out of both."""
-        with staging(self.sender.spool) as stage:
+        spool = self.sender.spool
+        with staging(spool) as stage:
             export_drafter(pl_module.drafter, stage / "drafter")
             name = {"run_id": run_id(self.run_dir), "step": step}
             _write_provenance(self.run_dir, stage, name)
             options = _card_options(trainer, self.destination.repo_id)
             write_card(stage, stage / "drafter", stage / "card", options=options)
-            files = collect(stage)
-            write_entry(
-                self.sender.spool, files, **name, channel=MAIN, final=False, place=os.replace
-            )
+            write_entry(spool, collect(stage), **name, channel=MAIN, final=False, place=os.replace)
 
     def _spool_checkpoint(self) -> None:
         """Link the file that was just finished: checkpoints are replaced, never written into."""

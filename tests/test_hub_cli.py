@@ -13,10 +13,10 @@ import hub_fits
 import pytest
 import torch
 from hub_fits import STEPS, peagle, write_config
-from hub_runs import REPO
+from hub_runs import REPO, spooled
 from hub_server import TOKEN, Hub
 from huggingface_hub import ModelCard, snapshot_download
-from test_hub import FAULTS, RARE_FAULTS, spooled
+from test_hub_faults import FAULTS, RARE_FAULTS
 
 from peagle.cli import run
 from peagle.model.drafter import PEagleDrafter
