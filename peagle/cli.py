@@ -92,7 +92,9 @@ class PEagleCLI(LightningCLI):
         if path is not None:
             check_address(path)
         elif subcommand != "fit":
-            raise ValueError(f"{subcommand} needs --ckpt_path: a .ckpt file, hf://..., or last")
+            raise ValueError(
+                f"{subcommand} needs --ckpt_path: a file, hf://OWNER/NAME/FILE@REVISION, or last"
+            )
         return {**arguments, "ckpt_path": path, "weights_only": True}
 
     def before_fit(self) -> None:
@@ -138,7 +140,7 @@ def lightning(cli: type[PEagleCLI], arguments: list[str]) -> None:
 
 
 def export(
-    ckpt_path: Path,
+    ckpt_path: str,
     out: Path,
     format: Layout = "eagle3",
     target: str | None = None,
@@ -148,7 +150,7 @@ def export(
     """Write the servable folder of a checkpoint.
 
     Args:
-        ckpt_path: a ``.ckpt`` of ``fit``.
+        ckpt_path: a ``.ckpt`` of ``fit``, or hf://OWNER/NAME/FILE@REVISION.
         out: folder to write; replaced if it exists.
         format: ``eagle3`` for vLLM's --speculative-config, ``speculators`` for ``vllm serve DIR``.
         target: Hub id (or folder) of the target; the speculators format names it.
@@ -170,6 +172,7 @@ def export(
     print(f"wrote {out}")
 
 
+HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 FUNCTIONS: dict[str, Callable[..., Any]] = {"export": export}
 
 
@@ -179,8 +182,22 @@ def underscored(arguments: list[str]) -> list[str]:
             for argument in arguments]  # fmt: skip
 
 
+def refuse_tokens(arguments: list[str]) -> None:
+    """Raise ``ValueError`` for a Hub token, which logs, errors and the run's files would repeat."""
+    texts = {"the command line": " ".join(arguments)}
+    for path in (Path(argument.rpartition("=")[2]) for argument in arguments):
+        if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
+            texts[str(path)] = path.read_text()
+    for place, text in texts.items():
+        if HUB_TOKEN.search(text):
+            raise ValueError(
+                f"{place} holds a Hub token: take it out, then set HF_TOKEN or run `hf auth login`"
+            )
+
+
 def run(command: str, arguments: list[str]) -> None:
     """Run one command of ``python -m peagle``; raises ``ValueError`` for what the user can mend."""
+    refuse_tokens(arguments)
     sys.path.insert(0, os.getcwd())  # the callbacks package lies beside peagle in a checkout
     if command in FUNCTIONS:
         auto_cli(FUNCTIONS[command], args=arguments[1:], as_positional=False)

@@ -35,6 +35,15 @@ def test_only_files_and_the_hub_hold_checkpoints(address):
         AtomicCheckpointIO().load_checkpoint(address, weights_only=False)
 
 
+@pytest.mark.parametrize(
+    "address", ["hf://a/b", "hf://a/b/last.ckpt", "hf://a/b@main/last.ckpt", "hf://a/last.ckpt@main",
+                "hf://a/b/last.ckpt@", "hf://a/b/last.ckpt@main@main"],
+)  # fmt: skip
+def test_a_checkpoint_on_the_hub_is_named_with_its_revision(address):
+    with pytest.raises(ValueError, match="hf://OWNER/NAME/FILE@REVISION"):
+        check_address(address)
+
+
 def test_a_checkpoint_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint .*none\.ckpt does not exist"):
         read_checkpoint(str(tmp_path / "none.ckpt"))
