@@ -101,7 +101,7 @@ class StandIn(NamedTuple):
 
     def gone(self) -> bool:
         """Whether nothing is left; those just killed get a moment to go."""
-        for _ in range(50):
+        for _ in range(200):
             if not self.processes():
                 return True
             time.sleep(0.1)

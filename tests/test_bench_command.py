@@ -210,7 +210,7 @@ def test_a_signal_ends_the_command_and_its_engine_at_once(drafter, stand_in, beh
                 time.sleep(0.1)
             time.sleep(1.0)
             process.send_signal(number)
-            assert process.wait(10) == 128 + number
+            assert process.wait(60) == 128 + number
         finally:
             process.kill()
     assert vllm.served and vllm.gone()

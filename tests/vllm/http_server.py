@@ -59,7 +59,7 @@ def chat(port, question):
 
 def lasting(mark):
     """Processes that still live after those just killed have had a moment to go."""
-    for _ in range(50):
+    for _ in range(200):
         if not living(mark):
             break
         time.sleep(0.1)
