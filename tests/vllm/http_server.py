@@ -33,7 +33,7 @@ def talk_and_kill(vllm_python, folder, question, environment):
     marked = {**environment, "PEAGLE_TALK": str(folder)}
     with (
         pytest.raises(EngineError) as caught,
-        Server(command, port, environment=marked, timeout_s=1800) as server,
+        Server(command, port, environment=marked, timeout_s=1800.0) as server,
     ):
         answer = chat(port, question)
         counters = read_counters(port)
