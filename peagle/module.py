@@ -30,6 +30,7 @@ from peagle.model.initial import initialise
 from peagle.model.objective import objective
 from peagle.model.target import end_tokens, pick_device, refuse_other_target
 from peagle.model.target_head import TargetHead
+from peagle.model.target_layers import TargetLayers
 from peagle.optimizer import MATRICES
 from peagle.optimizer_options import impose, options_of
 
@@ -58,6 +59,8 @@ class PEagleModule(L.LightningModule):
             cost latency.
         hidden_size: width of the drafter; default the target's.
         intermediate_size: of the feed-forward; default the target's.
+        num_key_value_heads: default the target's. With as many as the hidden state is wide
+            (``hidden_size / head_dim``) the layers start as copies of the target's.
         draft_vocab_size: tokens that the drafter can guess; default all. Fewer are faster; the
             most frequent tokens of the answers are kept.
         norm_before_residual: layer 0 adds to the normed hidden state instead of the raw one.
@@ -76,6 +79,7 @@ class PEagleModule(L.LightningModule):
         num_layers: int = 4,
         hidden_size: int | None = None,
         intermediate_size: int | None = None,
+        num_key_value_heads: int | None = None,
         draft_vocab_size: int | None = None,
         norm_before_residual: bool = False,
         norm_before_fc: bool = False,
@@ -98,7 +102,11 @@ class PEagleModule(L.LightningModule):
             "norm_before_fc": norm_before_fc,
             "fc_norm": fc_norm,
         }
-        widths = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        widths = {
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_key_value_heads": num_key_value_heads,
+        }
         self.architecture |= {key: value for key, value in widths.items() if value is not None}
         self.drafter: PEagleDrafter | None = None
         self.target_head: TargetHead | None = None
@@ -127,7 +135,10 @@ class PEagleModule(L.LightningModule):
             self.drafter.t2d.copy_(vocabulary.membership(manifest.vocab_size))
         self.full_head = [head]  # in a list: Lightning must neither move nor save it
         self.use_vocabulary(kept)
-        initialise(self.drafter, head, kept)
+        layers = TargetLayers.load(data.folder / "target_layers.safetensors")
+        copied = initialise(self.drafter, head, kept, layers)
+        if copied:
+            self.print(f"layers 1-{len(copied)} start from the target's layers {copied}")
         self.drafter.embed_tokens.requires_grad_(self.train_embeddings)
 
     def use_vocabulary(self, kept: Int[Tensor, " W"]) -> None:

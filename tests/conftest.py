@@ -5,6 +5,7 @@ import torch
 from random_parts import make_head, make_manifest, make_sample
 
 from peagle.data.store import StoreWriter
+from peagle.model.target_layers import TargetLayers
 
 
 @pytest.fixture(autouse=True)
@@ -23,5 +24,6 @@ def random_store(tmp_path):
         if number % 8 == 7:
             writer.flush()
     make_head(torch.bfloat16).save(folder / "target.safetensors")
+    TargetLayers({}).save(folder / "target_layers.safetensors")
     make_manifest().write(folder)
     return folder

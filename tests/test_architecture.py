@@ -13,7 +13,7 @@ LEVELS = [
      "cod.rollouts", "model.config", "data.chat", "data.store",
      "data.prompts"},
     {"cod.segments", "cod.visibility", "data.bad_samples", "data.vocab", "data.capture_config",
-     "metrics", "model.layers", "model.slot_cache", "model.target_head"},
+     "metrics", "model.layers", "model.slot_cache", "model.target_head", "model.target_layers"},
     {"model.flash"},
     {"model.attention", "model.target", "data.batch"},
     {"model.drafter", "data.answers"},

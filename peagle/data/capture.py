@@ -34,8 +34,10 @@ from peagle.model.target import (
     hidden_states,
     pick_device,
     target_head_of,
+    target_layers_of,
     tokenizer_hash,
 )
+from peagle.model.target_layers import default_start_layers
 
 
 def wanted_manifest(target: TargetSource, config: CaptureConfig) -> Manifest:
@@ -45,6 +47,9 @@ def wanted_manifest(target: TargetSource, config: CaptureConfig) -> Manifest:
     ids = tuple(config.layer_ids or default_layer_ids(layers))
     if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > layers:
         raise ValueError(f"layer_ids must be ascending, unique and in 0..{layers}, got {ids}")
+    beyond = [i for i in config.start_layers or () if not 0 <= i < layers]
+    if beyond:
+        raise ValueError(f"start_layers must lie in 0..{layers - 1}, got {beyond[0]}")
     return Manifest(
         target=target.name,
         revision=target.revision,
@@ -100,12 +105,14 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
     wanted.write(partial)
     write_atomically(folder / "capture.json", json.dumps(asdict(config), indent=2).encode())
 
-    device = pick_device(config.device)
+    text, device = target.config(), pick_device(config.device)
     model = target.model(dtype=getattr(torch, config.dtype), device=device)
     tokenizer = target.tokenizer()
     answers = regenerate(model, tokenizer, prompts, config, folder / "answers.jsonl")
     rendered = [render(tokenizer, a.messages, finished=a.finished) for a in answers]
-    target_head_of(model, target.config()).save(folder / "target.safetensors")
+    target_head_of(model, text).save(folder / "target.safetensors")
+    start = tuple(config.start_layers or default_start_layers(text.num_hidden_layers))
+    target_layers_of(model, text, start).save(folder / "target_layers.safetensors")
     read_hidden_states(model, wanted, answers, rendered, config, folder)
     os.replace(partial / "manifest.json", folder / "manifest.json")
     partial.rmdir()

@@ -14,6 +14,8 @@ class CaptureConfig:
     Args:
         prompts: prompt sets; only their prompts are used, the target writes the answers.
         layer_ids: hidden states to keep, in vLLM's numbering; default (2, N//2, N-3).
+        start_layers: target layers that a drafter's layers can start from; default the first and
+            the last two.
         max_new_tokens: length limit of an answer.
         max_tokens: conversations whose prompt leaves no room for an answer are left out, counted.
         greedy_share: share of the answers decoded greedily; the others are sampled.
@@ -29,6 +31,7 @@ class CaptureConfig:
 
     prompts: list[PromptSource]
     layer_ids: list[int] | None = None
+    start_layers: list[int] | None = None
     max_new_tokens: int = 512
     max_tokens: int = 2048
     greedy_share: float = 0.5

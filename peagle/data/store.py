@@ -2,6 +2,7 @@
 
     store/manifest.json          whose hidden states these are
     store/target.safetensors     the target's embedding, final norm and head
+    store/target_layers.safetensors   some of its layers, for a drafter to start from
     store/shard-00000.safetensors, shard-00000.parquet, ...
 
 A shard is written to a temporary file, synced and renamed, and then its index part likewise. A

@@ -10,7 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peagle.cod.rollouts import Rows
-from peagle.model.flash import Plan, flash_rollout_attention, plan_flash
+from peagle.model.flash import (
+    Plan,
+    fast_dtype,
+    flash_causal_attention,
+    flash_rollout_attention,
+    plan_flash,
+)
+
+
+def kernel_dtype(x: Float[Tensor, "..."]) -> torch.dtype:
+    """Precision that attention computes in where the drafter computes in that of ``x``."""
+    return fast_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
 
 
 def causal_attention(
@@ -21,6 +32,8 @@ def causal_attention(
     document_lengths: list[int],
 ) -> Float[Tensor, "S A D"]:
     """Depth 0: every slot sees the slots of its document up to itself."""
+    if query.device.type == "cpu":
+        return flash_causal_attention(query, key, value, document_lengths=document_lengths)
     parts = zip(*(t.split(document_lengths) for t in (query, key, value)), strict=True)
     return torch.cat([causal(q, k, v) for q, k, v in parts])
 

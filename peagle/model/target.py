@@ -22,6 +22,7 @@ from transformers import (
 
 from peagle.model.config import PEagleConfig
 from peagle.model.target_head import TargetHead
+from peagle.model.target_layers import TargetLayers, is_llama_layer
 
 EMBEDDED = "tiny"  # the target that ships with the package
 
@@ -152,6 +153,24 @@ def target_head_of(model: PreTrainedModel, config: PretrainedConfig) -> TargetHe
         eps=config.rms_norm_eps,
         softcap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+def target_layers_of(
+    model: PreTrainedModel, config: PretrainedConfig, indices: tuple[int, ...]
+) -> TargetLayers:
+    """Copies of the given layers; none unless they are plain Llama layers."""
+    layers = [decoder_layers(model)[i] for i in indices]
+    activation = getattr(config, "hidden_act", None)
+    if not all(is_llama_layer(layer, activation) for layer in layers):
+        return TargetLayers({})
+    ones = torch.ones(1, config.hidden_size, device=model.device)
+    states = {}
+    for index, layer in zip(indices, layers, strict=True):
+        states[index] = {name: compact(tensor) for name, tensor in layer.state_dict().items()}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            with torch.no_grad():  # the effective weight, whatever the family stores
+                states[index][f"{name}.weight"] = compact(layer.get_submodule(name)(ones)[0])
+    return TargetLayers(states)
 
 
 def compact(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from peagle.model.drafter import PEagleDrafter
 from peagle.model.initial import initialise
 from peagle.model.objective import objective
 from peagle.model.target_head import TargetHead
+from peagle.model.target_layers import TargetLayers
 from peagle.module import LinearSchedule, saved_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -50,7 +51,7 @@ def gradients(drafter, head, batch, *, bf16: bool):
 
 @pytest.mark.parametrize(("bf16", "limit"), [(False, 1e-5), (True, 2e-2)])
 def test_segments_change_the_gradient_by_rounding_only(store, head, drafter, tally, bf16, limit):
-    initialise(drafter, head, torch.arange(toy.VOCABULARY))
+    initialise(drafter, head, torch.arange(toy.VOCABULARY), TargetLayers({}))
     samples = [toy.make_sample(number) for number in range(12)]
     whole = gradients(drafter, head, batch_of(samples, 1), bf16=bf16)
     problems = []

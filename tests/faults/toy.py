@@ -15,6 +15,7 @@ import peagle.cli
 from peagle.__main__ import main
 from peagle.data.store import Manifest, Sample, StoreWriter
 from peagle.model.target_head import TargetHead
+from peagle.model.target_layers import TargetLayers
 
 WIDTH, VOCABULARY, LAYER_IDS = 32, 64, (1, 2, 3)
 SAMPLES, MASK_TOKEN = 60, 5
@@ -115,6 +116,7 @@ def make_store(folder: Path, samples: int = SAMPLES, identity: str | None = None
         eps=1e-6,
         softcap=None,
     ).save(folder / "target.safetensors")
+    TargetLayers({}).save(folder / "target_layers.safetensors")
     manifest.write(folder)
     return folder
 
