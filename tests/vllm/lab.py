@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 LAYOUT = {3: "eagle3", 5: "speculators", 7: "eagle3"}  # of the folder that is served at each K
 PROMPTS, NEW_TOKENS = 48, 64
-EPOCHS = 4
+EPOCHS = 8
 ONE_CORE = {"OMP_NUM_THREADS": "1"}  # two drafters are trained at once
 
 
@@ -93,9 +93,11 @@ class Lab:
             "store": self.folder / f"store-{case.target}",
             "trainer.logger.init_args.path": run_dir / "metrics" / "train.csv",
             "trainer.max_epochs": EPOCHS,
+            "trainer.check_val_every_n_epoch": EPOCHS,
             "capture.prompts": [{"source": "stdlib", "split": "train", "limit": 160}],
             "capture.max_new_tokens": NEW_TOKENS,
             "capture.greedy_share": 1.0,
+            "data.max_tokens": 768,
             "evaluation.prompts": [{"source": "stdlib", "split": "test", "limit": PROMPTS}],
             "evaluation.k": list(LAYOUT),
             "evaluation.max_new_tokens": NEW_TOKENS,
