@@ -192,8 +192,14 @@ def test_an_engine_that_serves_without_the_drafter_is_found_out(drafter, stand_i
     assert vllm.gone()
 
 
-@pytest.mark.parametrize("behaviour", ["does not come up", "never answers"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("behaviour", "number"),
+    [
+        ("does not come up", signal.SIGTERM),
+        ("never answers", signal.SIGINT),
+        ("never answers", signal.SIGHUP),
+    ],
+)
 def test_a_signal_ends_the_command_and_its_engine_at_once(drafter, stand_in, behaviour, number):
     vllm = stand_in(behaviour)
     command = [sys.executable, "-m", "peagle", "bench", "--drafter", str(drafter), "--target=tiny"]
