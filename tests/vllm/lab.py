@@ -206,7 +206,9 @@ class Engines:
         job = {"engine": engine, "prompts": prompts, "max_new_tokens": max_new_tokens}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        assert line, (self.lab.folder / "engines.log").read_text()[-3000:]
+        answer = json.loads(line)
         assert "error" not in answer, answer["error"]
         return answer
 
