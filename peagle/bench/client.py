@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 from peagle.bench.engine import MODEL_NAME
@@ -121,15 +122,13 @@ def refuse(status: int, text: str) -> None:
 def closed_loop(port: int, questions: Sequence[Question], concurrency: int) -> Load:
     """Ask everything with ``concurrency`` clients, each sending its next request at once."""
     begin = time.perf_counter()
-    with ThreadPoolExecutor(concurrency) as clients:
-        futures = [clients.submit(ask, port, question) for question in questions]
-        try:
-            answers = [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
-    return Load(answers, time.perf_counter() - begin)
+    clients = ThreadPoolExecutor(concurrency)
+    try:
+        answers = list(clients.map(partial(ask, port), questions))
+        return Load(answers, time.perf_counter() - begin)
+    finally:
+        # After an error nobody waits for the answers under way: they end with the engine.
+        clients.shutdown(wait=False, cancel_futures=True)
 
 
 def read_counters(port: int) -> Counters:

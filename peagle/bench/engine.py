@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -263,15 +264,14 @@ class Server:
             raise failure from error
 
     def stop(self) -> None:
-        """End the server and all that it started."""
+        """End the server and all that it started, also when interrupted while it waits."""
         try:
             os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                pass  # the next signal cannot be ignored
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # all gone
-        self.process.wait()
-        self.folder.cleanup()
+            self.process.wait(20)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            pass  # all gone, or ended by the signal that nobody can ignore
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.folder.cleanup()

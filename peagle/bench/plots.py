@@ -12,7 +12,10 @@ from peagle.bench.report import Row
 def draw(rows: list[Row], folder: Path) -> list[Path]:
     """Write both plots; returns their paths."""
     first = rows[0]
-    note = f"{first['engine']}, {first['dtype']}, temperature {first['temperature']:g}"
+    note = (
+        f"{first['engine']} on {first['hardware']}\n"
+        f"{first['dtype']}, temperature {first['temperature']:g}"
+    )
     paths = []
     for name, plot in (("bench_throughput", throughput), ("bench_acceptance", acceptance)):
         # Without pyplot: it would keep every figure, and pick a window system.
@@ -29,8 +32,9 @@ def draw(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def throughput(axes: Axes, rows: list[Row]) -> None:
-    for (prompt_set, k), line in grouped(rows, "prompt_set", "k").items():
-        label = f"{prompt_set}, " + ("no drafter" if k is None else f"K = {k}")
+    for (prompt_set, prompts, k), line in grouped(rows, "prompt_set", "prompts", "k").items():
+        drafting = "no drafter" if k is None else f"K = {k}"
+        label = f"{prompt_set} ({prompts} prompts), {drafting}"
         style = "x--" if k is None else "o-"
         line = sorted(line, key=lambda row: row["concurrency"])
         x, y = zip(*((row["concurrency"], row["tokens_per_second"]) for row in line), strict=True)
@@ -43,10 +47,12 @@ def throughput(axes: Axes, rows: list[Row]) -> None:
 
 def acceptance(axes: Axes, rows: list[Row]) -> None:
     drafted = [row for row in rows if row["drafter"] is not None]
-    for (prompt_set, concurrency), line in grouped(drafted, "prompt_set", "concurrency").items():
+    keys = ("prompt_set", "prompts", "concurrency")
+    for (prompt_set, prompts, concurrency), line in grouped(drafted, *keys).items():
         line = sorted(line, key=lambda row: row["k"])
         x, y = zip(*((row["k"], row["acceptance_length"]) for row in line), strict=True)
-        axes.plot(x, y, "o-", label=f"{prompt_set}, {concurrency} at once")
+        label = f"{prompt_set} ({prompts} prompts), {concurrency} at once"
+        axes.plot(x, y, "o-", label=label)
     axes.set_xticks(sorted({row["k"] for row in drafted}))
     axes.set(xlabel="K, drafts per round", ylabel="tokens per verification", ylim=(1, None))
 

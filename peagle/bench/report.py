@@ -30,6 +30,7 @@ class Conditions(NamedTuple):
     """What every row says about how it was measured."""
 
     engine: str
+    hardware: str
     dtype: str
     temperature: float
     drafter: str
@@ -50,6 +51,7 @@ def bench_row(m: Measurement, alone: Measurement, conditions: Conditions) -> Row
         "k": m.k or None,
         "temperature": conditions.temperature,
         "engine": conditions.engine,
+        "hardware": conditions.hardware,
         "dtype": conditions.dtype,
         "prompts": m.prompts,
         "requests": len(m.answers),

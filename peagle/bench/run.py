@@ -90,7 +90,7 @@ def bench(config: BenchConfig) -> None:
     Everything that can be known to be wrong is refused before an engine starts. The file is
     written anew after each engine, so that a failure at the last K does not lose the others.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engine is ended as well
+    end_by_signals()
     target = TargetSource(config.target, config.revision)
     drafter = check_folder(config.drafter)
     text = target.config()
@@ -101,7 +101,9 @@ def bench(config: BenchConfig) -> None:
     prompt_sets = rendered_prompts(config, target)
 
     folder = (config.run_dir or config.drafter.resolve().parent) / "metrics"
-    conditions = Conditions(vllm.name, config.dtype, config.temperature, str(config.drafter))
+    conditions = Conditions(
+        vllm.name, hardware(vllm), config.dtype, config.temperature, str(config.drafter)
+    )
     print(f"{describe(vllm)}; {config.dtype}, temperature {config.temperature:g}", file=sys.stderr)
     measurements: list[Measurement] = []
     for k in (0, *config.k):
@@ -114,6 +116,13 @@ def bench(config: BenchConfig) -> None:
     print(format_best(rows))
     for path in (folder / "bench.json", *draw(rows, folder)):
         print(f"wrote {path}")
+
+
+def end_by_signals() -> None:
+    """SIGTERM and a closed terminal end the command like an error, so that the engine ends too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 def absolute(path: str) -> str:
@@ -132,8 +141,12 @@ def warn_beyond_training(drafter: PEagleConfig, k: tuple[int, ...]) -> None:
 
 
 def describe(vllm: Vllm) -> str:
-    hardware = cpu_name() if vllm.device == "cpu" else vllm.device_name
-    return f"{vllm.name} on {hardware}, {os.cpu_count()} cores"
+    return f"{vllm.name} on {hardware(vllm)}"
+
+
+def hardware(vllm: Vllm) -> str:
+    processor = f"{cpu_name()}, {os.cpu_count()} cores"
+    return processor if vllm.device == "cpu" else f"{vllm.device_name}; {processor}"
 
 
 def rendered_prompts(config: BenchConfig, target: TargetSource) -> list[PromptSet]:

