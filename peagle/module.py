@@ -74,6 +74,8 @@ class PEagleModule(L.LightningModule):
         norm_before_fc: one norm over all captured layers before ``fc``.
         fc_norm: one norm per captured layer before ``fc``.
         train_embeddings: the paper found training them better than freezing them.
+        recompute: run depth 0 again in the backward pass: less memory for long sequences, more
+            time.
         loss: weights of the losses to add up: kl, ce, tv, lk_hybrid.
         optimizer: called with the parameters.
         lr_scheduler: called with the optimizer and the number of steps.
@@ -92,13 +94,14 @@ class PEagleModule(L.LightningModule):
         norm_before_fc: bool = False,
         fc_norm: bool = False,
         train_embeddings: bool = True,
+        recompute: bool = False,
         loss: dict[str, float] | None = None,
         optimizer: Callable[[Iterable], Optimizer] = lambda p: AdamW(p, lr=1e-4, weight_decay=0.0),
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] = LinearSchedule,
     ):
         super().__init__()
         self.cod, self.draft_vocab_size = cod, draft_vocab_size
-        self.train_embeddings = train_embeddings
+        self.train_embeddings, self.recompute = train_embeddings, recompute
         self.mix = check_mix({"kl": 1.0} if loss is None else loss)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.architecture: dict[str, Any] = {
@@ -171,7 +174,9 @@ class PEagleModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(batch.seed)
         rows = sample_rows(batch.supervised, batch.document, cod=self.cod, generator=generator)
-        outcome = objective(self.drafter, self.target_head, batch, rows, mix=self.mix)
+        outcome = objective(
+            self.drafter, self.target_head, batch, rows, mix=self.mix, recompute=self.recompute
+        )
         loss = global_mean(outcome.loss, len(rows.anchor))
         self.rows_trained += len(rows.anchor)
         self.tokens_trained += len(batch.tokens)

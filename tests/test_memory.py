@@ -8,7 +8,7 @@ from random_parts import make_drafter
 from peagle.model.config import PEagleConfig
 from peagle.model.memory import parameters, rows_within
 
-SETTINGS = {"slots": 64, "rollout": 8, "element": 4}
+SETTINGS = {"slots": 64, "rollout": 8, "element": 4, "recompute": False}
 
 
 def large():
@@ -24,11 +24,16 @@ def test_the_weights_are_counted(changes):
     assert parameters(drafter.config) == matrices
 
 
+def rows(gigabytes, **changes):
+    settings = {**SETTINGS, "slots": 4096, **changes}
+    return rows_within(gigabytes, large(), **settings)
+
+
 def test_more_memory_means_more_rows_and_longer_sequences_leave_fewer():
-    few, many = (rows_within(gb, large(), slots=4096, rollout=8, element=4) for gb in (6.0, 12.0))
-    assert 2 * few < many  # what does not depend on the segment is paid once
-    assert rows_within(6.0, large(), slots=8192, rollout=8, element=4) < few
-    assert rows_within(6.0, large(), slots=4096, rollout=8, element=2) > few
+    assert 2 * rows(4.0) < rows(8.0)  # what does not depend on the segment is paid once
+    assert rows(4.0, slots=8192) < rows(4.0)
+    assert rows(4.0, element=2) > rows(4.0)
+    assert rows(4.0, recompute=True) > rows(4.0)
 
 
 def test_a_budget_below_one_segment_names_the_smallest_that_works():

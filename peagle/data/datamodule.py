@@ -193,12 +193,14 @@ class HiddenStatesDataModule(L.LightningDataModule):
             return self.max_rows
         if self.memory_gb is None:
             return DEFAULT_ROWS
+        module = self.trainer.lightning_module
         return rows_within(
             self.memory_gb,
-            self.trainer.lightning_module.drafter.config,
+            module.drafter.config,
             slots=self.max_tokens,
             rollout=self.cod.num_depths,
             element=2 if str(self.trainer.precision).startswith("bf16") else 4,
+            recompute=module.recompute,
         )
 
     def usable(self, split: str) -> tuple[list[int], list[int]]:

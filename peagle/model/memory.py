@@ -15,7 +15,13 @@ SLACK = 1.1  # allocators round up and keep what they may need again
 
 
 def rows_within(
-    memory_gb: float, config: PEagleConfig, *, slots: int, rollout: int, element: int
+    memory_gb: float,
+    config: PEagleConfig,
+    *,
+    slots: int,
+    rollout: int,
+    element: int,
+    recompute: bool,
 ) -> int:
     """The most rows per segment that ``memory_gb`` (10**9 bytes) allows.
 
@@ -23,11 +29,13 @@ def rows_within(
         slots: longest packed sequence.
         rollout: rows of the longest rollout; a segment is at least one.
         element: bytes of an activation, 2 under bf16 and else 4.
+        recompute: depth 0 runs again in the backward pass instead of keeping its activations.
 
     Raises:
         ValueError: naming the smallest budget that holds a segment of one rollout.
     """
-    fixed, row = fixed_bytes(config, slots=slots, element=element), row_bytes(config, element)
+    fixed = fixed_bytes(config, slots=slots, element=element, recompute=recompute)
+    row = row_bytes(config, element, config.num_hidden_layers)
     rows = int((memory_gb * 1e9 / SLACK - fixed) / row)
     if rows < rollout:
         least = math.ceil((fixed + rollout * row) * SLACK / 1e7) / 100
@@ -38,7 +46,7 @@ def rows_within(
     return rows
 
 
-def fixed_bytes(config: PEagleConfig, *, slots: int, element: int) -> int:
+def fixed_bytes(config: PEagleConfig, *, slots: int, element: int, recompute: bool) -> int:
     """What is there whatever the size of a segment."""
     width, vocabulary = config.hidden_size, config.draft_vocab_size
     target_head = 2 * vocabulary * config.target_hidden_size
@@ -46,13 +54,15 @@ def fixed_bytes(config: PEagleConfig, *, slots: int, element: int) -> int:
     chunk = CHUNKS * 4 * CHUNK_ROWS * vocabulary
     captured = 2 * (config.num_aux + 1) * config.target_hidden_size  # per slot, bf16
     pairs = 2 * 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    stream = row_bytes(config, element) + pairs + 2 * element * width
+    kept = 1 if recompute else config.num_hidden_layers
+    inputs = config.num_hidden_layers * element * width if recompute else 0
+    stream = row_bytes(config, element, kept) + inputs + pairs + 2 * element * width
     states = STATES * parameters(config) + head_gradients + target_head
     return states + chunk + slots * (captured + stream)
 
 
-def row_bytes(config: PEagleConfig, element: int) -> int:
-    """Activations that one row keeps for its backward pass, and what that needs by itself."""
+def row_bytes(config: PEagleConfig, element: int, layers: int) -> int:
+    """Activations of ``layers`` that one row keeps for its backward pass, which needs some too."""
     width, wide = config.hidden_size, config.intermediate_size
     query = config.num_attention_heads * config.head_dim
     pair = config.num_key_value_heads * config.head_dim
@@ -60,7 +70,7 @@ def row_bytes(config: PEagleConfig, element: int) -> int:
     layer = 4 * element * width + attention + 4 * element * wide
     backward = 3 * element * wide + 4 * 2 * (query + 2 * pair)
     ends = 5 * element * width
-    return config.num_hidden_layers * layer + backward + ends
+    return layers * layer + backward + ends
 
 
 def parameters(config: PEagleConfig) -> int:
