@@ -16,7 +16,7 @@ LEVELS = [
      "metrics", "model.layers", "model.slot_cache", "model.target_head", "model.target_layers"},
     {"model.flash"},
     {"model.attention", "model.target", "data.batch"},
-    {"model.drafter", "data.answers"},
+    {"model.drafter", "model.windows", "data.answers"},
     {"model.drafting", "model.initial", "model.servable", "model.objective", "data.capture"},
     {"decoding", "model.export", "bench.engine"},
     {"bench.client"},

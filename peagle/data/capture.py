@@ -31,6 +31,7 @@ from peagle.data.store import (
 from peagle.model.config import default_layer_ids
 from peagle.model.target import (
     TargetSource,
+    check_head,
     hidden_states,
     pick_device,
     target_head_of,
@@ -38,6 +39,8 @@ from peagle.model.target import (
     tokenizer_hash,
 )
 from peagle.model.target_layers import default_start_layers
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 def wanted_manifest(target: TargetSource, config: CaptureConfig) -> Manifest:
@@ -68,20 +71,37 @@ def wanted_manifest(target: TargetSource, config: CaptureConfig) -> Manifest:
 
 
 def block_of(text: PretrainedConfig) -> dict[str, Any]:
-    """The target's layer shape in the names of a Llama block."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)  # some families have one per kind of layer
+    """The target's layer shape in the names of a Llama block.
+
+    Where layers differ (Gemma 4), the first one's: those with a window, of which there are most.
+    """
+    per_layer = getattr(text, "per_layer_config", None)
+    layer = per_layer[0] if per_layer else text
     heads = text.num_attention_heads
     return {
         "hidden_size": text.hidden_size,
         "intermediate_size": text.intermediate_size,
         "num_attention_heads": heads,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "num_key_value_heads": getattr(layer, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(layer, "head_dim", None) or text.hidden_size // heads,
         "rms_norm_eps": text.rms_norm_eps,
-        "rope_parameters": dict(rope),
+        "rope_parameters": rope_of(text),
         "max_position_embeddings": text.max_position_embeddings,
     }
+
+
+def rope_of(text: PretrainedConfig) -> dict[str, Any]:
+    """The target's rotary embedding, as far as a Llama block and its engines know it.
+
+    Some families have one per kind of layer: a drafter's layers all attend to everything. Variants
+    that turn only part of a head, or by a rule of their own, become the plain one with their base.
+    """
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = dict(rope.get("full_attention", rope))
+    share = rope.pop("partial_rotary_factor", 1.0)
+    if share != 1.0 or rope.get("rope_type", "default") not in ROPE_TYPES:
+        rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return rope
 
 
 def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manifest:
@@ -110,7 +130,9 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
     tokenizer = target.tokenizer()
     answers = regenerate(model, tokenizer, prompts, config, folder / "answers.jsonl")
     rendered = [render(tokenizer, a.messages, finished=a.finished) for a in answers]
-    target_head_of(model, text).save(folder / "target.safetensors")
+    head = target_head_of(model, text)
+    check_head(model, head, rendered[0].input_ids[:64])
+    head.save(folder / "target.safetensors")
     start = tuple(config.start_layers or default_start_layers(text.num_hidden_layers))
     target_layers_of(model, text, start).save(folder / "target_layers.safetensors")
     read_hidden_states(model, wanted, answers, rendered, config, folder)

@@ -46,7 +46,8 @@ class TargetLayers(NamedTuple):
             for index, layer in self.layers.items()
             for name, tensor in layer.items()
         }
-        save_file(tensors, path, metadata={key: digest(t) for key, t in tensors.items()})
+        hashes = {key: digest(t) for key, t in tensors.items()}
+        save_file(tensors, path, metadata=hashes or None)  # an empty dict makes a broken file
 
     def choose(self, count: int) -> list[int]:
         """``count`` layers or as many as there are: the first one and the last ones."""
