@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from peagle.data.answers import Answer, regenerate
+from peagle.data.answers import Answer, given, regenerate
 from peagle.data.capture_config import CaptureConfig
-from peagle.data.chat import Rendered, conversation_id, render
+from peagle.data.chat import Rendered, conversation_id, documents, without_reasoning
 from peagle.data.prompts import load_prompts
 from peagle.data.store import (
     Manifest,
@@ -32,6 +32,7 @@ from peagle.model.config import default_layer_ids
 from peagle.model.target import (
     TargetSource,
     check_head,
+    end_tokens,
     hidden_states,
     pick_device,
     target_head_of,
@@ -128,17 +129,50 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
     text, device = target.config(), pick_device(config.device)
     model = target.model(dtype=getattr(torch, config.dtype), device=device)
     tokenizer = target.tokenizer()
-    answers = regenerate(model, tokenizer, prompts, config, folder / "answers.jsonl")
-    rendered = [render(tokenizer, a.messages, finished=a.finished) for a in answers]
+    ends = end_tokens(model)
+    if config.regenerate:
+        answers = regenerate(model, tokenizer, prompts, config, folder / "answers.jsonl")
+    else:
+        answers = given(tokenizer, prompts, config, ends)
+    samples = samples_of(answers, tokenizer, ends, config)
     head = target_head_of(model, text)
-    check_head(model, head, rendered[0].input_ids[:64])
+    check_head(model, head, next(iter(samples.values())).input_ids[:64])
     head.save(folder / "target.safetensors")
     start = tuple(config.start_layers or default_start_layers(text.num_hidden_layers))
     target_layers_of(model, text, start).save(folder / "target_layers.safetensors")
-    read_hidden_states(model, wanted, answers, rendered, config, folder)
+    read_hidden_states(model, wanted, samples, config, folder)
     os.replace(partial / "manifest.json", folder / "manifest.json")
     partial.rmdir()
     return wanted
+
+
+def samples_of(
+    answers: list[Answer],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: set[int],
+    config: CaptureConfig,
+) -> dict[str, Rendered]:
+    """Documents by name. Those of one conversation share the hash that decides their split.
+
+    Raises:
+        ValueError: if nothing at all would be trained.
+    """
+    samples, silent = {}, 0
+    for answer in answers:
+        name = conversation_id(answer.messages)
+        turns = answer.said(tokenizer, ends, config.template_options)
+        for number, document in enumerate(documents(turns)):
+            if config.reasoning == "mask":
+                document = without_reasoning(document, tokenizer)
+            if document.loss_mask.any():
+                samples[f"{name}-{number}" if number else name] = document
+            else:  # reasoning that hit the length limit, and is masked
+                silent += 1
+    if silent:
+        print(f"{silent} answers have nothing to train on and were left out")
+    if not samples:
+        raise ValueError("no answer has supervised tokens: check chat template and max_new_tokens")
+    return samples
 
 
 def sample_bytes_per_token(manifest: Manifest) -> int:
@@ -149,8 +183,7 @@ def sample_bytes_per_token(manifest: Manifest) -> int:
 def read_hidden_states(
     model: PreTrainedModel,
     manifest: Manifest,
-    answers: list[Answer],
-    rendered: list[Rendered],
+    samples: dict[str, Rendered],
     config: CaptureConfig,
     folder: Path,
 ) -> None:
@@ -158,32 +191,28 @@ def read_hidden_states(
     writer = StoreWriter(
         folder, shard_bytes=config.shard_mb * 1_000_000, identity=manifest.identity()
     )
-    names = [conversation_id(answer.messages) for answer in answers]
-    todo = {names[i]: i for i in range(len(answers)) if names[i] not in writer.done}
-    tokens = sum(len(rendered[i].input_ids) for i in todo.values())
+    todo = {name: samples[name] for name in samples if name not in writer.done}
+    tokens = sum(len(sample.input_ids) for sample in todo.values())
     needed = tokens * sample_bytes_per_token(manifest)
     require_disk(folder, needed)
     print(
-        f"capturing {len(todo)} conversations, {tokens} tokens, {needed / 1e9:.2f} GB in {folder}",
+        f"capturing {len(todo)} documents, {tokens} tokens, {needed / 1e9:.2f} GB in {folder}",
         file=sys.stderr,
     )
     with tqdm(total=tokens, desc="hidden states", unit="tok", disable=None) as bar:
-        for batch in batches_by_tokens(todo, rendered, config.batch_tokens):
-            for name, sample in zip(
-                batch, run_batch(model, manifest, [rendered[todo[n]] for n in batch]), strict=True
-            ):
+        for batch in batches_by_tokens(todo, config.batch_tokens):
+            states = run_batch(model, manifest, [todo[name] for name in batch])
+            for name, sample in zip(batch, states, strict=True):
                 writer.append(name, split_of(name, config.val_share), sample)
                 bar.update(len(sample.input_ids))
     writer.flush()
 
 
-def batches_by_tokens(
-    todo: dict[str, int], rendered: list[Rendered], limit: int
-) -> Iterator[list[str]]:
-    """Conversations of similar length together, ``limit`` padded tokens at most."""
+def batches_by_tokens(todo: dict[str, Rendered], limit: int) -> Iterator[list[str]]:
+    """Documents of similar length together, ``limit`` padded tokens at most."""
     batch: list[str] = []
-    for name in sorted(todo, key=lambda n: len(rendered[todo[n]].input_ids)):
-        width = len(rendered[todo[name]].input_ids)  # ascending: the newest is the widest
+    for name in sorted(todo, key=lambda n: len(todo[n].input_ids)):
+        width = len(todo[name].input_ids)  # ascending: the newest is the widest
         if batch and width * (len(batch) + 1) > limit:
             yield batch
             batch = []
