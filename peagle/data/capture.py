@@ -46,7 +46,18 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 def wanted_manifest(target: TargetSource, config: CaptureConfig) -> Manifest:
     """The identity that a store for this run must have; loads no weights."""
-    text = target.config()
+    return Manifest(
+        target=target.name,
+        revision=target.revision,
+        fingerprint=target.fingerprint(),
+        tokenizer=tokenizer_hash(target.tokenizer()),
+        answers=config.answers_hash(),
+        **shape_of(target.config(), config),
+    )
+
+
+def shape_of(text: PretrainedConfig, config: CaptureConfig) -> dict[str, Any]:
+    """The part of a store's identity that follows from the target's configuration alone."""
     layers = text.num_hidden_layers
     ids = tuple(config.layer_ids or default_layer_ids(layers))
     if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > layers:
@@ -54,21 +65,16 @@ def wanted_manifest(target: TargetSource, config: CaptureConfig) -> Manifest:
     beyond = [i for i in config.start_layers or () if not 0 <= i < layers]
     if beyond:
         raise ValueError(f"start_layers must lie in 0..{layers - 1}, got {beyond[0]}")
-    return Manifest(
-        target=target.name,
-        revision=target.revision,
-        fingerprint=target.fingerprint(),
-        layer_ids=ids,
-        hidden_size=text.hidden_size,
-        vocab_size=text.vocab_size,
-        num_layers=layers,
-        dtype="bfloat16",
-        tokenizer=tokenizer_hash(target.tokenizer()),
-        rms_norm_eps=text.rms_norm_eps,
-        softcap=getattr(text, "final_logit_softcapping", None),
-        block=block_of(text),
-        answers=config.answers_hash(),
-    )
+    return {
+        "layer_ids": ids,
+        "hidden_size": text.hidden_size,
+        "vocab_size": text.vocab_size,
+        "num_layers": layers,
+        "dtype": "bfloat16",
+        "rms_norm_eps": text.rms_norm_eps,
+        "softcap": getattr(text, "final_logit_softcapping", None),
+        "block": block_of(text),
+    }
 
 
 def block_of(text: PretrainedConfig) -> dict[str, Any]:
