@@ -179,15 +179,15 @@ def warnings(
     return [f"warning    {problem}" for problem in found]
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} TB"
+    return f"{count:,.3g} TB"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
