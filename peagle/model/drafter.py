@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peagle.cod.rollouts import Rows
-from peagle.model.attention import causal_attention, plan_attention, rollout_attention
+from peagle.model.attention import (
+    causal_attention,
+    kernel_dtype,
+    plan_attention,
+    rollout_attention,
+)
 from peagle.model.config import PEagleConfig
 from peagle.model.layers import DrafterLayer, RMSNorm, Rotary, rotate
 
@@ -99,7 +104,7 @@ class PEagleDrafter(PreTrainedModel):
     ) -> Stream:
         """Run the slots whose token and hidden states are known."""
         hidden, embedding = self.combine(aux), self.embed_tokens(tokens)
-        angles = self.rotary.angles(position, hidden.dtype)
+        angles = self.rotary.angles(position, kernel_dtype(hidden, document_lengths))
         keys, values = [], []
         for layer in self.layers:
             x, residual = layer.enter(hidden, embedding)
@@ -108,7 +113,7 @@ class PEagleDrafter(PreTrainedModel):
             context = causal_attention(query, key, value, document_lengths=document_lengths)
             hidden, embedding = layer.leave(residual, context), None
             keys.append(key)
-            values.append(value)
+            values.append(value.to(key.dtype))  # once, not in every segment
         return Stream(hidden, tuple(keys), tuple(values), self.mask_row())
 
     def mask_row(self) -> MaskRow:
@@ -124,9 +129,9 @@ class PEagleDrafter(PreTrainedModel):
         document: Int[Tensor, " S"],
     ) -> Float[Tensor, "M D"]:
         """Run rows of depth >= 1 against the keys and values of depth 0."""
-        plan = plan_attention(rows, document)
+        plan = plan_attention(rows, document, device=position.device)
         count, mask_row = len(rows.anchor), stream.mask_row
-        angles = self.rotary.angles(position[rows.anchor] + rows.depth, mask_row.query.dtype)
+        angles = self.rotary.angles(position[rows.anchor] + rows.depth, stream.keys[0].dtype)
         query, key, value = mask_row.query, mask_row.key, mask_row.value.expand(count, -1, -1)
         hidden = residual = mask_row.residual.expand(count, -1)
         for index, layer in enumerate(self.layers):

@@ -17,7 +17,31 @@ class RMSNorm(nn.RMSNorm):
     """Stays in the precision of its input: the fused kernel wants the weight in the same."""
 
     def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
+        if x.device.type == "cpu":
+            return _Norm.apply(x.flatten(0, -2), self.weight, self.eps).view(x.shape)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class _Norm(torch.autograd.Function):
+    """The CPU has no kernel for it: composed of PyTorch's parts it takes three times the passes."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        exact = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
+        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        x, grad, exact = x.to(scale.dtype), grad.to(scale.dtype), weight.to(scale.dtype)
+        product = grad * x
+        grad_weight = (scale.T @ product)[0]
+        along = (product @ exact)[:, None] * scale.square() / x.shape[-1]
+        grad_x = (grad * exact).addcmul_(x, along, value=-1).mul_(scale)
+        return grad_x.to(ctx.saved_tensors[0].dtype), grad_weight.to(weight.dtype), None
 
 
 class Projections(nn.Module):
@@ -85,15 +109,43 @@ class Rotary(nn.Module):
 
     def angles(
         self, position: Int[Tensor, " T"], dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "T 1 E"], Float[Tensor, "T 1 E"]]:
+    ) -> tuple[Float[Tensor, "T 1 F"], Float[Tensor, "T 1 F"]]:
+        """Cosines and sines; ``F`` is half a head."""
         like = torch.empty(0, dtype=dtype, device=position.device)
+        half = self.table.inv_freq.shape[0]  # the other half of the table repeats it
         cos, sin = self.table(like, position[None])
-        return cos[0, :, None], sin[0, :, None]
+        return cos[0, :, None, :half], sin[0, :, None, :half]
 
 
 def rotate(
-    x: Float[Tensor, "#T A E"], angles: tuple[Float[Tensor, "T 1 E"], Float[Tensor, "T 1 E"]]
+    x: Float[Tensor, "#T A E"], angles: tuple[Float[Tensor, "T 1 F"], Float[Tensor, "T 1 F"]]
 ) -> Float[Tensor, "T A E"]:
-    cos, sin = angles
+    """In the precision of the angles; one row stands for all when ``x`` has only one."""
+    return _Rotation.apply(x, *angles)
+
+
+class _Rotation(torch.autograd.Function):
+    """Its backward is a rotation back: a third of the passes of autograd's own."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return turned(grad, cos, -sin).sum_to_size(ctx.shape).to(ctx.dtype), None, None
+
+
+def turned(
+    x: Float[Tensor, "#T A E"], cos: Float[Tensor, "T 1 F"], sin: Float[Tensor, "T 1 F"]
+) -> Float[Tensor, "T A E"]:
+    x = x.to(cos.dtype)
     first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    out = x.new_empty(len(cos), *x.shape[1:])
+    low, high = out.chunk(2, -1)
+    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=high).addcmul_(first, sin)
+    return out

@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from peagle.data.answers import answer_batch
-from peagle.data.capture_config import CaptureConfig
-from peagle.data.prompts import Prompt, PromptSource
-from peagle.model.target import TargetSource
+from peagle.data.chat import prompt_ids
+from peagle.decoding import Decoder
+from peagle.model.target import TargetSource, end_tokens
 from peagle.tiny_target.corpus import Function, read_functions, standard_library
 
 MAX_NEW_TOKENS = 224
-GREEDY = CaptureConfig(prompts=[PromptSource("stdlib")], max_new_tokens=MAX_NEW_TOKENS)
+BATCH = 128
 
 
 def repeats(text: str) -> bool:
@@ -36,16 +35,18 @@ def repeats(text: str) -> bool:
 def choose(target: TargetSource, functions: list[Function], limit: int) -> list[str]:
     """The first ``limit`` prompts that the target answers without repeating itself."""
     model, tokenizer = target.model(dtype=torch.float32, device="cpu"), target.tokenizer()
+    decoder = Decoder(model, None, eos_ids=end_tokens(model))
     chosen: list[str] = []
     with tqdm(total=limit, disable=None) as bar:
-        for start in range(0, len(functions), 128):
-            batch = [Prompt(f.name, None, (f.prompt,)) for f in functions[start : start + 128]]
-            for prompt, answer in zip(
-                batch, answer_batch(model, tokenizer, batch, True, GREEDY), strict=True
-            ):
-                text = answer.messages[-1]["content"]
-                if answer.finished and len(text) > 60 and not repeats(text):
-                    chosen.append(prompt.turns[0])
+        for start in range(0, len(functions), BATCH):
+            prompts = [function.prompt for function in functions[start : start + BATCH]]
+            talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            ids = [prompt_ids(tokenizer, talk) for talk in talks]
+            decoded = decoder.decode(ids, k=0, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
+            for prompt, tokens in zip(prompts, decoded.tokens, strict=True):
+                text = tokenizer.decode(tokens, skip_special_tokens=True)
+                if tokens[-1] in decoder.eos_ids and len(text) > 60 and not repeats(text):
+                    chosen.append(prompt)
             bar.update(min(limit, len(chosen)) - bar.n)
             if len(chosen) >= limit:
                 break
@@ -65,6 +66,7 @@ def main() -> None:
         pool = [f for f in documented if f.held_out == (split == "test")]
         if split == "test":  # another module may have the same signature and docstring
             pool = [f for f in pool if f.prompt not in trained]
+        pool = list({f.prompt: f for f in pool}.values())
         pool.sort(key=lambda f: hash_order(f.name))
         chosen = choose(TargetSource(str(args.out)), pool, limit)
         with open(args.out / f"prompts_{split}.jsonl", "w", encoding="utf-8") as file:
