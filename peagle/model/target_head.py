@@ -75,9 +75,10 @@ class TargetHead(nn.Module):
 
     @torch.no_grad()
     def forward(self, final: Float[Tensor, "P T"]) -> Float[Tensor, "P W"]:
-        """Logits in float32, whatever the precision of the store."""
-        states = F.rms_norm(final.float(), (final.shape[-1],), self.norm.float(), self.eps)
-        logits = F.linear(states.to(self.head.dtype), self.head).float()
+        """The target's logits, rounded where the target rounds, as float32."""
+        states = F.rms_norm(final.float(), (final.shape[-1],), None, self.eps)
+        states = states.to(self.norm.dtype) * self.norm
+        logits = F.linear(states.to(self.head.dtype), self.head)
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        return logits.float()

@@ -54,7 +54,7 @@ class TargetLayers(NamedTuple):
         metadata = {key: digest(t) for key, t in tensors.items()}
         if identity is not None:
             metadata[IDENTITY.decode()] = identity
-        save_file(tensors, path, metadata=metadata)
+        save_file(tensors, path, metadata=metadata or None)  # an empty dict makes a broken file
 
     def choose(self, count: int) -> list[int]:
         """``count`` layers or as many as there are: the first one and the last ones."""
