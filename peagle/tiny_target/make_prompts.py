@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the target")
     parser.add_argument("--stdlib", type=Path, nargs="*", default=[standard_library()])
-    parser.add_argument("--train", type=int, default=6000)
+    parser.add_argument("--train", type=int, default=1200)
     parser.add_argument("--test", type=int, default=200)
     args = parser.parse_args()
     documented = [f for f in read_functions(args.stdlib) if f.documented]
