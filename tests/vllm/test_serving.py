@@ -134,11 +134,11 @@ def test_drafts_accepted_after_the_last_token_count_in_the_engine_as_in_ours(eng
     decoder = Decoder(target, drafter.eval(), eos_ids=end_tokens(target))
     decoded = decoder.decode(lab.prompts("tiny"), k=7, temperature=0.0, max_new_tokens=2)
     ours = per_position(decoded.accepted, 7)
-    one = 1 / len(decoded.accepted)
-    assert ours[1] >= one  # else there is nothing that could be left out
+    rounds = sum(map(len, decoded.accepted))
+    assert ours[1] > 0  # else there is nothing that could be left out
     answer = engines.ask("tiny", engines.plain("tiny", folder, 7), max_new_tokens=2)
-    assert answer["counters"]["drafts"] == len(decoded.accepted)  # one round for each prompt
-    assert shares(answer["counters"]) == pytest.approx(ours, abs=one / 2)
+    assert answer["counters"]["drafts"] == rounds
+    assert shares(answer["counters"]) == pytest.approx(ours, abs=0.5 / rounds)
 
 
 def test_a_folder_that_lacks_a_tensor_is_refused_by_us_where_the_engine_serves_it(
