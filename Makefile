@@ -1,5 +1,6 @@
 # make quickstart   set up, then train and prove a drafter for the embedded target
 # make test         set up, then lint and tests
+# make test-faults  set up, then kill, fill and corrupt for real; ends with a table of faults
 # make test-vllm    set up vLLM's own environment, then serve exported drafters for real
 # make card         regenerate model_cards/quickstart from the quickstart run
 
@@ -15,7 +16,7 @@ READY := $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: quickstart test test-vllm card
+.PHONY: quickstart test test-faults test-vllm card
 
 quickstart: $(READY)
 	$(VENV)/bin/python -m peagle fit --config configs/quickstart.yaml
@@ -24,6 +25,9 @@ test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest
+
+test-faults: $(READY)
+	$(VENV)/bin/python -m pytest -m 'slow and not vllm and not gpu'
 
 test-vllm: $(READY) $(VLLM_READY)
 	PEAGLE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(VENV)/bin/python -m pytest -m vllm tests/vllm $(VLLM_TESTS)

@@ -5,6 +5,8 @@
 
     python -m callbacks.card RUN_DIR DRAFTER_DIR OUT [--options.repo_id OWNER/NAME]
 
+The command also copies the files that the figures come from, so that the page can be checked.
+
 A number stands on the card only if it stands in a file; a fact without a value reads
 "not recorded", a measurement without one "not measured".
 """
@@ -29,6 +31,8 @@ from peagle.data.store import write_atomically
 RELATIONS = ("adapter", "merge", "quantized", "finetune")  # all that the Hub knows
 TAGS = ("speculative-decoding", "eagle3", "p-eagle", "parallel-drafting", "vllm")
 PAPER = "2602.01469"
+SOURCES = ("provenance.json", "metrics/validate.json", "metrics/acceptance.json",
+           "metrics/bench.json", "metrics/train.csv")  # fmt: skip
 # The Hub refuses a card whose licence it does not know. These are the ones that targets carry;
 # any other goes out as "other" with its name beside it, which is always valid.
 LICENSES = frozenset(
@@ -78,6 +82,22 @@ def write_card(
     write_atomically(out / "README.md", readme.encode())
     for name in set(PLOTS) - set(plots):
         (out / name).unlink(missing_ok=True)
+
+
+def write_page(
+    run_dir: Path, drafter_dir: Path, out: Path, *, options: CardOptions | None = None
+) -> None:
+    """Write the card, and beside it the files that its figures come from."""
+    if not (run_dir / "provenance.json").is_file():
+        raise ValueError(f"{run_dir} holds no run: train it first")
+    write_card(run_dir, drafter_dir, out, options=options)
+    sources = {name: run_dir / name for name in SOURCES}
+    sources["config.json"] = drafter_dir / "config.json"
+    for name, source in sources.items():
+        if source.is_file():
+            write_atomically(out / name, source.read_bytes())
+        else:
+            (out / name).unlink(missing_ok=True)
 
 
 def render(facts: Facts, options: CardOptions | None = None) -> str:
@@ -234,4 +254,7 @@ def _template() -> Template:
 
 
 if __name__ == "__main__":
-    auto_cli(write_card)
+    try:
+        auto_cli(write_page)
+    except ValueError as error:
+        raise SystemExit(f"card: {error}") from None

@@ -37,8 +37,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, temporary)
             publish(temporary, path)
         except (OSError, RuntimeError) as error:
+            # What is no tensor is not in size_of: it needs at least what fitted.
+            written = temporary.stat().st_size if temporary.exists() else 0
             temporary.unlink(missing_ok=True)
-            need, have = size_of(checkpoint), shutil.disk_usage(path.parent).free
+            need, have = max(size_of(checkpoint), written), shutil.disk_usage(path.parent).free
             raise OSError(
                 f"checkpoint {path} could not be written ({error}): it needs {need / 1e6:.1f} MB, "
                 f"{have / 1e6:.1f} MB are free; the previous checkpoint is untouched"

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
-from callbacks.publish import publish_run
+from huggingface_hub import ModelCard
+
+from callbacks.card import CardOptions, write_card
+from callbacks.publish import publish_run, run_id, trained_steps
+from callbacks.spool import check_card, collect
 
 
 def publish(
@@ -27,6 +31,7 @@ def publish(
     """
     if not Path(run).is_dir():
         raise ValueError(f"run folder {run} does not exist")
+    name_on_card(Path(run), repo_id)
     result = publish_run(
         Path(run),
         repo_id,
@@ -43,3 +48,19 @@ def publish(
     if not result.complete:
         raise ValueError(f"{result.problem or 'the Hub did not take everything'}; "
                          f"{len(result.waiting)} publications wait in the spool")  # fmt: skip
+
+
+def name_on_card(run: Path, repo_id: str) -> None:
+    """A card that was written before anybody knew where the drafter goes names its folder: let the
+    serving lines name the repository."""
+    readme = run / "card/README.md"
+    if not readme.is_file() or '"model": "./drafter"' not in readme.read_text("utf-8"):
+        return
+    check_card(collect(run), run_id(run), trained_steps(run, None))
+    known = ModelCard.load(readme, ignore_metadata_errors=True).data
+    options = CardOptions(
+        base_model_relation=known.get("base_model_relation") or "adapter",
+        license=known.get("license_name") or known.license,
+        repo_id=repo_id,
+    )
+    write_card(run, run / "drafter", run / "card", options=options)

@@ -102,6 +102,12 @@ class HubPublisher(L.Callback):
         self._before: dict[str, tuple[int, int]] = {}  # what lay there when fit started
         self._awaited: tuple[int, float] | None = None  # step and time of a save under way
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """The serving lines on the finished card name the repository that it will stand in."""
+        for callback in trainer.callbacks if self.destination is not None else []:
+            if isinstance(callback, RunRecord) and callback.options.repo_id is None:
+                callback.options = replace(callback.options, repo_id=self.destination.repo_id)
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.destination is None or not trainer.is_global_zero or trainer.fast_dev_run:
             return
@@ -214,13 +220,14 @@ class HubPublisher(L.Callback):
 
     def _spool_drafter(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Drafter and card of this moment. Figures measured on other weights stay out of both."""
-        with staging(self.sender.spool) as stage:
+        spool = self.sender.spool
+        with staging(spool) as stage:
             export_drafter(pl_module.drafter, stage / "drafter")
             name = {"run_id": run_id(self.run_dir), "step": step}
             _write_provenance(self.run_dir, stage, name)
             options = _card_options(trainer, self.destination.repo_id)
             write_card(stage, stage / "drafter", stage / "card", options=options)
-            write_entry(self.sender.spool, collect(stage), **name, channel=MAIN, place=os.replace)
+            write_entry(spool, collect(stage), **name, channel=MAIN, final=False, place=os.replace)
 
     def _spool_checkpoint(self) -> None:
         """Link the file that was just finished: checkpoints are replaced, never written into."""
@@ -238,6 +245,7 @@ class HubPublisher(L.Callback):
                 run_id=run_id(self.run_dir),
                 step=step,
                 channel=CHECKPOINTS,
+                final=False,
                 place=os.link,
             )
             self._send()

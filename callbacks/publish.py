@@ -159,7 +159,7 @@ def spool_run(run_dir: Path, spool: Path, *, step: int | None = None) -> Entry:
     note = {"run_id": run_id(run_dir), "step": trained_steps(run_dir, step)}
     check_card(files, **note)
     _write_json(run_dir / NOTE, note)
-    return write_entry(spool, files, **note, channel=MAIN, place=shutil.copyfile)
+    return write_entry(spool, files, **note, channel=MAIN, final=True, place=shutil.copyfile)
 
 
 def run_id(run_dir: Path) -> str:

@@ -22,7 +22,8 @@ class RunRecord(L.Callback):
     Args:
         license: of the drafter; default what the target's licence is known to be.
         base_model_relation: how the Hub files the drafter under its target.
-        repo_id: the name that the card's serving lines use; default the drafter's folder.
+        repo_id: the name that the card's serving lines use; default where ``HubPublisher`` sends
+            the drafter, or else its folder.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ def training_facts(
     optimizer = trainer.optimizers[0]
     return {
         **asdict(pl_module.cod),
-        "loss": " + ".join(f"{weight:g} {name}" for name, weight in pl_module.mix.items()),
+        "loss": loss_of(pl_module.mix),
         "optimizer": type(optimizer).__name__,
         "lr": optimizer.param_groups[0].get("initial_lr"),
         "steps": trainer.global_step,
@@ -104,6 +105,13 @@ def training_facts(
         "max_tokens": trainer.datamodule.max_tokens,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
     }
+
+
+def loss_of(mix: dict[str, float]) -> str:
+    """ "kl", or "0.5 kl + 0.5 tv"."""
+    if list(mix.values()) == [1.0]:
+        return next(iter(mix))
+    return " + ".join(f"{weight:g} {name}" for name, weight in mix.items())
 
 
 def data_facts(store: Store) -> dict[str, Any]:

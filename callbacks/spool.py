@@ -1,7 +1,7 @@
 """Publications that wait on disk for the Hub, and which files of a run may be in one.
 
     hub_spool/<time>-step-<N>-<channel>/
-        entry.json    run_id, step, channel
+        entry.json    run_id, step, channel, final
         files/        exactly the files of the commit
 
 An entry appears whole, by one rename, and never changes. ``callbacks/upload.py`` sends it.
@@ -40,10 +40,13 @@ SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}")
 
 @dataclass(frozen=True)
 class Entry:
+    """``final``: its figures may be renewed later; a save on the way is the same whenever made."""
+
     folder: Path
     run_id: str
     step: int
     channel: str
+    final: bool
 
     def files(self) -> dict[str, Path]:
         """Path in the repository -> file, sorted."""
@@ -61,6 +64,17 @@ class Entry:
         if len(weights) != 1:  # a sharded drafter
             weights = [hashlib.sha256("".join(weights).encode()).hexdigest()]
         return f"{self.run_id} step {self.step} weights {weights[0][:12]} files {content[:12]}"
+
+    def is_named(self, published: str, title: str) -> bool:
+        """Whether a commit of that title holds this entry, whose own title is ``title``.
+
+        A run that was killed makes the saves since its last checkpoint again, with the same
+        weights under a new date: they are on the Hub already.
+        """
+        if self.final:
+            return published == title
+        end = " files " if self.channel == MAIN else " weights "
+        return published.startswith(title.partition(end)[0] + end)
 
 
 def collect(run_dir: Path) -> dict[str, Path]:
@@ -94,6 +108,7 @@ def write_entry(
     run_id: str,
     step: int,
     channel: str,
+    final: bool,
     place: Callable[[Path, Path], object],
 ) -> Entry:
     """Add an entry; ``place(source, path)`` puts each file there by a copy, a move or a link."""
@@ -104,13 +119,13 @@ def write_entry(
             path.parent.mkdir(parents=True, exist_ok=True)
             place(source, path)
             _sync(path)
-        description = {"run_id": run_id, "step": step, "channel": channel}
+        description = {"run_id": run_id, "step": step, "channel": channel, "final": final}
         (stage / "entry.json").write_text(json.dumps(description))
         _sync(stage / "entry.json")
         folder = spool / f"{time.time_ns()}-step-{step}-{channel}"
         stage.rename(folder)
     _sync(spool)
-    return Entry(folder, run_id, step, channel)
+    return Entry(folder, **description)
 
 
 @contextlib.contextmanager

@@ -135,7 +135,8 @@ def send(api: HfApi, entry: Entry, destination: Destination, title: str) -> dict
     repo, branch = destination.repo_id, destination.branch(entry.channel)
     head = find_head(api, destination, branch)
     history = api.list_repo_commits(repo, revision=head)
-    oid = next((commit.commit_id for commit in history if commit.title == title), None)
+    known = (commit.commit_id for commit in history if entry.is_named(commit.title, title))
+    oid = next(known, None)
     if oid is None:
         files = entry.files()
         stale = [

@@ -4,6 +4,7 @@ import sys
 
 COMMANDS = {
     "fit": "capture the store if it is missing, train, validate, test, export, write the card",
+    "plan": "what a run will cost: samples, disk, memory, steps, time; warnings",
     "validate": "per-depth accuracy of a checkpoint on all positions",
     "test": "acceptance length of a checkpoint by real speculative decoding, lossless check",
     "capture": "only the hidden-state store",

@@ -1,10 +1,14 @@
 """Reading checkpoints as data: tensors and plain values, from a file or the Hub, never code."""
 
-from pathlib import Path
+import re
+import sys
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
 import torch
+from huggingface_hub import hf_hub_download
+
+ON_HUB = re.compile(r"hf://(?P<repo>[^/@:]+/[^/@:]+)/(?P<file>[^@:]+)@(?P<revision>[^@:]+)")
 
 
 def check_address(address: str) -> None:
@@ -12,6 +16,10 @@ def check_address(address: str) -> None:
     if "://" in address or "::" in address:
         if not address.startswith("hf://") or "::" in address:
             raise ValueError(f"{address}: checkpoints are read from files and hf:// only")
+        if ON_HUB.fullmatch(address) is None:
+            raise ValueError(
+                f"{address}: a checkpoint on the Hub is written hf://OWNER/NAME/FILE@REVISION"
+            )
     elif not Path(address).is_file():
         raise ValueError(f"checkpoint {address} does not exist")
 
@@ -23,14 +31,34 @@ def read_checkpoint(address: str, *, map_location: Any = "cpu") -> dict[str, Any
         ValueError: if it is missing or torn, or holds more than tensors and plain values.
     """
     check_address(address)
+    path = fetch(address) if "://" in address else address
     try:
-        if "://" not in address:
-            return torch.load(address, map_location=map_location, weights_only=True)
-        with fsspec.open(address, "rb") as file:
-            return torch.load(file, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a forged or torn file can make the reader raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"checkpoint {address} is refused: it is torn, or holds more than tensors and plain "
-            f"values ({reason})"
+            f"values ({reason(error)})"
         ) from error
+
+
+def fetch(address: str) -> str:
+    """Bring a checkpoint of the Hub into the client's cache and say which commit it is of.
+
+    A revision may be a branch, and a branch moves on; the commit that is printed names the same
+    bytes for ever.
+    """
+    place = ON_HUB.fullmatch(address)
+    assert place is not None, "check_address comes first"
+    repo, file, revision = place["repo"], place["file"], place["revision"]
+    try:
+        path = hf_hub_download(repo, file, revision=revision)
+    except Exception as error:  # the client raises whatever its transport raises
+        raise ValueError(f"checkpoint {address} cannot be fetched: {reason(error)}") from error
+    folders = len(PurePosixPath(file).parts)
+    commit = Path(path).parents[folders - 1].name  # .../snapshots/COMMIT/FILE
+    print(f"checkpoint hf://{repo}/{file}@{commit}", file=sys.stderr)
+    return path
+
+
+def reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

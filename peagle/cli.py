@@ -22,8 +22,9 @@ from peagle.data.store import write_atomically
 from peagle.evaluation import EvaluationConfig
 from peagle.model.export import Verifier, export_drafter
 from peagle.model.servable import Layout
-from peagle.model.target import TargetSource, refuse_other_target
+from peagle.model.target import TargetSource, pick_device, refuse_other_target
 from peagle.module import PEagleModule, load_drafter
+from peagle.plan.report import RunShape, plan
 
 
 class RunConfig(SaveConfigCallback):
@@ -92,7 +93,9 @@ class PEagleCLI(LightningCLI):
         if path is not None:
             check_address(path)
         elif subcommand != "fit":
-            raise ValueError(f"{subcommand} needs --ckpt_path: a .ckpt file, hf://..., or last")
+            raise ValueError(
+                f"{subcommand} needs --ckpt_path: a file, hf://OWNER/NAME/FILE@REVISION, or last"
+            )
         return {**arguments, "ckpt_path": path, "weights_only": True}
 
     def before_fit(self) -> None:
@@ -124,6 +127,57 @@ class CaptureCLI(PEagleCLI):
         capture(TargetSource(config.target, config.revision), config.capture, Path(config.store))
 
 
+class PlanCLI(PEagleCLI):
+    """Reads the same YAML as ``fit`` and only says what it would cost."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--answers", type=int, default=128, help="plan: prompts answered to measure lengths"
+        )
+        parser.add_argument(
+            "--seconds", type=float, default=2.0, help="plan: how long speed is measured"
+        )
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        config = self.parser.instantiate_classes(self.config)[subcommand]
+        written = self.config[subcommand]
+        text = plan(
+            TargetSource(config.target, config.revision),
+            config.capture,
+            config.evaluation,
+            run_shape(config, str(written.model.optimizer)),
+            Path(config.store),
+            answers=config.answers,
+            seconds=config.seconds,
+        )
+        print(text)
+
+
+def run_shape(config: Any, optimizer: str) -> RunShape:
+    """What the trainer's, the model's and the data's settings mean for costs."""
+    model, data, trainer = config.model, config.data, config.trainer
+    device = "cpu" if trainer.accelerator == "cpu" else pick_device("auto")
+    return RunShape(
+        architecture=model.architecture,
+        draft_vocab_size=model.draft_vocab_size,
+        cod=model.cod,
+        max_tokens=data.max_tokens,
+        max_rows=data.max_rows,
+        devices=trainer.devices if isinstance(trainer.devices, int) else 1,
+        accumulate=trainer.accumulate_grad_batches,
+        epochs=trainer.max_epochs or 1000,  # Lightning's own default
+        max_steps=trainer.max_steps,
+        half="16" in str(trainer.precision),
+        muon="Muon" in optimizer,
+        train_embeddings=model.train_embeddings,
+        device=device,
+    )
+
+
 def lightning(cli: type[PEagleCLI], arguments: list[str]) -> None:
     sys.argv[1:] = arguments  # what Lightning's launcher repeats for further processes
     cli(
@@ -138,7 +192,7 @@ def lightning(cli: type[PEagleCLI], arguments: list[str]) -> None:
 
 
 def export(
-    ckpt_path: Path,
+    ckpt_path: str,
     out: Path,
     format: Layout = "eagle3",
     target: str | None = None,
@@ -148,7 +202,7 @@ def export(
     """Write the servable folder of a checkpoint.
 
     Args:
-        ckpt_path: a ``.ckpt`` of ``fit``.
+        ckpt_path: a ``.ckpt`` of ``fit``, or hf://OWNER/NAME/FILE@REVISION.
         out: folder to write; replaced if it exists.
         format: ``eagle3`` for vLLM's --speculative-config, ``speculators`` for ``vllm serve DIR``.
         target: Hub id (or folder) of the target; the speculators format names it.
@@ -170,6 +224,8 @@ def export(
     print(f"wrote {out}")
 
 
+HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
+READERS: dict[str, type[PEagleCLI]] = {"capture": CaptureCLI, "plan": PlanCLI}
 FUNCTIONS: dict[str, Callable[..., Any]] = {"export": export}
 
 
@@ -179,8 +235,22 @@ def underscored(arguments: list[str]) -> list[str]:
             for argument in arguments]  # fmt: skip
 
 
+def refuse_tokens(arguments: list[str]) -> None:
+    """Raise ``ValueError`` for a Hub token, which logs, errors and the run's files would repeat."""
+    texts = {"the command line": " ".join(arguments)}
+    for path in (Path(argument.rpartition("=")[2]) for argument in arguments):
+        if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
+            texts[str(path)] = path.read_text()
+    for place, text in texts.items():
+        if HUB_TOKEN.search(text):
+            raise ValueError(
+                f"{place} holds a Hub token: take it out, then set HF_TOKEN or run `hf auth login`"
+            )
+
+
 def run(command: str, arguments: list[str]) -> None:
     """Run one command of ``python -m peagle``; raises ``ValueError`` for what the user can mend."""
+    refuse_tokens(arguments)
     sys.path.insert(0, os.getcwd())  # the callbacks package lies beside peagle in a checkout
     if command in FUNCTIONS:
         auto_cli(FUNCTIONS[command], args=arguments[1:], as_positional=False)
@@ -191,7 +261,7 @@ def run(command: str, arguments: list[str]) -> None:
     elif command == "publish":
         # By name: the library itself never imports the callbacks.
         auto_cli(resolve_name("callbacks.command:publish"), args=arguments[1:], as_positional=False)
-    elif command == "capture":
-        lightning(CaptureCLI, ["fit", *arguments[1:]])
+    elif command in READERS:
+        lightning(READERS[command], ["fit", *arguments[1:]])
     else:
         lightning(PEagleCLI, arguments)

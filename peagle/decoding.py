@@ -21,6 +21,7 @@ from peagle.model.drafter import PEagleDrafter
 from peagle.model.drafting import draft, new_cache
 from peagle.model.slot_cache import SlotCache
 from peagle.model.target import HiddenStates, hidden_states
+from peagle.model.windows import LayerMasks, layer_windows, windowed
 
 
 class Decoded(NamedTuple):
@@ -42,9 +43,13 @@ class Decoder:
     """Decodes batches of prompts with a target and, unless K is 0, a drafter.
 
     Args:
-        target: any transformers causal language model with full attention.
+        target: a transformers causal language model whose layers see everything before them, or
+            a sliding window of it.
         drafter: trained for this target; may be ``None`` when only K = 0 is used.
         eos_ids: tokens that end an answer.
+
+    Raises:
+        ValueError: if the target attends in another way.
     """
 
     def __init__(
@@ -52,7 +57,7 @@ class Decoder:
     ):
         self.target, self.drafter, self.eos_ids = target, drafter, eos_ids
         self.layer_ids = tuple(drafter.config.eagle_aux_hidden_state_layer_ids) if drafter else ()
-        self.num_layers = target.config.get_text_config().num_hidden_layers
+        self.masks = LayerMasks(layer_windows(target))
 
     @torch.no_grad()
     def decode(
@@ -72,7 +77,8 @@ class Decoder:
         state = BatchState(prompts, max_new_tokens, self.eos_ids)
         # Lightning's mixed precision must not round what is compared token by token.
         exact = torch.autocast(self.target.device.type, enabled=False)
-        with exact, hidden_states(self.target, self.layer_ids) as seen:
+        hooks = windowed(self.target, self.masks)
+        with exact, hooks, hidden_states(self.target, self.layer_ids) as seen:
             for drafts in self.rounds(state, seen, k, temperature, max_new_tokens, generator):
                 state.count(drafts)
         return Decoded(state.tokens, state.accepted, time.perf_counter() - begin)
@@ -92,7 +98,7 @@ class Decoder:
         batch, width = ids.shape
         longest = width + max_new_tokens  # no row that still runs reaches this position
         capacity = longest + 2 * k + 2
-        cache = SlotCache(self.num_layers, capacity)
+        cache = SlotCache(len(self.masks.windows), capacity)
         draft_cache = new_cache(self.drafter, capacity) if k else None
 
         position = torch.arange(width, device=device).expand(batch, -1)
@@ -125,9 +131,7 @@ class Decoder:
         self, cache: SlotCache, ids: Int[Tensor, "B q"], position: Int[Tensor, "B q"]
     ) -> Float[Tensor, "B q V"]:
         cache.slots.place(position, limit=int(position.max()) + 1)
-        hide = torch.finfo(self.target.dtype).min
-        mask = torch.zeros(1, device=ids.device, dtype=self.target.dtype)
-        mask = mask.masked_fill(~cache.slots.visible(), hide)[:, None]
+        mask = self.masks.place(cache, self.target.dtype)
         return self.target(
             input_ids=ids, position_ids=position, attention_mask=mask, past_key_values=cache
         ).logits

@@ -25,6 +25,7 @@ class EvaluationConfig:
             bf16 the target itself rounds differently for different batch shapes.
         device: ``auto`` is a GPU if there is one.
         seed: of sampled decoding.
+        template_options: for the chat template, as in ``capture``.
     """
 
     prompts: list[PromptSource] = field(
@@ -37,6 +38,7 @@ class EvaluationConfig:
     dtype: str = "float32"
     device: str = "auto"
     seed: int = 0
+    template_options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.k or min(self.k) < 1:
@@ -70,7 +72,10 @@ def prompt_batches(
     """
     batches = []
     for source in config.prompts:
-        ids = [prompt_ids(tokenizer, prompt.opening()) for prompt in load_prompts(source)]
+        ids = [
+            prompt_ids(tokenizer, prompt.opening(), config.template_options)
+            for prompt in load_prompts(source)
+        ]
         batches += [
             PromptBatch(source.name, ids[start : start + config.batch_size])
             for start in range(0, len(ids), config.batch_size)

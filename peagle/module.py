@@ -32,7 +32,14 @@ from peagle.model.target import end_tokens, pick_device, refuse_other_target
 from peagle.model.target_head import TargetHead
 from peagle.model.target_layers import TargetLayers
 from peagle.optimizer import MATRICES
-from peagle.optimizer_options import impose, options_of
+from peagle.optimizer_options import impose, impose_schedule, options_of, schedule_options_of
+from peagle.restore import (
+    refuse_differences,
+    refuse_incomplete,
+    refuse_other_tensors,
+    refuse_unknown_fields,
+    saved_config,
+)
 
 
 class LinearSchedule(LambdaLR):
@@ -67,6 +74,8 @@ class PEagleModule(L.LightningModule):
         norm_before_fc: one norm over all captured layers before ``fc``.
         fc_norm: one norm per captured layer before ``fc``.
         train_embeddings: the paper found training them better than freezing them.
+        recompute: run depth 0 again in the backward pass: less memory for long sequences, more
+            time.
         loss: weights of the losses to add up: kl, ce, tv, lk_hybrid.
         optimizer: called with the parameters.
         lr_scheduler: called with the optimizer and the number of steps.
@@ -85,13 +94,14 @@ class PEagleModule(L.LightningModule):
         norm_before_fc: bool = False,
         fc_norm: bool = False,
         train_embeddings: bool = True,
+        recompute: bool = False,
         loss: dict[str, float] | None = None,
         optimizer: Callable[[Iterable], Optimizer] = lambda p: AdamW(p, lr=1e-4, weight_decay=0.0),
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] = LinearSchedule,
     ):
         super().__init__()
         self.cod, self.draft_vocab_size = cod, draft_vocab_size
-        self.train_embeddings = train_embeddings
+        self.train_embeddings, self.recompute = train_embeddings, recompute
         self.mix = check_mix({"kl": 1.0} if loss is None else loss)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.architecture: dict[str, Any] = {
@@ -115,6 +125,8 @@ class PEagleModule(L.LightningModule):
         self.depths = DepthAccuracy(cod.num_depths)
         self.guard = StepGuard()
         self.rows_trained = self.tokens_trained = 0
+        self.classes: dict[str, str] = {}  # of optimizer and schedule
+        self.saved_classes: dict[str, str] = {}
 
     def configure_model(self) -> None:
         """Build the drafter for the store's target; weights start from the target's own."""
@@ -123,7 +135,10 @@ class PEagleModule(L.LightningModule):
             return
         manifest = data.store.manifest
         head = TargetHead.load(
-            data.folder / "target.safetensors", eps=manifest.rms_norm_eps, softcap=manifest.softcap
+            data.folder / "target.safetensors",
+            eps=manifest.rms_norm_eps,
+            softcap=manifest.softcap,
+            identity=manifest.identity(),
         )
         self.drafter = PEagleDrafter(self.drafter_config(manifest))
         kept = torch.arange(manifest.vocab_size)
@@ -135,7 +150,7 @@ class PEagleModule(L.LightningModule):
             self.drafter.t2d.copy_(vocabulary.membership(manifest.vocab_size))
         self.full_head = [head]  # in a list: Lightning must neither move nor save it
         self.use_vocabulary(kept)
-        layers = TargetLayers.load(data.folder / "target_layers.safetensors")
+        layers = TargetLayers.load(data.folder / "target_layers.safetensors", manifest.identity())
         copied = initialise(self.drafter, head, kept, layers)
         if copied:
             self.print(f"layers 1-{len(copied)} start from the target's layers {copied}")
@@ -147,6 +162,7 @@ class PEagleModule(L.LightningModule):
 
     def drafter_config(self, manifest: Manifest) -> PEagleConfig:
         """The target's block shape, with what this run changes."""
+        refuse_unknown_fields(manifest.block, "the store's manifest")
         return PEagleConfig(
             **{**manifest.block, **self.architecture},
             vocab_size=manifest.vocab_size,
@@ -158,7 +174,9 @@ class PEagleModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(batch.seed)
         rows = sample_rows(batch.supervised, batch.document, cod=self.cod, generator=generator)
-        outcome = objective(self.drafter, self.target_head, batch, rows, mix=self.mix)
+        outcome = objective(
+            self.drafter, self.target_head, batch, rows, mix=self.mix, recompute=self.recompute
+        )
         loss = global_mean(outcome.loss, len(rows.anchor))
         self.rows_trained += len(rows.anchor)
         self.tokens_trained += len(batch.tokens)
@@ -231,6 +249,12 @@ class PEagleModule(L.LightningModule):
         optimizer = self.optimizer(parameter_groups(self.drafter))
         self.configured = options_of(optimizer)
         scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        self.configured_schedule = schedule_options_of(scheduler)
+        self.classes = {
+            "optimizer": type(optimizer).__name__,
+            "lr_scheduler": type(scheduler).__name__,
+        }
+        refuse_differences(self.saved_classes, self.classes, "is of a run with another optimizer")
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -240,11 +264,9 @@ class PEagleModule(L.LightningModule):
         """The configuration decides the learning rate, also of a resumed run."""
         if self.trainer.precision == "16-mixed":
             raise ValueError("precision 16-mixed is not supported: use bf16-mixed or 32-true")
-        impose(
-            self.configured,
-            self.trainer.optimizers[0],
-            self.trainer.lr_scheduler_configs[0].scheduler,
-        )
+        scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+        impose(self.configured, self.trainer.optimizers[0], scheduler)
+        impose_schedule(self.configured_schedule, scheduler)
 
     def progress(self) -> dict[str, int]:
         """What was counted since the run began."""
@@ -257,19 +279,24 @@ class PEagleModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["drafter_config"] = self.drafter.config.to_dict()
         checkpoint["progress"] = self.progress()
+        checkpoint["classes"] = self.classes
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ``ValueError`` with the difference when the checkpoint is another drafter's."""
+        refuse_incomplete(checkpoint)
         saved = saved_config(checkpoint)
         if self.drafter is None:  # test needs no store
             self.drafter = PEagleDrafter(saved)
-        refuse_other_architecture(saved.to_dict(), self.drafter.config.to_dict())
+        ours = self.drafter.config.to_dict()
+        refuse_differences(saved.to_dict(), ours, "has another architecture")
+        refuse_other_tensors(checkpoint["state_dict"], self.state_dict())
         if saved.pruned and self.target_head is not None:
             offsets = checkpoint["state_dict"]["drafter.d2t"]
             self.use_vocabulary(torch.arange(len(offsets)) + offsets)
         progress, loop = checkpoint["progress"], checkpoint["loops"]["fit_loop"]
         self.rows_trained, self.tokens_trained = progress["rows"], progress["tokens"]
         self.guard.skipped = progress["skipped"]
+        self.saved_classes = checkpoint.get("classes", {})
         self.trainer.datamodule.resumed = loop["epoch_loop.batch_progress"]["total"]["processed"]
 
 
@@ -282,34 +309,16 @@ def parameter_groups(drafter: PEagleDrafter) -> list[dict[str, Any]]:
     return [{"params": matrices, MATRICES: True}, {"params": rest, MATRICES: False}]
 
 
-def refuse_other_architecture(saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    keys = sorted((saved.keys() | ours.keys()) - {"transformers_version", "dtype"})
-    differences = [
-        f"{key}: checkpoint {saved.get(key)!r}, this run {ours.get(key)!r}"
-        for key in keys
-        if saved.get(key) != ours.get(key)
-    ]
-    if differences:
-        raise ValueError("the checkpoint has another architecture: " + "; ".join(differences))
-
-
-def saved_config(checkpoint: dict[str, Any]) -> PEagleConfig:
-    """Raises ``ValueError`` if the checkpoint is not one of ours."""
-    if "drafter_config" not in checkpoint:
-        raise ValueError("the checkpoint was not written by peagle: it has no drafter_config")
-    config = dict(checkpoint["drafter_config"])
-    config.pop("transformers_version", None)
-    return PEagleConfig(**config)
-
-
 def load_drafter(ckpt_path: Path) -> PEagleDrafter:
     """The drafter of a checkpoint, for export and decoding; runs no code from the file."""
     checkpoint = read_checkpoint(str(ckpt_path))
+    refuse_incomplete(checkpoint)
     drafter = PEagleDrafter(saved_config(checkpoint))
     weights = {
         name.removeprefix("drafter."): tensor
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith("drafter.")
     }
+    refuse_other_tensors(weights, drafter.state_dict())
     drafter.load_state_dict(weights)
     return drafter.eval()

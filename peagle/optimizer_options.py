@@ -1,5 +1,6 @@
 """On resume the run's own learning rate and other options count, not the checkpoint's."""
 
+import inspect
 from typing import Any
 
 from torch.optim import Optimizer
@@ -12,6 +13,20 @@ def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
         {key: value for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
+
+
+def schedule_options_of(scheduler: LRScheduler) -> dict[str, Any]:
+    """What the configuration says about the schedule: the arguments that it keeps by their names.
+
+    A scheduler saves them together with its place, ``last_epoch``, which is the checkpoint's.
+    """
+    arguments = inspect.signature(type(scheduler)).parameters.keys() - {"optimizer", "last_epoch"}
+    return {key: value for key, value in scheduler.state_dict().items() if key in arguments}
+
+
+def impose_schedule(configured: dict[str, Any], scheduler: LRScheduler) -> None:
+    """Put the configured options back into a restored scheduler."""
+    vars(scheduler).update(configured)
 
 
 def impose(configured: list[dict[str, Any]], optimizer: Optimizer, scheduler: LRScheduler) -> None:

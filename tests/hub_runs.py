@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from callbacks.publish import publish_run
+from callbacks.spool import pending
 
 REPO = "alice/drafter"
 PUBLISHED = {
@@ -41,6 +42,10 @@ def finish_run(run_dir: Path, *, step: int, run_id: str = "run-1") -> str:
     (run_dir / "provenance.json").write_text(json.dumps({"run_id": run_id, "step": step}))
     (run_dir / "checkpoints/last.ckpt").write_bytes(b"optimizer")
     return sha
+
+
+def spooled(run_dir: Path) -> list[int]:
+    return [entry.step for entry in pending(run_dir / "hub_spool")]
 
 
 def publish(run_dir: Path, endpoint: str, *, publish_timeout: float = 90.0, **changed):

@@ -1,5 +1,6 @@
 """Reading and writing checkpoints without a trainer; ``tests/faults`` does it with real kills."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_only_files_and_the_hub_hold_checkpoints(address):
         AtomicCheckpointIO().load_checkpoint(address, weights_only=False)
 
 
+@pytest.mark.parametrize(
+    "address", ["hf://a/b", "hf://a/b/last.ckpt", "hf://a/b@main/last.ckpt", "hf://a/last.ckpt@main",
+                "hf://a/b/last.ckpt@", "hf://a/b/last.ckpt@main@main"],
+)  # fmt: skip
+def test_a_checkpoint_on_the_hub_is_named_with_its_revision(address):
+    with pytest.raises(ValueError, match="hf://OWNER/NAME/FILE@REVISION"):
+        check_address(address)
+
+
 def test_a_checkpoint_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint .*none\.ckpt does not exist"):
         read_checkpoint(str(tmp_path / "none.ckpt"))
@@ -66,6 +76,19 @@ def test_a_save_that_fails_keeps_the_old_file(tmp_path):
         AtomicCheckpointIO().save_checkpoint({"x": too_large}, path)
     assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_save_that_stops_in_the_middle_says_how_much_it_needs_at_least(tmp_path):
+    """Plain data has no size before it is written."""
+    path = tmp_path / "last.ckpt"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"it needs 2\.0 MB, .*the previous checkpoint"):
+            AtomicCheckpointIO().save_checkpoint({"x": "y" * 5_000_000}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_size_of_a_checkpoint_is_that_of_its_tensors():

@@ -1,5 +1,6 @@
 """Every shipped configuration parses, is complete, and says how to run it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -34,5 +35,34 @@ def test_a_configuration_starts_with_command_and_hardware(path):
     assert "Hardware:" in head and "Expected:" in head
 
 
-def test_there_is_a_configuration_to_test():
-    assert "quickstart" in {path.stem for path in CONFIGS}
+TARGETS = {
+    "qwen3_0_6b": "Qwen/Qwen3-0.6B",
+    "llama3_1_8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "qwen3_8b": "Qwen/Qwen3-8B",
+    "gpt_oss_20b": "openai/gpt-oss-20b",
+    "gpt_oss_120b": "openai/gpt-oss-120b",
+    "qwen3_coder_30b": "Qwen/Qwen3-Coder-30B-A3B-Instruct",
+    "gemma_4_31b": "google/gemma-4-31B-it",
+    "long_context": "openai/gpt-oss-20b",
+}
+
+
+def test_there_is_a_configuration_for_every_target_that_is_promised():
+    assert {path.stem for path in CONFIGS} == {"quickstart", *TARGETS}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_targets_configuration_says_what_it_costs_and_what_to_aim_at(name):
+    text = (ROOT / "configs" / f"{name}.yaml").read_text()
+    for word in ("Reference: ", "Disk: ", "Mask token: ", "not measured"):
+        assert word in text.split("\n\n")[0]
+    written = yaml.safe_load(text)
+    assert written["target"] == TARGETS[name]
+    assert written["run_dir"] == f"outputs/{name}"
+    log = written["trainer"]["logger"]["init_args"]["path"]
+    assert log == f"outputs/{name}/metrics/train.csv"
+    shape = json.loads((ROOT / "tests" / "target_configs" / name / "config.json").read_text())
+    vocab_size = shape.get("text_config", shape)["vocab_size"]
+    assert 0 < written["model"]["mask_token_id"] < vocab_size
+    assert written["capture"]["max_tokens"] <= written["data"]["max_tokens"]
+    assert max(written["evaluation"]["k"]) <= written["model"]["cod"]["num_depths"]

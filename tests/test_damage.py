@@ -13,6 +13,7 @@ from peagle.data.datamodule import PackedSequences
 from peagle.data.order import Pack
 from peagle.data.store import TENSORS, BadSample, Entry, Store, StoreWriter, digest
 from peagle.model.target_head import TargetHead
+from peagle.model.target_layers import TargetLayers
 
 SHARD = "shard-00000"
 
@@ -141,6 +142,39 @@ def test_a_symlinked_shard_is_refused(folder):
         Store(folder, allow_missing=True)
 
 
+def test_a_symlinked_part_of_the_index_is_refused(folder):
+    path = folder / f"{SHARD}.parquet"
+    path.rename(folder / "elsewhere")
+    path.symlink_to(folder / "elsewhere")
+    with pytest.raises(ValueError, match="not a file of this store"):
+        Store(folder)
+
+
+def test_a_lost_part_of_the_index_is_named_and_no_shard_is_written_over(tmp_path):
+    writer = StoreWriter(tmp_path, shard_bytes=1)
+    for number in range(3):
+        writer.append(f"{number:04x}", "train", make_sample(12, number))
+    make_manifest().write(tmp_path)
+    assert len(Store(tmp_path)) == 3
+    (tmp_path / "shard-00001.parquet").unlink()
+    before = (tmp_path / "shard-00002.safetensors").read_bytes()
+    for user in (Store, lambda folder: StoreWriter(folder, shard_bytes=1)):
+        with pytest.raises(ValueError, match=r"but no shard-00001\.parquet"):
+            user(tmp_path)
+    assert (tmp_path / "shard-00002.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "is damaged"), (b'{"target": "x"', "is damaged"), (b"\xff\xfe", "is damaged"),
+     (b"[]", "not a manifest"), (b'{"format": 1}', "not a manifest")],
+)  # fmt: skip
+def test_a_torn_manifest_is_named(folder, content, words):
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"manifest\.json {words}|manifest\.json is {words}"):
+        Store(folder)
+
+
 @pytest.mark.parametrize("field", ["fingerprint", "layer_ids", "tokenizer", "dtype", "answers"])
 def test_a_manifest_of_another_store_is_refused(folder, field):
     value = (0, 1, 2) if field == "layer_ids" else "float16" if field == "dtype" else "other"
@@ -243,6 +277,23 @@ def test_a_damaged_target_head_is_refused(tmp_path):
     path.write_bytes(content[:200])
     with pytest.raises(ValueError, match="cannot be read"):
         TargetHead.load(path, eps=1e-6, softcap=None)
+
+
+def test_the_head_of_another_target_is_refused(tmp_path):
+    path = tmp_path / "target.safetensors"
+    make_head().save(path, "this store")
+    TargetHead.load(path, eps=1e-6, softcap=None, identity="this store")
+    with pytest.raises(ValueError, match="belongs to a store of another target"):
+        TargetHead.load(path, eps=1e-6, softcap=None, identity="another")
+
+
+def test_the_layers_of_another_target_are_refused(tmp_path):
+    path = tmp_path / "target_layers.safetensors"
+    TargetLayers({0: {"x": torch.ones(2)}}).save(path, "this store")
+    found = TargetLayers.load(path, "this store").layers
+    assert list(found) == [0] and torch.equal(found[0]["x"], torch.ones(2))
+    with pytest.raises(ValueError, match="belongs to a store of another target"):
+        TargetLayers.load(path, "another")
 
 
 def test_every_column_of_the_index_is_what_was_written(folder):

@@ -71,6 +71,7 @@ def all_rows(document, cod):
 )
 def test_two_streams_equal_the_flat_masked_form(lengths, changes, monkeypatch):
     monkeypatch.setattr(flash, "LEAF_ROWS", 16)  # several parts, also within a document
+    monkeypatch.setattr(flash, "LEAF_SLOTS", 4)
     drafter = make_drafter(**changes)
     document, position, tokens, aux = documents(*lengths)
     rows = all_rows(document, Cod(5, 0.8))
@@ -89,6 +90,17 @@ def test_two_streams_equal_the_flat_masked_form(lengths, changes, monkeypatch):
     ours = (stream.hidden * weights[~deep]).sum() + (deeper * weights[deep]).sum()
     for got, want in zip(torch.autograd.grad(ours, parameters), wanted, strict=True):
         assert torch.allclose(got, want, rtol=1e-7, atol=1e-9)
+
+
+def test_a_segment_may_hold_a_single_rollout_of_many_rows():
+    drafter = make_drafter()
+    document, position, tokens, aux = documents(9)
+    context = Rows(torch.arange(9), torch.zeros(9, dtype=torch.long))
+    rollout = Rows(torch.full((4,), 3), torch.arange(1, 5))
+    rows = Rows(*(torch.cat(pair) for pair in zip(context, rollout, strict=True)))
+    stream = drafter.depth_zero(tokens, aux, position, document_lengths=[9])
+    expected = flat_form(drafter, rows, document, position, tokens, aux)[9:]
+    assert torch.allclose(drafter.rollouts(rollout, stream, position, document), expected)
 
 
 def test_training_rows_equal_a_drafting_pass_in_vllms_slot_layout():

@@ -1,68 +1,24 @@
 """Publishing against a real HTTP server with the real client; nothing of the client is replaced."""
 
-import hashlib
 import json
 import os
-import random
 import re
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-import hub_runs
 import pytest
-from hub_runs import PUBLISHED, REPO, finish_run, publish
+from card_runs import full_run
+from hub_runs import PUBLISHED, REPO, finish_run, publish, spooled
 from hub_server import TOKEN, Hub
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 
-from callbacks.hub import HubPublisher, PublishResult
-from callbacks.spool import pending
-
-ENDLESS_S = 5.0  # patience where all of it is used up; elsewhere it is only a bound
-
-
-@dataclass(frozen=True)
-class Case:
-    """A fault, the publisher's patience (a request gets a quarter of it), and whether it helps."""
-
-    route: str
-    what: dict
-    lands: bool = True
-    patience: float = 90.0
-
-
-FAULTS = {
-    "commit answers 503": Case("commit", {"status": 503, "times": 2}),
-    "commit answers 429": Case(
-        "commit", {"status": 429, "times": 1, "headers": {"Retry-After": "1"}}
-    ),
-    "commit answers 412": Case("commit", {"status": 412, "times": 1}),
-    "commit hangs once": Case("commit", {"hang": 600.0, "times": 1}, patience=12.0),
-    "line cut before the commit": Case("commit", {"drop": True, "times": 1}),
-    "line cut after the commit": Case("commit", {"drop": True, "after": True, "times": 1}),
-    "every answer is 503": Case("any", {"status": 503}, lands=False, patience=ENDLESS_S),
-    "every request hangs": Case("any", {"hang": 600.0}, lands=False, patience=ENDLESS_S),
-    "login refused": Case("any", {"status": 401}, lands=False),
-    "no permission": Case("commit", {"status": 403}, lands=False),
-}
-RARE_FAULTS = {
-    "create answers 503": Case("create", {"status": 503, "times": 1}),
-    "preupload answers 503": Case("preupload", {"status": 503, "times": 1}),
-    "commit done but answered 503": Case("commit", {"status": 503, "after": True, "times": 1}),
-    "commit done but never answered": Case(
-        "commit", {"hang": 600.0, "after": True, "times": 1}, patience=12.0
-    ),
-    "upload cut": Case("storage.upload", {"drop": True, "times": 1}),
-    "tag answers 503": Case("tag", {"status": 503, "times": 1}),
-    "every answer is 429": Case(
-        "any", {"status": 429, "headers": {"Retry-After": "600"}}, lands=False
-    ),
-    "every line is cut": Case("any", {"drop": True}, lands=False, patience=ENDLESS_S),
-}
+from callbacks import command
+from callbacks.card import CardOptions, write_card
+from callbacks.hub import HubPublisher
+from callbacks.publish import Sender, deliver
+from callbacks.spool import MAIN, collect, write_entry
+from callbacks.upload import Destination
 
 
 @pytest.fixture
@@ -71,15 +27,6 @@ def hub(monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     with Hub() as hub:
         yield hub
-
-
-def spooled(run_dir: Path) -> list[int]:
-    return [entry.step for entry in pending(run_dir / "hub_spool")]
-
-
-def run_script(**task) -> subprocess.Popen:
-    command = [sys.executable, hub_runs.__file__, json.dumps(task)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.parametrize("part_size", [None, pytest.param(3000, marks=pytest.mark.slow)])
@@ -101,72 +48,6 @@ def test_a_published_run_comes_back_byte_for_byte(hub, tmp_path, part_size):
     for name in PUBLISHED - {"accuracy.png"}:
         source = tmp_path / "run" / places.get(name, ".") / name
         assert (Path(folder) / name).read_bytes() == source.read_bytes()
-
-
-@dataclass
-class Outcome:
-    """What a fault left after the first attempt, and after another with a healthy Hub."""
-
-    result: PublishResult
-    seconds: float
-    commits: tuple[int, int]
-    waiting: tuple[list[int], list[int]]
-    tags: list[str]
-    met: int
-
-
-def meet_fault(run_dir: Path, case: Case) -> Outcome:
-    finish_run(run_dir, step=3)
-    with Hub() as hub:
-        fault = hub.fault(case.route, **case.what)
-        started = time.monotonic()
-        result = publish(run_dir, hub.url, publish_timeout=case.patience)
-        seconds = time.monotonic() - started
-        landed, waiting = len(hub.history(REPO)), spooled(run_dir)
-        hub.faults.clear()
-        publish(run_dir, hub.url)
-        commits = (landed, len(hub.history(REPO)))
-        waiting = (waiting, spooled(run_dir))
-        return Outcome(result, seconds, commits, waiting, [*hub.repos[REPO].tags], fault.met)
-
-
-def meet_faults(faults: dict[str, Case], folders: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """Every fault at once: they wait more than they work."""
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(5) as pool:
-        patch.setenv("HF_TOKEN", TOKEN)
-        patch.setenv("HF_HUB_DISABLE_XET", "1")
-        runs = [folders.mktemp("fault") for _ in faults]
-        return dict(zip(faults, pool.map(meet_fault, runs, faults.values()), strict=True))
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return meet_faults(FAULTS, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def rare_outcomes(tmp_path_factory):
-    return meet_faults(RARE_FAULTS, tmp_path_factory)
-
-
-def assert_one_commit(outcome: Outcome, case: Case) -> None:
-    assert outcome.met >= min(case.what.get("times", 1), 2), "the fault never happened"
-    assert outcome.commits == (int(case.lands), 1)
-    assert outcome.waiting == ([] if case.lands else [3], [])
-    assert outcome.result.complete == case.lands
-    assert outcome.tags == ["step-3"]
-    assert outcome.seconds < case.patience + 5
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_every_fault_ends_in_one_commit_once_the_hub_is_well(outcomes, fault):
-    assert_one_commit(outcomes[fault], FAULTS[fault])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", RARE_FAULTS)
-def test_every_rarer_fault_ends_in_one_commit_too(rare_outcomes, fault):
-    assert_one_commit(rare_outcomes[fault], RARE_FAULTS[fault])
 
 
 def test_only_listed_regular_files_reach_the_hub(hub, tmp_path):
@@ -224,6 +105,20 @@ def test_a_later_publication_leaves_no_figures_of_other_weights(hub, tmp_path):
     assert "metrics/validate.json" in hub.content(REPO, "step-1")
 
 
+def test_a_save_that_a_killed_run_makes_again_is_not_published_again(hub, tmp_path):
+    """It has the same weights under another date; a finished run's card may change."""
+    sender = Sender(tmp_path / "hub_spool", Destination(REPO, True, None, hub.url))
+    for date in ("before the kill", "after it"):
+        finish_run(tmp_path, step=2)
+        (tmp_path / "metrics/validate.json").write_text(json.dumps({"rows": [], "date": date}))
+        note = {"run_id": "run-1", "step": 2, "channel": MAIN, "final": False}
+        write_entry(sender.spool, collect(tmp_path), **note, place=shutil.copyfile)
+        assert deliver(sender, 60).complete
+    (commit,) = hub.history(REPO)
+    assert b"before the kill" in hub.content(REPO)["metrics/validate.json"]
+    assert hub.repos[REPO].tags == {"step-2": commit.oid} and spooled(tmp_path) == []
+
+
 @pytest.mark.slow
 def test_a_richer_card_of_the_same_step_is_published_and_the_first_tag_stays(hub, tmp_path):
     finish_run(tmp_path, step=1)
@@ -234,6 +129,22 @@ def test_a_richer_card_of_the_same_step_is_published_and_the_first_tag_stays(hub
     second, first = hub.history(REPO)
     assert hub.repos[REPO].tags == {"step-1": first.oid, f"step-1-{second.oid[:7]}": second.oid}
     assert b"measured later" in hub.content(REPO)["README.md"]
+
+
+def test_a_card_that_names_a_folder_names_the_repository_once_it_is_published(hub, tmp_path):
+    run = full_run(tmp_path)
+    written = CardOptions(license="Our Own 1.0", base_model_relation="finetune")
+    write_card(run, run / "drafter", run / "card", options=written)
+    command.publish(run, REPO, endpoint=hub.url)
+    card = ModelCard(hub.content(REPO)["README.md"].decode())
+    assert card.text.count(f'"model": "{REPO}"') == 1 and "./drafter" not in card.text
+    assert (card.data.license, card.data["license_name"]) == ("other", "our-own-1.0")
+    assert card.data["base_model_relation"] == "finetune"
+    with (run / "drafter/model.safetensors").open("ab") as weights:
+        weights.write(b"changed")
+    with pytest.raises(ValueError, match="other weights"):
+        command.publish(run, REPO, endpoint=hub.url)
+    assert len(hub.history(REPO)) == 1
 
 
 def test_another_branch_is_made_and_main_stays_as_it_was(hub, tmp_path):
@@ -307,45 +218,3 @@ def test_a_malformed_setting_or_a_token_in_one_is_refused(options):
 def test_there_is_no_setting_for_a_token():
     with pytest.raises(TypeError, match="token"):
         HubPublisher(REPO, token=TOKEN)
-
-
-def kill(process: subprocess.Popen, *, sender_too: bool) -> None:
-    """As the kernel does when memory runs out: no handler runs, nothing is flushed."""
-    if process.poll() is None:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.kill()
-        for child in children if sender_too else []:
-            os.kill(int(child), signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-
-
-@pytest.mark.slow
-def test_kill_9_during_publish_mixes_duplicates_and_loses_nothing(hub, tmp_path):
-    draw = random.Random(10)
-    hub.fault("commit", hang=0.3, after=True)  # a wide window between done and answered
-    weights, owed = {}, set()
-    for step in range(1, 11):
-        weights[step] = finish_run(tmp_path, step=step)
-        process = run_script(do="publish", run_dir=str(tmp_path), endpoint=hub.url)
-        while (
-            step not in spooled(tmp_path) and process.poll() is None
-        ):  # what is killed before is not yet being published
-            time.sleep(0.001)
-        expected = len(hub.requests) + draw.randint(1, 14)
-        while len(hub.requests) < expected and process.poll() is None:
-            time.sleep(0.005)
-        kill(process, sender_too=step % 2 == 0)
-        owed |= {step, *spooled(tmp_path)}
-    assert publish(tmp_path, hub.url).complete
-    assert spooled(tmp_path) == []
-    steps = [int(re.search(r"step (\d+)", commit.title)[1]) for commit in hub.history(REPO)]
-    assert sorted(steps) == sorted(owed)  # each once
-    for commit, step in zip(hub.history(REPO), steps, strict=True):
-        content = hub.content(REPO, commit.oid)
-        found = hashlib.sha256(content["model.safetensors"]).hexdigest()
-        assert found == weights[step] and weights[step][:12] in commit.title
-        assert f"# Step {step}\n" in content["README.md"].decode()
-        assert weights[step] in content["README.md"].decode()
-        assert json.loads(content["provenance.json"])["step"] == step
-        assert json.loads(content["metrics/validate.json"])["step"] == step

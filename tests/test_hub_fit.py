@@ -13,12 +13,12 @@ import hub_runs
 import lightning as L
 import pytest
 import torch
-from hub_runs import REPO, finish_run, fit, publish
+from hub_runs import REPO, finish_run, fit, publish, spooled
 from hub_server import READ_ONLY, TOKEN, Hub
 from hub_state import Repo
 from huggingface_hub import constants
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_hub import FAULTS, RARE_FAULTS, Case, spooled
+from test_hub_faults import FAULTS, RARE_FAULTS, Case
 
 from callbacks.hub import HubPublisher
 

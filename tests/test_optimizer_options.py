@@ -2,9 +2,19 @@ import copy
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    MultiStepLR,
+)
 
 from peagle.module import LinearSchedule
-from peagle.optimizer_options import impose, options_of
+from peagle.optimizer_options import (
+    impose,
+    impose_schedule,
+    options_of,
+    schedule_options_of,
+)
 
 
 def trained(lr, steps, state=None, **options):
@@ -49,3 +59,45 @@ def test_a_changed_learning_rate_follows_the_same_schedule(done):
         0.3,
         (0.5, 0.6),
     )
+
+
+def restored(make, saved):
+    """A schedule with its configured options over a saved place."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule = make(optimizer)
+    configured = schedule_options_of(schedule)
+    schedule.load_state_dict(copy.deepcopy(saved))
+    impose_schedule(configured, schedule)
+    return schedule
+
+
+def after(make, steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule = make(optimizer)
+    for _ in range(steps):
+        optimizer.step()
+        schedule.step()
+    return schedule
+
+
+SCHEDULES = {
+    "cosine": lambda optimizer: CosineAnnealingLR(optimizer, T_max=20, eta_min=0.1),
+    "restarts": lambda optimizer: CosineAnnealingWarmRestarts(optimizer, T_0=3, T_mult=2),
+    "milestones": lambda optimizer: MultiStepLR(optimizer, milestones=[3, 7], gamma=0.5),
+    "linear": lambda optimizer: LinearSchedule(optimizer, total_steps=20, warmup_ratio=0.25),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 5, 9])
+def test_a_restored_schedule_stands_where_it_stood(name, steps):
+    whole = after(SCHEDULES[name], steps)
+    assert restored(SCHEDULES[name], whole.state_dict()).state_dict() == whole.state_dict()
+
+
+def test_a_schedule_that_was_made_longer_is_longer_after_a_resume():
+    """PyTorch's schedulers save their arguments with their place and would bring them back."""
+    short = after(lambda optimizer: CosineAnnealingLR(optimizer, T_max=10), 4).state_dict()
+    assert short["T_max"] == 10
+    longer = restored(lambda optimizer: CosineAnnealingLR(optimizer, T_max=30), short)
+    assert (longer.T_max, longer.last_epoch) == (30, 4)

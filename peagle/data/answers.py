@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +12,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peagle.data.capture_config import CaptureConfig
-from peagle.data.chat import Message, prompt_ids
+from peagle.data.chat import (
+    REASONING,
+    Message,
+    Options,
+    Turn,
+    fitting,
+    prompt_ids,
+    turns_of,
+)
 from peagle.data.prompts import Prompt
 from peagle.model.target import end_tokens
 
@@ -24,6 +33,18 @@ class Answer:
     messages: list[Message]
     finished: bool  # false: the last answer hit the length limit
     greedy: bool
+    turns: list[Turn] | None = None  # None in files of earlier versions
+    cut: bool = False  # later turns were left out, because they did not fit
+
+    def said(
+        self, tokenizer: PreTrainedTokenizerBase, ends: set[int], options: Options | None
+    ) -> list[Turn]:
+        """The turns as the target had and said them, token by token."""
+        if self.turns is not None:
+            return self.turns
+        return turns_of(
+            tokenizer, self.messages, ends=ends, options=options, finished=self.finished
+        )
 
 
 def regenerate(
@@ -52,7 +73,7 @@ def regenerate(
         tqdm(total=len(prompts), initial=len(done), desc="answers", disable=None) as bar,
     ):
         for greedy, batch in batches:
-            kept = [p for p in batch if len(prompt_ids(tokenizer, p.opening())) < room]
+            kept = [p for p in batch if len(first_prompt(tokenizer, p, config)) < room]
             too_long += len(batch) - len(kept)
             fresh = answer_batch(model, tokenizer, kept, greedy, config) if kept else []
             file.writelines(json.dumps(asdict(answer)) + "\n" for answer in fresh)
@@ -62,9 +83,57 @@ def regenerate(
             bar.update(len(batch))
     if too_long:
         print(f"{too_long} of {len(prompts)} prompts are longer than max_tokens and were left out")
-    if not done:
+    return counted(done, config)
+
+
+def counted(answers: list[Answer], config: CaptureConfig) -> list[Answer]:
+    """Say how many conversations were cut; raise ``ValueError`` when none is left."""
+    if not answers:
         raise ValueError(f"max_tokens = {config.max_tokens} is smaller than every prompt: raise it")
-    return done
+    cut = sum(answer.cut for answer in answers)
+    if cut:
+        print(f"{cut} of {len(answers)} conversations do not fit max_tokens: cut at a turn")
+    return answers
+
+
+def given(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], config: CaptureConfig, ends: set[int]
+) -> list[Answer]:
+    """The conversations as the data hold them, answers included.
+
+    Raises:
+        ValueError: if a row has no answers, or the template drops or rewrites what it says.
+    """
+    answers, too_long = [], 0
+    for prompt in prompts:
+        if not prompt.messages:
+            raise ValueError(
+                f"prompt {prompt.id} has no answers in the data: set regenerate: true, or name "
+                "the column with whole conversations"
+            )
+        last = max(i for i, m in enumerate(prompt.messages) if m["role"] == "assistant")
+        messages = list(prompt.messages[: last + 1])
+        options = options_for(prompt, config)
+        turns = turns_of(tokenizer, messages, ends=ends, options=options)
+        fit = fitting(turns, config.max_tokens)
+        too_long += not fit
+        if fit:
+            cut = len(fit) < len(turns)
+            answers.append(Answer(prompt.id, messages, True, False, fit, cut))
+    if too_long:
+        print(f"{too_long} of {len(prompts)} first turns are longer than max_tokens: left out")
+    return counted(answers, config)
+
+
+def options_for(prompt: Prompt, config: CaptureConfig) -> Options:
+    tools = {"tools": list(prompt.tools)} if prompt.tools else {}
+    return {**(config.template_options or {}), **tools}
+
+
+def first_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, config: CaptureConfig
+) -> list[int]:
+    return prompt_ids(tokenizer, prompt.opening(), options_for(prompt, config))
 
 
 def read_answers(path: Path) -> list[Answer]:
@@ -75,7 +144,11 @@ def read_answers(path: Path) -> list[Answer]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
-    return [Answer(**json.loads(line)) for line in whole.decode().splitlines()]
+    found = [json.loads(line) for line in whole.decode().splitlines()]
+    for fields in found:
+        if fields.get("turns") is not None:
+            fields["turns"] = [Turn(*turn) for turn in fields["turns"]]
+    return [Answer(**fields) for fields in found]
 
 
 def is_greedy(prompt: Prompt, config: CaptureConfig) -> bool:
@@ -96,37 +169,76 @@ def answer_batch(
     config: CaptureConfig,
 ) -> list[Answer]:
     """Answer every turn of a batch of conversations, turn by turn."""
-    talks = [prompt.opening() for prompt in prompts]
-    finished = [True] * len(prompts)
+    talks = [Talk(tokenizer, prompt, config) for prompt in prompts]
     torch.manual_seed(
         int(hashlib.sha256(f"{config.seed} {prompts[0].id}".encode()).hexdigest()[:8], 16)
     )
-    for turn in range(max(len(prompt.turns) for prompt in prompts)):
-        active = [i for i, p in enumerate(prompts) if turn < len(p.turns) and finished[i]]
-        if not active:
-            break
-        if turn:
-            for i in active:
-                talks[i].append({"role": "user", "content": prompts[i].turns[turn]})
-        texts, ended = generate(model, tokenizer, [talks[i] for i in active], greedy, config)
-        for i, text, end in zip(active, texts, ended, strict=True):
-            talks[i].append({"role": "assistant", "content": text})
-            finished[i] = end
-    return [
-        Answer(prompt.id, talk, end, greedy)
-        for prompt, talk, end in zip(prompts, talks, finished, strict=True)
-    ]
+    while active := [talk for talk in talks if talk.ask()]:
+        said = generate(model, tokenizer, [talk.pending for talk in active], greedy, config)
+        for talk, (answer, ended) in zip(active, said, strict=True):
+            talk.hear(answer, ended)
+    return [talk.answer(greedy) for talk in talks]
+
+
+class Talk:
+    """A conversation that the target is having: prompts of the data, answers of its own."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, config: CaptureConfig):
+        self.tokenizer, self.prompt, self.config = tokenizer, prompt, config
+        self.messages: list[Message] = prompt.opening()
+        self.turns: list[Turn] = []
+        self.pending: list[int] = []
+        self.finished, self.cut = True, False
+
+    def ask(self) -> bool:
+        """Render the next turn's prompt; false when nothing is left to ask, or no room."""
+        done = len(self.turns)
+        if done == len(self.prompt.turns) or not self.finished or self.cut:
+            return False
+        asked = list(self.messages)
+        if done:
+            asked.append({"role": "user", "content": self.prompt.turns[done]})
+        self.pending = prompt_ids(self.tokenizer, asked, options_for(self.prompt, self.config))
+        self.cut = bool(done) and len(self.pending) >= self.config.max_tokens - 1
+        if not self.cut:
+            self.messages = asked
+        return not self.cut
+
+    def hear(self, answer: list[int], ended: bool) -> None:
+        room = self.config.max_tokens - len(self.pending)
+        if self.turns and len(answer) > room:  # cut at a turn: the first one must fit somehow
+            self.messages.pop()
+            self.cut = True
+            return
+        self.turns.append(Turn(self.pending, answer[:room]))
+        self.finished = ended and len(answer) <= room
+        self.messages.append({"role": "assistant", "content": words(self.tokenizer, answer)})
+
+    def answer(self, greedy: bool) -> Answer:
+        return Answer(self.prompt.id, self.messages, self.finished, greedy, self.turns, self.cut)
+
+
+def words(tokenizer: PreTrainedTokenizerBase, answer: list[int]) -> str:
+    """What an answer says, as the history of the next turn holds it: without reasoning."""
+    raw = text = tokenizer.decode(answer, skip_special_tokens=False)
+    for begin, end in REASONING:
+        text = re.sub(f"{re.escape(begin)}.*?({re.escape(end)}|$)", "", text, flags=re.DOTALL)
+    text = text.rpartition("<|message|>")[2]  # harmony: the last channel is the final one
+    if text == raw:
+        return tokenizer.decode(answer, skip_special_tokens=True)
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    return text.lstrip("\n")
 
 
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    talks: list[list[Message]],
+    prompts: list[list[int]],
     greedy: bool,
     config: CaptureConfig,
-) -> tuple[list[str], list[bool]]:
+) -> list[tuple[list[int], bool]]:
     """The next answer of each conversation, and whether it ended by itself."""
-    prompts = [prompt_ids(tokenizer, talk) for talk in talks]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad)
@@ -145,9 +257,8 @@ def generate(
         pad_token_id=pad,
         **sampling,
     )[:, width:].cpu()
-    texts, ended = [], []
+    answers = []
     for row in out.tolist():
-        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
-        texts.append(tokenizer.decode(row[:stop], skip_special_tokens=True))
-        ended.append(stop < len(row))
-    return texts, ended
+        stop = next((i + 1 for i, token in enumerate(row) if token in ends), None)
+        answers.append((row[:stop], stop is not None))
+    return answers

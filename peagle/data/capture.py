@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from peagle.data.answers import Answer, regenerate
+from peagle.data.answers import Answer, given, regenerate
 from peagle.data.capture_config import CaptureConfig
-from peagle.data.chat import Rendered, conversation_id, render
+from peagle.data.chat import Rendered, conversation_id, documents, without_reasoning
 from peagle.data.prompts import load_prompts
 from peagle.data.store import (
     Manifest,
@@ -31,6 +31,8 @@ from peagle.data.store import (
 from peagle.model.config import default_layer_ids
 from peagle.model.target import (
     TargetSource,
+    check_head,
+    end_tokens,
     hidden_states,
     pick_device,
     target_head_of,
@@ -39,10 +41,23 @@ from peagle.model.target import (
 )
 from peagle.model.target_layers import default_start_layers
 
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+
 
 def wanted_manifest(target: TargetSource, config: CaptureConfig) -> Manifest:
     """The identity that a store for this run must have; loads no weights."""
-    text = target.config()
+    return Manifest(
+        target=target.name,
+        revision=target.revision,
+        fingerprint=target.fingerprint(),
+        tokenizer=tokenizer_hash(target.tokenizer()),
+        answers=config.answers_hash(),
+        **shape_of(target.config(), config),
+    )
+
+
+def shape_of(text: PretrainedConfig, config: CaptureConfig) -> dict[str, Any]:
+    """The part of a store's identity that follows from the target's configuration alone."""
     layers = text.num_hidden_layers
     ids = tuple(config.layer_ids or default_layer_ids(layers))
     if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > layers:
@@ -50,38 +65,50 @@ def wanted_manifest(target: TargetSource, config: CaptureConfig) -> Manifest:
     beyond = [i for i in config.start_layers or () if not 0 <= i < layers]
     if beyond:
         raise ValueError(f"start_layers must lie in 0..{layers - 1}, got {beyond[0]}")
-    return Manifest(
-        target=target.name,
-        revision=target.revision,
-        fingerprint=target.fingerprint(),
-        layer_ids=ids,
-        hidden_size=text.hidden_size,
-        vocab_size=text.vocab_size,
-        num_layers=layers,
-        dtype="bfloat16",
-        tokenizer=tokenizer_hash(target.tokenizer()),
-        rms_norm_eps=text.rms_norm_eps,
-        softcap=getattr(text, "final_logit_softcapping", None),
-        block=block_of(text),
-        answers=config.answers_hash(),
-    )
+    return {
+        "layer_ids": ids,
+        "hidden_size": text.hidden_size,
+        "vocab_size": text.vocab_size,
+        "num_layers": layers,
+        "dtype": "bfloat16",
+        "rms_norm_eps": text.rms_norm_eps,
+        "softcap": getattr(text, "final_logit_softcapping", None),
+        "block": block_of(text),
+    }
 
 
 def block_of(text: PretrainedConfig) -> dict[str, Any]:
-    """The target's layer shape in the names of a Llama block."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)  # some families have one per kind of layer
+    """The target's layer shape in the names of a Llama block.
+
+    Where layers differ (Gemma 4), the first one's: those with a window, of which there are most.
+    """
+    per_layer = getattr(text, "per_layer_config", None)
+    layer = per_layer[0] if per_layer else text
     heads = text.num_attention_heads
     return {
         "hidden_size": text.hidden_size,
         "intermediate_size": text.intermediate_size,
         "num_attention_heads": heads,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "num_key_value_heads": getattr(layer, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(layer, "head_dim", None) or text.hidden_size // heads,
         "rms_norm_eps": text.rms_norm_eps,
-        "rope_parameters": dict(rope),
+        "rope_parameters": rope_of(text),
         "max_position_embeddings": text.max_position_embeddings,
     }
+
+
+def rope_of(text: PretrainedConfig) -> dict[str, Any]:
+    """The target's rotary embedding, as far as a Llama block and its engines know it.
+
+    Some families have one per kind of layer: a drafter's layers all attend to everything. Variants
+    that turn only part of a head, or by a rule of their own, become the plain one with their base.
+    """
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = dict(rope.get("full_attention", rope))
+    share = rope.pop("partial_rotary_factor", 1.0)
+    if share != 1.0 or rope.get("rope_type", "default") not in ROPE_TYPES:
+        rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return rope
 
 
 def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manifest:
@@ -108,15 +135,51 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
     text, device = target.config(), pick_device(config.device)
     model = target.model(dtype=getattr(torch, config.dtype), device=device)
     tokenizer = target.tokenizer()
-    answers = regenerate(model, tokenizer, prompts, config, folder / "answers.jsonl")
-    rendered = [render(tokenizer, a.messages, finished=a.finished) for a in answers]
-    target_head_of(model, text).save(folder / "target.safetensors")
+    ends = end_tokens(model)
+    if config.regenerate:
+        answers = regenerate(model, tokenizer, prompts, config, folder / "answers.jsonl")
+    else:
+        answers = given(tokenizer, prompts, config, ends)
+    samples = samples_of(answers, tokenizer, ends, config)
+    head = target_head_of(model, text)
+    check_head(model, head, next(iter(samples.values())).input_ids[:64])
+    head.save(folder / "target.safetensors", wanted.identity())
     start = tuple(config.start_layers or default_start_layers(text.num_hidden_layers))
-    target_layers_of(model, text, start).save(folder / "target_layers.safetensors")
-    read_hidden_states(model, wanted, answers, rendered, config, folder)
+    layers = target_layers_of(model, text, start)
+    layers.save(folder / "target_layers.safetensors", wanted.identity())
+    read_hidden_states(model, wanted, samples, config, folder)
     os.replace(partial / "manifest.json", folder / "manifest.json")
     partial.rmdir()
     return wanted
+
+
+def samples_of(
+    answers: list[Answer],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: set[int],
+    config: CaptureConfig,
+) -> dict[str, Rendered]:
+    """Documents by name. Those of one conversation share the hash that decides their split.
+
+    Raises:
+        ValueError: if nothing at all would be trained.
+    """
+    samples, silent = {}, 0
+    for answer in answers:
+        name = conversation_id(answer.messages)
+        turns = answer.said(tokenizer, ends, config.template_options)
+        for number, document in enumerate(documents(turns)):
+            if config.reasoning == "mask":
+                document = without_reasoning(document, tokenizer)
+            if document.loss_mask.any():
+                samples[f"{name}-{number}" if number else name] = document
+            else:  # reasoning that hit the length limit, and is masked
+                silent += 1
+    if silent:
+        print(f"{silent} answers have nothing to train on and were left out")
+    if not samples:
+        raise ValueError("no answer has supervised tokens: check chat template and max_new_tokens")
+    return samples
 
 
 def sample_bytes_per_token(manifest: Manifest) -> int:
@@ -127,8 +190,7 @@ def sample_bytes_per_token(manifest: Manifest) -> int:
 def read_hidden_states(
     model: PreTrainedModel,
     manifest: Manifest,
-    answers: list[Answer],
-    rendered: list[Rendered],
+    samples: dict[str, Rendered],
     config: CaptureConfig,
     folder: Path,
 ) -> None:
@@ -136,32 +198,28 @@ def read_hidden_states(
     writer = StoreWriter(
         folder, shard_bytes=config.shard_mb * 1_000_000, identity=manifest.identity()
     )
-    names = [conversation_id(answer.messages) for answer in answers]
-    todo = {names[i]: i for i in range(len(answers)) if names[i] not in writer.done}
-    tokens = sum(len(rendered[i].input_ids) for i in todo.values())
+    todo = {name: samples[name] for name in samples if name not in writer.done}
+    tokens = sum(len(sample.input_ids) for sample in todo.values())
     needed = tokens * sample_bytes_per_token(manifest)
     require_disk(folder, needed)
     print(
-        f"capturing {len(todo)} conversations, {tokens} tokens, {needed / 1e9:.2f} GB in {folder}",
+        f"capturing {len(todo)} documents, {tokens} tokens, {needed / 1e9:.2f} GB in {folder}",
         file=sys.stderr,
     )
     with tqdm(total=tokens, desc="hidden states", unit="tok", disable=None) as bar:
-        for batch in batches_by_tokens(todo, rendered, config.batch_tokens):
-            for name, sample in zip(
-                batch, run_batch(model, manifest, [rendered[todo[n]] for n in batch]), strict=True
-            ):
+        for batch in batches_by_tokens(todo, config.batch_tokens):
+            states = run_batch(model, manifest, [todo[name] for name in batch])
+            for name, sample in zip(batch, states, strict=True):
                 writer.append(name, split_of(name, config.val_share), sample)
                 bar.update(len(sample.input_ids))
     writer.flush()
 
 
-def batches_by_tokens(
-    todo: dict[str, int], rendered: list[Rendered], limit: int
-) -> Iterator[list[str]]:
-    """Conversations of similar length together, ``limit`` padded tokens at most."""
+def batches_by_tokens(todo: dict[str, Rendered], limit: int) -> Iterator[list[str]]:
+    """Documents of similar length together, ``limit`` padded tokens at most."""
     batch: list[str] = []
-    for name in sorted(todo, key=lambda n: len(rendered[todo[n]].input_ids)):
-        width = len(rendered[todo[name]].input_ids)  # ascending: the newest is the widest
+    for name in sorted(todo, key=lambda n: len(todo[n].input_ids)):
+        width = len(todo[name].input_ids)  # ascending: the newest is the widest
         if batch and width * (len(batch) + 1) > limit:
             yield batch
             batch = []

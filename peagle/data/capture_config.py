@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 from peagle.data.prompts import PromptSource
 
@@ -17,7 +18,8 @@ class CaptureConfig:
         start_layers: target layers that a drafter's layers can start from; default the first and
             the last two.
         max_new_tokens: length limit of an answer.
-        max_tokens: conversations whose prompt leaves no room for an answer are left out, counted.
+        max_tokens: longer conversations are cut at a turn; one whose first prompt leaves no room
+            for an answer is left out. Both are counted.
         greedy_share: share of the answers decoded greedily; the others are sampled.
         temperature: of the sampled answers.
         batch_size: conversations answered together.
@@ -27,6 +29,11 @@ class CaptureConfig:
         val_share: share of the conversations kept for validation, by hash.
         shard_mb: size of a shard.
         seed: of the sampled answers.
+        regenerate: the target answers the prompts. False takes the answers in the data, which
+            should then be this target's own.
+        reasoning: ``keep`` trains on the target's reasoning too; ``mask`` leaves it out of the
+            loss, for targets that are served without it.
+        template_options: for the chat template (``enable_thinking``, ``reasoning_effort``).
     """
 
     prompts: list[PromptSource]
@@ -43,6 +50,9 @@ class CaptureConfig:
     val_share: float = 0.05
     shard_mb: int = 512
     seed: int = 0
+    regenerate: bool = True
+    reasoning: Literal["keep", "mask"] = "keep"
+    template_options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -55,5 +65,14 @@ class CaptureConfig:
     def answers_hash(self) -> str:
         """Identity of the conversations: the prompts and how they are answered."""
         keys = ("prompts", "max_new_tokens", "max_tokens", "greedy_share", "temperature", "seed")
-        made = {key: value for key, value in asdict(self).items() if key in keys}
+        later = ("regenerate", "reasoning", "template_options")  # stores made before have none
+        usual = {field.name: field.default for field in fields(self)}
+        made = {
+            key: value
+            for key, value in asdict(self).items()
+            if key in keys or (key in later and value != usual[key])
+        }
+        for source in made["prompts"]:
+            if source["subset"] is None:
+                del source["subset"]
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]

@@ -27,8 +27,10 @@ from peagle.data.batch import Batch, pack, unsupervised
 from peagle.data.order import Pack, PackSampler, fill_packs
 from peagle.data.store import BadSample, Sample, Store, token_counts
 from peagle.evaluation import EvaluationConfig, PromptBatch, prompt_batches
+from peagle.model.memory import rows_within
 from peagle.model.target import TargetSource
 
+DEFAULT_ROWS = 8192  # per segment
 ON_CPU = ("document", "supervised")  # the draw is made on the CPU, the same on every device
 
 
@@ -77,12 +79,16 @@ class HiddenStatesDataModule(L.LightningDataModule):
         mask_token_id: id of the reserved mask token; linked from the model.
         evaluation: what ``test`` decodes.
         max_tokens: slots per packed sequence; longer conversations are left out, counted.
-        max_rows: rows per segment; fewer rows need less memory, at some cost in speed.
+        max_rows: rows per segment; fewer rows need less memory, at some cost in speed. Default:
+            what ``memory_gb`` allows, or 8192.
+        memory_gb: gigabytes that training may take beside the interpreter and its libraries;
+            decides ``max_rows`` where that is not given.
         num_workers: processes that read ahead; 0 reads in the training process.
         seed: decides the order of every epoch and every COD draw.
         on_bad_sample: ``error`` stops at a damaged sample; ``skip`` leaves it out, counted and
             named. No other sample ever takes its place.
-        bad_sample_budget: share of the store that ``skip`` may leave out before it stops too.
+        bad_sample_budget: share of the store that ``skip`` may leave out before it stops too; each
+            process counts what it reads.
     """
 
     def __init__(
@@ -94,7 +100,8 @@ class HiddenStatesDataModule(L.LightningDataModule):
         mask_token_id: int,
         evaluation: EvaluationConfig,
         max_tokens: int = 8192,
-        max_rows: int = 8192,
+        max_rows: int | None = None,
+        memory_gb: float | None = None,
         num_workers: int = 2,
         seed: int = 0,
         on_bad_sample: Literal["error", "skip"] = "error",
@@ -103,7 +110,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
         super().__init__()
         self.target, self.evaluation = TargetSource(target, revision), evaluation
         self.folder, self.cod, self.mask_token_id = Path(store), cod, mask_token_id
-        self.max_tokens, self.max_rows = max_tokens, max_rows
+        self.max_tokens, self.max_rows, self.memory_gb = max_tokens, max_rows, memory_gb
         self.num_workers, self.seed = num_workers, seed
         self.bad = BadSamples(skip=on_bad_sample == "skip", budget=bad_sample_budget)
         self.store: Store | None = None
@@ -168,7 +175,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
 
     def loader(self, packs: "PackSampler | list[Pack]", cod: Cod) -> DataLoader:
         dataset = PackedSequences(
-            self.store, cod=cod, max_rows=self.max_rows, mask_token_id=self.mask_token_id
+            self.store, cod=cod, max_rows=self.segment_rows(), mask_token_id=self.mask_token_id
         )
         return DataLoader(
             dataset,
@@ -178,6 +185,22 @@ class HiddenStatesDataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=ignore_signals,
+        )
+
+    def segment_rows(self) -> int:
+        """Raises ``ValueError`` when the memory budget cannot hold one segment."""
+        if self.max_rows is not None:
+            return self.max_rows
+        if self.memory_gb is None:
+            return DEFAULT_ROWS
+        module = self.trainer.lightning_module
+        return rows_within(
+            self.memory_gb,
+            module.drafter.config,
+            slots=self.max_tokens,
+            rollout=self.cod.num_depths,
+            element=2 if str(self.trainer.precision).startswith("bf16") else 4,
+            recompute=module.recompute,
         )
 
     def usable(self, split: str) -> tuple[list[int], list[int]]:

@@ -1,18 +1,27 @@
 """Where prompts come from: the built-in set, a JSONL file, or a data set on the Hub.
 
-Only the user's side is kept. Answers are always the target's own (paper section 4.1): a drafter
-that learns somebody else's text guesses tokens its target would not write.
+Only the user's side is used, unless a run asks for the answers in the data: answers should be the
+target's own (paper section 4.1), since a drafter that learns somebody else's text guesses tokens
+its target would not write.
 """
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 BUILT_IN = "stdlib"
 COLUMNS = ("messages", "conversations", "turns", "prompt", "question", "instruction")
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "function": "tool",
+    "observation": "tool",
+}  # ShareGPT's names
 
 
 class Prompt(NamedTuple):
@@ -21,6 +30,8 @@ class Prompt(NamedTuple):
     id: str
     system: str | None
     turns: tuple[str, ...]
+    tools: tuple[dict[str, Any], ...] = ()  # that the target may call, in OpenAI's form
+    messages: tuple[dict[str, Any], ...] = ()  # the whole conversation, where the data hold one
 
     def opening(self) -> list[dict[str, str]]:
         """The messages up to the target's first answer."""
@@ -35,6 +46,7 @@ class PromptSource:
     Args:
         source: ``stdlib`` (built in), the path of a ``.jsonl`` file, or a Hub data set id.
         split: ``train`` or ``test`` of the built-in set; any split name of a Hub data set.
+        subset: which configuration of a Hub data set, where it has several (GSM8K's ``main``).
         column: where the prompt is; found by itself when it is one of the usual names.
         limit: use only the first so many.
     """
@@ -43,6 +55,7 @@ class PromptSource:
     split: str = "train"
     column: str | None = None
     limit: int | None = None
+    subset: str | None = None
 
     @property
     def name(self) -> str:
@@ -85,7 +98,7 @@ def hub_rows(source: PromptSource) -> Iterable[dict[str, Any]]:
     from datasets import load_dataset  # takes seconds to import
 
     try:
-        rows = load_dataset(source.source, split=source.split, streaming=True)
+        rows = load_dataset(source.source, source.subset, split=source.split, streaming=True)
     except Exception as error:  # the client raises many kinds; all mean the set cannot be had
         raise ValueError(f"data set {source.source!r} cannot be loaded: {error}") from error
     return rows if source.limit is None else rows.take(source.limit)
@@ -97,15 +110,42 @@ def prompt_of(row: dict[str, Any], source: PromptSource, number: int) -> Prompt:
         wanted = source.column or "any of " + ", ".join(COLUMNS)
         raise ValueError(f"row {number} of {source.source!r} has no column {wanted}")
     value = row[column]
-    system = None
+    name = f"row {number} of {source.source!r}"
     if isinstance(value, str):
-        turns: tuple[str, ...] = (value,)
+        messages = [{"role": "user", "content": value}]
     elif value and isinstance(value[0], str):
-        turns = tuple(value)
-    else:  # messages; other people's answers are dropped
-        said = [(m.get("role") or m.get("from"), m.get("content") or m.get("value")) for m in value]
-        turns = tuple(text for role, text in said if role in ("user", "human"))
-        system = next((text for role, text in said if role == "system"), None)
+        messages = [{"role": "user", "content": text} for text in value]
+    else:
+        messages = [message_of(said, name) for said in value or ()]
+    # Past a tool's result nobody could go on: it answers a call that the target may not make.
+    open_ended = list(takewhile(lambda message: message["role"] != "tool", messages))
+    turns = tuple(m["content"] for m in open_ended if m["role"] == "user")
+    system = next((m["content"] for m in messages if m["role"] in ("system", "developer")), None)
     if not turns or not all(turns):
-        raise ValueError(f"row {number} of {source.source!r} has an empty prompt")
-    return Prompt(f"{source.name}/{number}", system, turns)
+        raise ValueError(f"{name} has an empty prompt")
+    whole = messages if any(m["role"] == "assistant" for m in messages) else ()
+    return Prompt(f"{source.name}/{number}", system, turns, tools_of(row, name), tuple(whole))
+
+
+def message_of(said: dict[str, Any], name: str) -> dict[str, Any]:
+    """A message of OpenAI's or ShareGPT's form, in OpenAI's."""
+    role = said.get("role") or said.get("from")
+    content = said["content"] if "content" in said else said.get("value")
+    if isinstance(content, list):
+        if any(part.get("type") != "text" for part in content):
+            raise ValueError(f"{name} holds images or sound: only text can be drafted")
+        content = "".join(part["text"] for part in content)
+    if not role or (content is None and not said.get("tool_calls")):
+        raise ValueError(f"{name} has a message without role or content")
+    rest = {k: v for k, v in said.items() if k not in ("from", "value") and v is not None}
+    return {**rest, "role": ROLES.get(role, role), "content": content or ""}
+
+
+def tools_of(row: dict[str, Any], name: str) -> tuple[dict[str, Any], ...]:
+    """The tools that a row offers, as a list or as JSON."""
+    tools = row.get("tools") or []
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: its tools are not JSON ({error})") from error
+    return tuple(tools)

@@ -69,9 +69,12 @@ class Manifest:
         path = folder / "manifest.json"
         if not path.exists():
             raise ValueError(f"no store at {folder}: run `python -m peagle capture` first")
-        found = json.loads(path.read_text())
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:  # neither JSON nor, perhaps, text
+            raise ValueError(f"{path} is damaged ({error}): capture again") from error
         known = {field.name for field in fields(cls)}
-        if found.get("format") != FORMAT or set(found) != known:
+        if not isinstance(found, dict) or set(found) != known or found["format"] != FORMAT:
             raise ValueError(f"{path} is not a manifest of format {FORMAT}: capture again")
         return cls(**{**found, "layer_ids": tuple(found["layer_ids"])})
 
@@ -121,7 +124,7 @@ class StoreWriter:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.tmp"):
             leftover.unlink()
-        parts = sorted(folder.glob("shard-*.parquet"))
+        parts = index_parts(folder)
         self.done = {entry.sample for part in parts for entry in read_index(part, identity)}
         self.next_shard = len(parts)
         self.pending: list[tuple[str, str, Sample]] = []
@@ -182,11 +185,11 @@ class Store:
         self.folder = folder
         self.manifest = Manifest.read(folder)
         self.entries: list[Entry] = []
-        for part in sorted(folder.glob("shard-*.parquet")):
+        for part in index_parts(folder):
             shard = part.with_suffix(".safetensors")
             entries = read_index(part, self.manifest.identity())
             for name in {entry.shard for entry in entries}:
-                if name != shard.name or shard.is_symlink():
+                if name != shard.name or shard.is_symlink() or part.is_symlink():
                     raise ValueError(f"{part.name} names {name!r}, not a file of this store")
             if not shard.exists() and not allow_missing:
                 raise ValueError(f"shard {shard.name} is missing from {folder}: capture again")
@@ -242,6 +245,18 @@ def verify(sample: Sample, entry: Entry, manifest: Manifest) -> None:
     low, high = sample.input_ids.aminmax()
     if low < 0 or high >= manifest.vocab_size:
         raise bad(entry, f"token ids reach {low}..{high} of a vocabulary of {manifest.vocab_size}")
+
+
+def index_parts(folder: Path) -> list[Path]:
+    """The index in its order. Raises ``ValueError`` if a part is gone, and its samples with it."""
+    parts = sorted(folder.glob("shard-*.parquet"))
+    for number, part in enumerate(parts):
+        if part.name != f"shard-{number:05d}.parquet":
+            raise ValueError(
+                f"{folder} has {part.name} but no shard-{number:05d}.parquet: a part of the index "
+                "is missing: capture again"
+            )
+    return parts
 
 
 def read_index(part: Path, identity: str | None = None) -> list[Entry]:

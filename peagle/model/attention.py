@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
 from peagle.cod.rollouts import Rows
 from peagle.model.flash import (
@@ -17,11 +18,12 @@ from peagle.model.flash import (
     flash_rollout_attention,
     plan_flash,
 )
+from peagle.model.flex import flex_rollout_attention, plan_flex
 
 
-def kernel_dtype(x: Float[Tensor, "..."]) -> torch.dtype:
-    """Precision that attention computes in where the drafter computes in that of ``x``."""
-    return fast_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+def kernel_dtype(x: Float[Tensor, "..."], document_lengths: list[int]) -> torch.dtype:
+    """Precision of queries and keys where the drafter computes in that of ``x``."""
+    return fast_dtype(x.dtype, max(document_lengths)) if x.device.type == "cpu" else x.dtype
 
 
 def causal_attention(
@@ -51,9 +53,13 @@ def causal(
     return context[0].transpose(0, 1)
 
 
-def plan_attention(rows: Rows, document: Int[Tensor, " S"]) -> Plan:
+def plan_attention(
+    rows: Rows, document: Int[Tensor, " S"], *, device: torch.device
+) -> Plan | BlockMask:
     """What follows from the rows of a segment (depth >= 1, sorted) and serves all its layers."""
-    return plan_flash(rows, document)
+    if device.type == "cpu":
+        return plan_flash(rows, document)
+    return plan_flex(rows, document, device=device)
 
 
 def rollout_attention(
@@ -63,11 +69,12 @@ def rollout_attention(
     prefix_key: Float[Tensor, "S G D"],
     prefix_value: Float[Tensor, "S G D"],
     *,
-    plan: Plan,
+    plan: Plan | BlockMask,
 ) -> Float[Tensor, "M A D"]:
     """Depths >= 1: every row sees its document's depth-0 slots up to its anchor, and its rollout.
 
     Depth 0 never looks at deeper rows, so its keys and values are computed once per sequence and
     read here by every segment.
     """
-    return flash_rollout_attention(query, key, value, prefix_key, prefix_value, plan=plan)
+    attend = flash_rollout_attention if isinstance(plan, Plan) else flex_rollout_attention
+    return attend(query, key, value, prefix_key, prefix_value, plan=plan)

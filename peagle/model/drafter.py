@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from peagle.cod.rollouts import Rows
@@ -101,17 +102,22 @@ class PEagleDrafter(PreTrainedModel):
         position: Int[Tensor, " S"],
         *,
         document_lengths: list[int],
+        recompute: bool = False,
     ) -> Stream:
-        """Run the slots whose token and hidden states are known."""
+        """Run the slots whose token and hidden states are known.
+
+        ``recompute`` keeps only each layer's input for the backward pass and runs it again there.
+        """
         hidden, embedding = self.combine(aux), self.embed_tokens(tokens)
-        angles = self.rotary.angles(position, kernel_dtype(hidden))
+        angles = self.rotary.angles(position, kernel_dtype(hidden, document_lengths))
         keys, values = [], []
         for layer in self.layers:
-            x, residual = layer.enter(hidden, embedding)
-            query, key, value = layer.self_attn(x)
-            query, key = rotate(query, angles), rotate(key, angles)
-            context = causal_attention(query, key, value, document_lengths=document_lengths)
-            hidden, embedding = layer.leave(residual, context), None
+            inputs = (layer, hidden, embedding, angles, document_lengths)
+            if recompute:
+                hidden, key, value = checkpoint(known_slots, *inputs, use_reentrant=False)
+            else:
+                hidden, key, value = known_slots(*inputs)
+            embedding = None
             keys.append(key)
             values.append(value.to(key.dtype))  # once, not in every segment
         return Stream(hidden, tuple(keys), tuple(values), self.mask_row())
@@ -129,11 +135,9 @@ class PEagleDrafter(PreTrainedModel):
         document: Int[Tensor, " S"],
     ) -> Float[Tensor, "M D"]:
         """Run rows of depth >= 1 against the keys and values of depth 0."""
-        plan = plan_attention(rows, document)
+        plan = plan_attention(rows, document, device=position.device)
         count, mask_row = len(rows.anchor), stream.mask_row
-        angles = self.rotary.angles(
-            position[rows.anchor] + rows.depth, kernel_dtype(mask_row.query)
-        )
+        angles = self.rotary.angles(position[rows.anchor] + rows.depth, stream.keys[0].dtype)
         query, key, value = mask_row.query, mask_row.key, mask_row.value.expand(count, -1, -1)
         hidden = residual = mask_row.residual.expand(count, -1)
         for index, layer in enumerate(self.layers):
@@ -165,3 +169,18 @@ class PEagleDrafter(PreTrainedModel):
     def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T W"]:
         """Logits over the draft vocabulary."""
         return self.lm_head(self.norm(hidden))
+
+
+def known_slots(
+    layer: DrafterLayer,
+    hidden: Float[Tensor, "S D"],
+    embedding: Float[Tensor, "S D"] | None,
+    angles: tuple[Float[Tensor, "S 1 F"], Float[Tensor, "S 1 F"]],
+    document_lengths: list[int],
+) -> tuple[Float[Tensor, "S D"], Float[Tensor, "S G E"], Float[Tensor, "S G E"]]:
+    """One layer of depth 0: its output, and the keys and values that rollouts read."""
+    x, residual = layer.enter(hidden, embedding)
+    query, key, value = layer.self_attn(x)
+    query, key = rotate(query, angles), rotate(key, angles)
+    context = causal_attention(query, key, value, document_lengths=document_lengths)
+    return layer.leave(residual, context), key, value

@@ -22,6 +22,7 @@ from peagle.cod.visibility import visible
 
 LEAF_ROWS = 256  # rows per masked call: few enough to waste little, enough for the kernel
 LEAF_SLOTS = 256  # slots that a leaf takes along rather than leave them to a call of their own
+LONG = 1024  # slots from which on bf16 is faster, for a CPU without tiles for its products
 MATRIX_TILES = torch.cpu._is_amx_tile_supported()
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -107,7 +108,8 @@ def flash_causal_attention(
     *,
     document_lengths: list[int],
 ) -> Float[Tensor, "S A E"]:
-    """Every slot sees the slots of its document up to itself."""
+    """Every slot sees the slots of its document up to itself; computed in the query's precision,
+    returned in that of ``value``."""
     cuts = [0, *accumulate(document_lengths)]
     return _CausalAttention.apply(query, key, value, [slice(a, b) for a, b in pairwise(cuts)])
 
@@ -117,8 +119,8 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, documents):
         total = torch.empty_like(query, dtype=value.dtype)
         norm = torch.empty(heads_first(query, key).shape[:-1], dtype=precise(query))
-        out, queries = heads_first(total, key), heads_first(fast(query), key)
-        pairs = [shared(fast(x), query) for x in (key, value)]
+        out, queries = heads_first(total, key), heads_first(query, key)
+        pairs = [shared(x, query) for x in (key, value)]
         for slots in documents:
             here = (slice(None), slice(None), slots)
             out[here], norm[here] = flash(queries[here], *(x[here] for x in pairs), is_causal=True)
@@ -129,10 +131,10 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         query, key, value, total, norm = ctx.saved_tensors
-        grads = [torch.empty_like(fast(x)) for x in (query, key, value)]
+        grads = [torch.empty_like(x, dtype=query.dtype) for x in (query, key, value)]
         for_query = heads_first(grads[0], key)
-        queries, onward, out = (heads_first(fast(x), key) for x in (query, grad, total))
-        pairs = [shared(fast(x), query) for x in (key, value)]
+        onward, out = (heads_first(x.to(query.dtype), key) for x in (grad, total))
+        queries, pairs = heads_first(query, key), [shared(x, query) for x in (key, value)]
         for slots in ctx.documents:
             here = (slice(None), slice(None), slots)
             for_query[here], *for_pairs = flash_backward(
@@ -152,7 +154,10 @@ def flash_rollout_attention(
     *,
     plan: Plan,
 ) -> Float[Tensor, "M A E"]:
-    """Every row sees its document's depth-0 slots up to its anchor, and its rollout so far."""
+    """Every row sees its document's depth-0 slots up to its anchor, and its rollout so far.
+
+    Computed in the query's precision, returned in that of ``value``.
+    """
     return _RolloutAttention.apply(query, key, value, prefix_key, prefix_value, plan)
 
 
@@ -182,7 +187,7 @@ class _RolloutAttention(torch.autograd.Function):
         *inputs, total, norm = ctx.saved_tensors
         key = inputs[1]
         queries, own, prefix = in_parts(*inputs)
-        onward, out = heads_first(fast(grad), key), heads_first(fast(total), key)
+        onward, out = (heads_first(x.to(inputs[0].dtype), key) for x in (grad, total))
         grads = [torch.zeros_like(x, dtype=precise(x)) for x in inputs]
         for_query = heads_first(grads[0], key)
         for part in (*ctx.plan.leaves, *ctx.plan.full):
@@ -213,12 +218,8 @@ class _RolloutAttention(torch.autograd.Function):
 
 def in_parts(query, key, value, prefix_key, prefix_value):
     """Queries, own pairs and prefix pairs in the kernel's order of dimensions and precision."""
-    own = [shared(fast(x), query) for x in (key, value)]
-    return (
-        heads_first(fast(query), key),
-        own,
-        [shared(fast(x), query) for x in (prefix_key, prefix_value)],
-    )
+    own = [shared(x, query) for x in (key, value)]
+    return heads_first(query, key), own, [shared(x, query) for x in (prefix_key, prefix_value)]
 
 
 def leaf_pairs(part: Part, own: list[Tensor], prefix: list[Tensor]) -> list[Tensor]:
@@ -248,8 +249,8 @@ def heads_first(x: Float[Tensor, "T A E"], key: Float[Tensor, "K G E"]) -> Float
 
 
 def shared(x: Float[Tensor, "T G E"], query: Float[Tensor, "M A E"]) -> Float[Tensor, "R G T E"]:
-    """Keys or values, seen by every query head of their group without a copy."""
-    return x.transpose(0, 1).expand(query.shape[1] // x.shape[1], -1, -1, -1)
+    """Keys or values in the query's precision, for every head of their group without a copy."""
+    return x.to(query.dtype).transpose(0, 1).expand(query.shape[1] // x.shape[1], -1, -1, -1)
 
 
 def precise(x: Float[Tensor, "..."]) -> torch.dtype:
@@ -257,10 +258,8 @@ def precise(x: Float[Tensor, "..."]) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def fast_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision that the kernel is fastest in; without matrix tiles that is not bf16."""
-    return dtype if MATRIX_TILES else torch.promote_types(dtype, torch.float32)
-
-
-def fast(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    return x.to(fast_dtype(x.dtype))
+def fast_dtype(dtype: torch.dtype, longest: int) -> torch.dtype:
+    """Precision in which the kernel is fastest for documents of up to ``longest`` slots."""
+    if MATRIX_TILES or longest >= LONG:
+        return dtype
+    return torch.promote_types(dtype, torch.float32)

@@ -35,13 +35,13 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        x, grad, exact = x.to(scale.dtype), grad.to(scale.dtype), weight.to(scale.dtype)
+        inputs, weight, scale = ctx.saved_tensors
+        x, grad, exact = (t.to(scale.dtype) for t in (inputs, grad, weight))
         product = grad * x
         grad_weight = (scale.T @ product)[0]
         along = (product @ exact)[:, None] * scale.square() / x.shape[-1]
         grad_x = (grad * exact).addcmul_(x, along, value=-1).mul_(scale)
-        return grad_x.to(ctx.saved_tensors[0].dtype), grad_weight.to(weight.dtype), None
+        return grad_x.to(inputs.dtype), grad_weight.to(weight.dtype), None
 
 
 class Projections(nn.Module):

@@ -37,13 +37,18 @@ def objective(
     rows: Rows,
     *,
     mix: Mapping[str, float],
+    recompute: bool = False,
 ) -> Outcome:
-    """Loss of all ``rows``, with gradients held per segment when gradients are enabled."""
+    """Loss of all ``rows``, with gradients held per segment when gradients are enabled.
+
+    ``recompute`` runs depth 0 again in the backward pass instead of keeping its activations.
+    """
     stream = drafter.depth_zero(
         batch.tokens,
         batch.aux,
         batch.position,
         document_lengths=torch.bincount(batch.document).tolist(),
+        recompute=recompute and torch.is_grad_enabled(),
     )
     correct: list[Tensor] = []
 

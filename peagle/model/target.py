@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -46,7 +47,7 @@ class TargetSource:
         return opened(AutoTokenizer, self)
 
     def model(self, *, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
-        model = opened(AutoModelForCausalLM, self, dtype=dtype)
+        model = opened(AutoModelForCausalLM, self, dtype=dtype, use_safetensors=True)
         return model.to(device).eval().requires_grad_(False)
 
     def fingerprint(self) -> str:
@@ -138,21 +139,60 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def target_head_of(model: PreTrainedModel, config: PretrainedConfig) -> TargetHead:
     """The target's embedding, final norm and head, as plain tensors.
 
-    The norm is applied to ones and the embedding to every id, which yields the effective weights
-    whatever the family's convention (Gemma, say, stores ``weight - 1`` and scales embeddings).
+    Norm and embedding are applied, which yields the effective weights whatever the family's
+    convention (Gemma, say, stores ``weight - 1`` and scales embeddings).
     """
     device = model.device
     with torch.no_grad():
-        ones = torch.ones(1, config.hidden_size, device=device)
-        norm = model.get_decoder().norm(ones)[0]
         embedding = model.get_input_embeddings()(torch.arange(config.vocab_size, device=device))
     return TargetHead(
-        norm=compact(norm),
+        norm=final_norm_of(model, config),
         head=compact(model.get_output_embeddings().weight.detach()[: config.vocab_size]),
         embedding=compact(embedding),
         eps=config.rms_norm_eps,
         softcap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+@torch.no_grad()
+def final_norm_of(model: PreTrainedModel, config: PretrainedConfig) -> Float[Tensor, " T"]:
+    """The final norm's effective weight, in float32 unless the family rounds before it multiplies.
+
+    Llama rounds to the model's precision and then multiplies, Gemma and GPT-OSS multiply first;
+    ``TargetHead`` follows the weight's dtype, and so gets the target's logits to the last bit.
+    """
+    norm = model.get_decoder().norm
+    weight = effective(norm, config.hidden_size, model.device)
+    states = torch.randn(8, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    states = states.to(model.device, model.dtype)
+    ours = F.rms_norm(states.float(), weight.shape, weight, config.rms_norm_eps)
+    multiplied_first = torch.equal(ours.to(model.dtype), norm(states))
+    return weight.cpu() if multiplied_first else compact(weight)
+
+
+@torch.no_grad()
+def effective(norm: nn.Module, width: int, device: torch.device) -> Float[Tensor, " T"]:
+    """What an RMS norm multiplies by, as float32; the input is large so that eps plays no part."""
+    return norm(torch.full((1, width), 2.0**12, device=device))[0].float()
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, head: TargetHead, ids: Int[Tensor, " n"]) -> None:
+    """Raise ``ValueError`` unless the head rebuilds the target's own logits of a text.
+
+    A family that does more to its logits than norm, projection and soft cap would otherwise
+    train a drafter on another distribution than it serves.
+    """
+    with hidden_states(model, ()) as seen:
+        theirs = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0].cpu()
+    ours = head(seen.entering[len(decoder_layers(model))][0].cpu())
+    theirs = theirs[:, : ours.shape[-1]].float()
+    error = float((ours - theirs).norm() / theirs.norm())
+    if not error < 0.02:  # bf16 rounds by 0.004; a forgotten factor or cap is far more
+        raise ValueError(
+            f"the logits of a target of type {model.config.model_type} cannot be rebuilt from its "
+            f"last hidden state (relative error {error:.2g}): peagle does not support this family"
+        )
 
 
 def target_layers_of(
@@ -163,13 +203,12 @@ def target_layers_of(
     activation = getattr(config, "hidden_act", None)
     if not all(is_llama_layer(layer, activation) for layer in layers):
         return TargetLayers({})
-    ones = torch.ones(1, config.hidden_size, device=model.device)
     states = {}
     for index, layer in zip(indices, layers, strict=True):
         states[index] = {name: compact(tensor) for name, tensor in layer.state_dict().items()}
         for name in ("input_layernorm", "post_attention_layernorm"):
-            with torch.no_grad():  # the effective weight, whatever the family stores
-                states[index][f"{name}.weight"] = compact(layer.get_submodule(name)(ones)[0])
+            norm = effective(layer.get_submodule(name), config.hidden_size, model.device)
+            states[index][f"{name}.weight"] = compact(norm)
     return TargetLayers(states)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peagle.data.store import digest
+from peagle.data.store import IDENTITY, digest
 
 TENSORS = ("norm", "head", "embedding")
 
@@ -33,11 +33,13 @@ class TargetHead(nn.Module):
         self.register_buffer("embedding", embedding, persistent=False)
 
     @classmethod
-    def load(cls, path: Path, *, eps: float, softcap: float | None) -> "TargetHead":
+    def load(
+        cls, path: Path, *, eps: float, softcap: float | None, identity: str | None = None
+    ) -> "TargetHead":
         """Read the ``target.safetensors`` that capture left beside the shards.
 
         Raises:
-            ValueError: if it is missing or damaged.
+            ValueError: if it is missing, damaged, or of a store with another ``identity``.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -45,14 +47,21 @@ class TargetHead(nn.Module):
                 tensors = {name: file.get_tensor(name) for name in TENSORS}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}): capture again") from error
+        found = hashes.pop(IDENTITY.decode(), None)
+        if identity and found and found != identity:
+            raise ValueError(f"{path} belongs to a store of another target: capture again")
         for name, hash_ in hashes.items():
-            if digest(tensors[name]) != hash_:
+            if name not in tensors or digest(tensors[name]) != hash_:
                 raise ValueError(f"{path}: {name} is corrupt (its hash differs): capture again")
         return cls(**tensors, eps=eps, softcap=softcap)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, identity: str | None = None) -> None:
+        """With the ``identity`` of its store's manifest it cannot be mistaken for another's."""
         tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
-        save_file(tensors, path, metadata={name: digest(t) for name, t in tensors.items()})
+        metadata = {name: digest(t) for name, t in tensors.items()}
+        if identity is not None:
+            metadata[IDENTITY.decode()] = identity
+        save_file(tensors, path, metadata=metadata)
 
     def restricted(self, token_ids: Tensor) -> "TargetHead":
         """The same head over the given tokens only (the draft vocabulary)."""
@@ -66,9 +75,10 @@ class TargetHead(nn.Module):
 
     @torch.no_grad()
     def forward(self, final: Float[Tensor, "P T"]) -> Float[Tensor, "P W"]:
-        """Logits in float32, whatever the precision of the store."""
-        states = F.rms_norm(final.float(), (final.shape[-1],), self.norm.float(), self.eps)
-        logits = F.linear(states.to(self.head.dtype), self.head).float()
+        """The target's logits, rounded where the target rounds, as float32."""
+        states = F.rms_norm(final.float(), (final.shape[-1],), None, self.eps)
+        states = states.to(self.norm.dtype) * self.norm
+        logits = F.linear(states.to(self.head.dtype), self.head)
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        return logits.float()

@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peagle.data.store import digest
+from peagle.data.store import IDENTITY, digest
 
 LLAMA_LAYER = {
     "input_layernorm.weight",
@@ -23,12 +23,16 @@ class TargetLayers(NamedTuple):
     layers: dict[int, dict[str, Tensor]]
 
     @classmethod
-    def load(cls, path: Path) -> "TargetLayers":
-        """Raises ``ValueError`` if the file is missing or damaged."""
+    def load(cls, path: Path, identity: str | None = None) -> "TargetLayers":
+        """Raises ``ValueError`` if the file is missing, damaged or another store's."""
         layers: dict[int, dict[str, Tensor]] = {}
         try:
             with safe_open(path, "pt") as file:
-                for key, hash_ in (file.metadata() or {}).items():
+                hashes = file.metadata() or {}
+                found = hashes.pop(IDENTITY.decode(), None)
+                if identity and found and found != identity:
+                    raise ValueError(f"{path} belongs to a store of another target: capture again")
+                for key, hash_ in hashes.items():
                     index, name = key.split(".", 1)
                     tensor = file.get_tensor(key)
                     if digest(tensor) != hash_:
@@ -40,13 +44,17 @@ class TargetLayers(NamedTuple):
             raise ValueError(f"{path} cannot be read ({error}): capture again") from error
         return cls(dict(sorted(layers.items())))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, identity: str | None = None) -> None:
+        """With the ``identity`` of its store's manifest it cannot be mistaken for another's."""
         tensors = {
             f"{index}.{name}": tensor.contiguous()
             for index, layer in self.layers.items()
             for name, tensor in layer.items()
         }
-        save_file(tensors, path, metadata={key: digest(t) for key, t in tensors.items()})
+        metadata = {key: digest(t) for key, t in tensors.items()}
+        if identity is not None:
+            metadata[IDENTITY.decode()] = identity
+        save_file(tensors, path, metadata=metadata or None)  # an empty dict makes a broken file
 
     def choose(self, count: int) -> list[int]:
         """``count`` layers or as many as there are: the first one and the last ones."""

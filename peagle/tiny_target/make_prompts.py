@@ -66,6 +66,7 @@ def main() -> None:
         pool = [f for f in documented if f.held_out == (split == "test")]
         if split == "test":  # another module may have the same signature and docstring
             pool = [f for f in pool if f.prompt not in trained]
+        pool = list({f.prompt: f for f in pool}.values())
         pool.sort(key=lambda f: hash_order(f.name))
         chosen = choose(TargetSource(str(args.out)), pool, limit)
         with open(args.out / f"prompts_{split}.jsonl", "w", encoding="utf-8") as file:

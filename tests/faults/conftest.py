@@ -6,17 +6,30 @@ import pytest
 import runs
 import toy
 
-TABLE = pytest.StashKey[list[tuple[str, int, int]]]()
+Row = tuple[str, int, int]
+TABLE = pytest.StashKey[list[Row]]()
+COUNTED = pytest.StashKey[bool]()
 
 
 def pytest_configure(config):
     config.stash[TABLE] = []
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A test that failed before it counted anything is in the table too."""
+    report = yield
+    if report.failed and "tally" in item.fixturenames and not item.stash.get(COUNTED, False):
+        item.stash[COUNTED] = True
+        item.config.stash[TABLE].append((item.name, 1, 0))
+    return report
+
+
 def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[TABLE]
     if not rows:
         return
+    rows = [*rows, ("all", sum(row[1] for row in rows), sum(row[2] for row in rows))]
     width = max(len(fault) for fault, _, _ in rows)
     terminalreporter.section("faults")
     terminalreporter.line(f"{'fault'.ljust(width)}  tried  survived")
@@ -33,6 +46,7 @@ def tally(request):
         assert problems, "nothing was tried"
         survived = sum(not problem for problem in problems)
         request.config.stash[TABLE].append((fault, len(problems), survived))
+        request.node.stash[COUNTED] = True
         assert survived == len(problems), [problem for problem in problems if problem]
 
     return count

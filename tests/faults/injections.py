@@ -125,12 +125,27 @@ class Ballast(L.Callback):
         checkpoint["ballast"] = torch.ones(self.megabytes * 250_000)
 
 
+class PlainBallast(L.Callback):
+    """Makes checkpoints large by plain data, whose size nobody can tell before it is written."""
+
+    def __init__(self, megabytes: int):
+        self.text = "x" * megabytes * 1_000_000
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        checkpoint["ballast"] = self.text
+
+
 class KillInSave(Ballast):
     """kill -9 at a random moment from the start of a save to a little after its usual end."""
 
     def __init__(self, megabytes: int, seed: int, seconds: float):
         super().__init__(megabytes)
         self.delay = random.Random(seed).uniform(0, seconds)
+
+    def on_train_start(self, trainer, pl_module):
+        """What the start did not clean up would lie there now."""
+        for path in Path(trainer.default_root_dir).rglob("*.tmp"):
+            note(trainer, "stale", path.name)
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         super().on_save_checkpoint(trainer, pl_module, checkpoint)

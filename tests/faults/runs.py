@@ -21,6 +21,7 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 CONFIG = HERE / "toy.yaml"
 TIMEOUT_S = 600
 SHORT = os.environ.get("PEAGLE_FAULTS") == "short"
+AT_ONCE = int(os.environ.get("PEAGLE_FAULTS_AT_ONCE", os.cpu_count() or 2))  # one thread each
 ENVIRONMENT = {
     "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
     "OMP_NUM_THREADS": "1",
@@ -158,6 +159,12 @@ def start(
     )
 
 
+def start_command(folder: Path, *arguments: Any) -> Run:
+    """Start any other command of ``python -m peagle``."""
+    log = folder / "log"
+    return Run([forked(list(map(str, arguments)), log, ENVIRONMENT)], log)
+
+
 def finish(*args, **kwargs) -> Run:
     """Start a run and insist that it ends well."""
     run = start(*args, **kwargs)
@@ -167,8 +174,8 @@ def finish(*args, **kwargs) -> Run:
 
 
 def each(function, items: Iterable) -> list:
-    """Two at a time: a run has one thread, and CI two cores."""
-    with ThreadPoolExecutor(2) as pool:
+    """Several at a time, each in a process of its own."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(function, items))
 
 

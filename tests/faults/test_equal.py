@@ -16,7 +16,8 @@ from peagle.model.initial import initialise
 from peagle.model.objective import objective
 from peagle.model.target_head import TargetHead
 from peagle.model.target_layers import TargetLayers
-from peagle.module import LinearSchedule, saved_config
+from peagle.module import LinearSchedule, parameter_groups
+from peagle.restore import saved_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 13
@@ -73,6 +74,7 @@ def samples_by_name(store) -> dict:
     return names
 
 
+@pytest.mark.short
 def test_two_ranks_with_unequal_segments_train_like_one_process(
     store, head, drafter, tmp_path, tally
 ):
@@ -98,7 +100,7 @@ def test_two_ranks_with_unequal_segments_train_like_one_process(
     }
     drafter.load_state_dict(first)
     saved = last(run_dir, "step-1.ckpt")
-    optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameter_groups(drafter), lr=1e-3, weight_decay=0.01)
     schedule = LinearSchedule(optimizer, STEPS, 0.1)
     optimizer.load_state_dict(saved["optimizer_states"][0])
     schedule.load_state_dict(saved["lr_schedulers"][0])

@@ -55,6 +55,7 @@ def test_a_batch_that_is_not_finite_on_one_rank_is_skipped_on_both(
           problems)  # fmt: skip
 
 
+@pytest.mark.short
 def test_three_such_steps_in_a_row_end_the_run_with_a_checkpoint(store, tmp_path, tally):
     run_dir = tmp_path / "run"
     poison = ("Poison", {"batches": [2, 3, 5, 6, 7], "rank": 1})

@@ -80,6 +80,7 @@ def test_a_signal_to_two_ranks(store, two_ranks, tmp_path, tally, to, number):
     tally(f"{signal.Signals(number).name}, two ranks, to {to}", [problem])
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_signal_to_the_whole_process_group(store, reference, tmp_path, tally, workers):
     run_dir = tmp_path / "run"
@@ -92,6 +93,7 @@ def test_a_signal_to_the_whole_process_group(store, reference, tmp_path, tally, 
     tally(f"SIGTERM to the process group, {workers} workers", [problem])
 
 
+@pytest.mark.short
 def test_a_signal_during_validation(store, reference, tmp_path, tally):
     run_dir = tmp_path / "run"
     slow = [("Slow", {"seconds": 0.0, "validation_seconds": 0.5})]

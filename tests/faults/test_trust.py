@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ENVIRONMENT, finish, last, start
+from runs import ENVIRONMENT, each, finish, last, start, start_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CANARY = "hf_CANARYcanaryCANARYcanaryCANARYcanary"
@@ -32,6 +32,16 @@ def forged(kind: str, good: dict, path: Path, witness: Path) -> str:
         torch.save({**good, "x": Payload(witness)}, path, _use_new_zipfile_serialization=False)
     elif kind == "a pickled class":
         torch.save({**good, "callbacks": Path("x")}, path)
+    elif kind == "a kernel to fetch":
+        config = {**good["drafter_config"], "attn_implementation": "somebody/kernel"}
+        torch.save({**good, "drafter_config": config}, path)
+    elif kind == "other tensors":
+        weights = {**good["state_dict"], "drafter.fc.weight": torch.zeros(2, 2)}
+        torch.save({**good, "state_dict": weights}, path)
+    elif kind == "parts missing":
+        torch.save({"state_dict": good["state_dict"]}, path)
+    elif kind == "no dictionary":
+        torch.save([1, 2], path)
     elif kind == "torn":
         torch.save(good, path)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -43,29 +53,48 @@ def forged(kind: str, good: dict, path: Path, witness: Path) -> str:
 
 
 KINDS = [
-    "a pickled call", "a pickled call, old format", "a pickled class", "torn", "no checkpoint",
+    "a pickled call", "a pickled call, old format", "a pickled class", "a kernel to fetch",
+    "other tensors", "parts missing", "no dictionary", "torn", "no checkpoint",
     "http", "https", "HTTP", "ftp", "s3", "memory", "file", "simplecache::http",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["fit", "validate"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "export"])
 def test_malicious_checkpoints_are_refused(store, reference, tmp_path, tally, command):
     good, witness = last(reference), tmp_path / "witness"
 
     def refused(kind: str) -> str:
-        address = forged(kind, good, tmp_path / "forged.ckpt", witness)
-        run = start(tmp_path / "run", store, "--ckpt_path", address, command=command)
+        folder = tmp_path / "".join(filter(str.isalnum, kind))
+        folder.mkdir()
+        address = forged(kind, good, folder / "forged.ckpt", witness)
+        if command == "export":
+            run = start_command(folder, "export", "--ckpt_path", address, "--out", folder / "out")
+        else:
+            run = start(folder / "run", store, "--ckpt_path", address, command=command)
         code, said = run.wait(), run.said()
-        run.log.unlink()
         if witness.exists():
             return f"{kind}: was executed"
         if code != 1 or "Traceback" in said or "peagle: " not in said:
             return f"{kind}: exit code {code}: {said[-500:]}"
         return ""
 
-    tally(f"{command} with a malicious checkpoint", [refused(kind) for kind in KINDS])
+    tally(f"{command} with a malicious checkpoint", each(refused, KINDS))
 
 
+def test_a_configuration_with_python_tags_is_not_run(store, tmp_path, tally):
+    witness = tmp_path / "witness"
+    path = tmp_path / "evil.yaml"
+    tags = ("object/apply:os.system", "object/new:os.system")
+    problems = []
+    for tag in tags:
+        path.write_text(f"seed_everything: !!python/{tag} ['touch {witness}']\n")
+        run = start(tmp_path / "run", store, "--config", str(path))
+        refused = run.wait() != 0 and not witness.exists()
+        problems.append("" if refused else f"{tag}: {run.said()[-500:]}")
+    tally("configuration with Python tags", problems)
+
+
+@pytest.mark.short
 @pytest.mark.parametrize("command", ["fit", "validate"])
 def test_hyper_parameters_in_a_checkpoint_are_ignored(store, reference, tmp_path, tally, command):
     witness = tmp_path / "witness"
@@ -116,6 +145,16 @@ def test_a_changed_learning_rate_is_the_one_that_counts(store, reference, tmp_pa
                                               f"{group} after {before}"])  # fmt: skip
 
 
+def test_another_optimizer_is_refused_with_both_names(store, reference, tmp_path, tally):
+    path = str(reference / "checkpoints/step-25.ckpt")
+    run = start(tmp_path / "run", store, "--ckpt_path", path,
+                "--model.optimizer=torch.optim.SGD")  # fmt: skip
+    code, said = run.wait(), run.said()
+    right = code == 1 and "optimizer: checkpoint 'AdamW', this run 'SGD'" in said
+    tally("resume with another optimizer", ["" if right else said[-500:]])
+
+
+@pytest.mark.short
 @pytest.mark.parametrize(
     ("option", "difference"),
     [

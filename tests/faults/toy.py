@@ -67,13 +67,13 @@ def make_sample(number: int) -> Sample:
     )
 
 
-def make_manifest() -> Manifest:
+def make_manifest(fingerprint: str, hidden_size: int = WIDTH) -> Manifest:
     return Manifest(
         target="random",
         revision=None,
-        fingerprint="f00d",
+        fingerprint=fingerprint,
         layer_ids=LAYER_IDS,
-        hidden_size=WIDTH,
+        hidden_size=hidden_size,
         vocab_size=VOCABULARY,
         num_layers=4,
         dtype="bfloat16",
@@ -98,12 +98,11 @@ def split(number: int) -> str:
     return "val" if number % 10 == 4 else "train"
 
 
-def make_store(folder: Path, samples: int = SAMPLES, identity: str | None = None) -> Path:
-    """``samples`` random conversations in shards of ten; every tenth is for validation."""
-    manifest = make_manifest()
-    identity = identity or manifest.identity()
-    writer = StoreWriter(folder, shard_bytes=10**9, identity=identity)
-    for number in range(samples):
+def make_store(folder: Path, fingerprint: str = "f00d") -> Path:
+    """Random conversations in shards of ten; every tenth is for validation."""
+    manifest = make_manifest(fingerprint)
+    writer = StoreWriter(folder, shard_bytes=10**9, identity=manifest.identity())
+    for number in range(SAMPLES):
         writer.append(f"{number:016x}", split(number), make_sample(number))
         if number % 10 == 9:
             writer.flush()
@@ -115,8 +114,8 @@ def make_store(folder: Path, samples: int = SAMPLES, identity: str | None = None
         embedding=torch.randn(VOCABULARY, WIDTH, generator=generator),
         eps=1e-6,
         softcap=None,
-    ).save(folder / "target.safetensors")
-    TargetLayers({}).save(folder / "target_layers.safetensors")
+    ).save(folder / "target.safetensors", manifest.identity())
+    TargetLayers({}).save(folder / "target_layers.safetensors", manifest.identity())
     manifest.write(folder)
     return folder
 

@@ -1,0 +1,134 @@
+"""Rate of the loader against the rate of the disk, and its memory, on stores of two sizes.
+
+    python benchmarks/loader.py --gigabytes 2
+
+Files are dropped from the page cache before each reading. ``raw`` reads the shards one after the
+other in pieces of 8 MB; ``loader`` is what training iterates over: lazy reads through the index in
+the order of an epoch, hashes checked, documents packed, segments cut.
+"""
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from report import machine, save, table
+
+from peagle.cod.rollouts import Cod
+from peagle.data.datamodule import HiddenStatesDataModule
+from peagle.data.order import fill_packs, shuffle_packs
+from peagle.data.store import Manifest, Sample, Store, StoreWriter
+from peagle.evaluation import EvaluationConfig
+
+WIDTH, LAYERS, LENGTH, PIECE = 1024, (2, 12, 21), 2048, 8 * 2**20
+"""A target of the size of Qwen3-0.6B; conversations of 2,048 tokens, 16.8 MB each."""
+
+
+def make_store(folder: Path, *, gigabytes: float) -> None:
+    manifest = Manifest(
+        target="random", revision=None, fingerprint="0", layer_ids=LAYERS, hidden_size=WIDTH,
+        vocab_size=8192, num_layers=24, dtype="bfloat16", tokenizer="0", rms_norm_eps=1e-6,
+        softcap=None, block={}, answers="0",
+    )  # fmt: skip
+    writer = StoreWriter(folder, shard_bytes=512 * 10**6, identity=manifest.identity())
+    size = LENGTH * WIDTH * (len(LAYERS) + 1) * 2
+    for number in range(round(gigabytes * 1e9 / size)):
+        states = torch.randn(LENGTH, WIDTH * (len(LAYERS) + 1)).to(torch.bfloat16)
+        sample = Sample(
+            input_ids=torch.randint(1, 8192, (LENGTH,)),
+            loss_mask=torch.ones(LENGTH, dtype=torch.bool),
+            aux=states[:, :-WIDTH],
+            final=states[:, -WIDTH:],
+        )
+        writer.append(f"{number:016x}", "train", sample)
+    writer.flush()
+    manifest.write(folder)
+
+
+def drop(folder: Path) -> int:
+    """Put the files out of the page cache; returns their bytes."""
+    os.sync()
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def read_raw(folder: Path) -> Iterable[int]:
+    buffer = bytearray(PIECE)
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                yield count
+
+
+def read_batches(folder: Path, workers: int) -> Iterable[int]:
+    data = HiddenStatesDataModule(
+        target="random", revision=None, store=str(folder), cod=Cod(), mask_token_id=0,
+        evaluation=EvaluationConfig(), num_workers=workers,
+    )  # fmt: skip
+    data.store = Store(folder)
+    numbers = data.store.split("train")
+    lengths = [data.slots(i) for i in numbers]
+    packs = fill_packs(numbers, lengths, max_tokens=data.max_tokens, seed=0)
+    for batch in data.loader(shuffle_packs(packs, seed=0, epoch=0), data.cod):
+        yield sum(t.nbytes for t in batch if isinstance(t, torch.Tensor))
+
+
+def timed(folder: Path, pieces: Iterable[int]) -> tuple[float, float]:
+    """Bytes of the store per second, and the most memory of this process and its workers."""
+    size, start, most = drop(folder), time.perf_counter(), 0
+    for _ in pieces:
+        most = max(most, resident())
+    return size / (time.perf_counter() - start), most / 1e9
+
+
+def resident() -> int:
+    """Memory of this process and its workers; cached pages of files, which can be had back, not."""
+    processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    return sum(
+        int(line.split()[1]) * 1024
+        for number in processes
+        for line in Path(f"/proc/{number}/status").read_text().splitlines()
+        if line.startswith(("RssAnon:", "RssShmem:"))
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="of the larger store")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--folder", type=Path, help="where the stores are made, then removed")
+    args = parser.parse_args()
+    facts = {"machine": machine()}
+    rows = []
+    for gigabytes in (args.gigabytes / 10, args.gigabytes):
+        with tempfile.TemporaryDirectory(dir=args.folder) as name:
+            folder = Path(name)
+            make_store(folder, gigabytes=gigabytes)
+            raw, _ = timed(folder, read_raw(folder))
+            for workers in args.workers:
+                rate, memory = timed(folder, read_batches(folder, workers))
+                again, _ = timed(folder, read_raw(folder))
+                rows.append(
+                    {
+                        "store_gb": gigabytes,
+                        "workers": workers,
+                        "raw_mb_per_second": (raw + again) / 2e6,
+                        "loader_mb_per_second": rate / 1e6,
+                        "share_of_raw": 2 * rate / (raw + again),
+                        "memory_gb": memory,
+                    }
+                )
+                raw = again
+    print(table(rows))
+    print(f"written to {save('loader', rows, keys=('store_gb', 'workers'), **facts)}")
+
+
+if __name__ == "__main__":
+    main()

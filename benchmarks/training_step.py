@@ -1,0 +1,71 @@
+"""Speed and memory of training steps over lengths, depths, segments and precisions.
+
+    python benchmarks/training_step.py --n 2048 4096 --segments 1 16 --dtype fp32 bf16
+
+``limit_share`` is the share of what the machine could do at best: the operations that the step
+cannot do without (``shapes.py``) at the rate of a large matrix product measured in the same run.
+"""
+
+import argparse
+import json
+from itertools import product
+from math import ceil
+
+import torch
+from measure import matrix_rate
+from report import machine, run_step, save, table
+from shapes import DTYPES, SHAPES, Shape
+
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--n", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--depths", type=int, nargs="+", default=[8])
+    parser.add_argument("--segments", type=int, nargs="+", default=[8])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--steps", type=int, default=2, help="the fastest counts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    facts = {"shape": args.shape, "steps": args.steps, "machine": machine()}
+    dtypes = [DTYPES[name] for name in args.dtype]
+    rates = {d: matrix_rate(STORED[d], torch.device(args.device)) for d in dtypes}
+    rows = []
+    for dtype, n, depths, segments in product(dtypes, args.n, args.depths, args.segments):
+        shape = {**SHAPES[args.shape], "n": n, "depths": depths, "dtype": dtype}
+        rows.append(measured(shape, segments, rates[dtype], args))
+        print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
+    keys = ("dtype", "n", "depths", "segments")
+    path = save(f"training_step_{args.device}", rows, keys=keys, **facts)
+    print(f"written to {path}")
+
+
+def measured(shape: dict, segments: int, rate: float, args: argparse.Namespace) -> dict:
+    whole = Shape(**shape)
+    expected = whole.n + whole.deeper_rows
+    # One rollout more than the share: the cut is made between anchors.
+    limit = ceil(expected / segments) + whole.depths
+    options = ("--max_rows", str(limit), "--steps", str(args.steps), "--device", args.device)
+    result = run_step("peagle_step.py", shape, *options)
+    operations = whole.operations()
+    least = sum(operations.values()) / rate
+    return {
+        "n": whole.n,
+        "depths": whole.depths,
+        "segments": result["segments"],
+        "dtype": whole.dtype,
+        "milliseconds_per_token": 1e3 * result["seconds"] / whole.n,
+        "least_milliseconds_per_token": 1e3 * least / whole.n,
+        "tokens_per_second": whole.n / result["seconds"],
+        "limit_share": least / result["seconds"],
+        "matrix_gflops": rate / 1e9,
+        "peak_memory_gb": result["peak_gb"],
+        "gradient_norm": result["gradient_norm"],
+    }
+
+
+if __name__ == "__main__":
+    main()

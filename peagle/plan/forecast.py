@@ -1,0 +1,182 @@
+"""How much data a run will have: conversations, tokens, bytes on the disk.
+
+A store that is there is counted. Otherwise prompts are tokenized and a sample of them is answered
+by the target, if its weights are on this machine; if not, every answer counts as long as it may
+become, and the figures are upper bounds.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from peagle.data.answers import answer_batch, first_prompt, given, is_greedy
+from peagle.data.capture import sample_bytes_per_token
+from peagle.data.capture_config import CaptureConfig
+from peagle.data.chat import documents
+from peagle.data.prompts import Prompt, load_prompts
+from peagle.data.store import Manifest, Store
+from peagle.model.target import TargetSource, pick_device
+from peagle.model.target_layers import default_start_layers
+
+SAMPLE_SEED = 0
+
+
+class Lengths(NamedTuple):
+    """Means over a sample of conversations, in tokens."""
+
+    after_prompt: float  # what follows the first prompt: answers, further turns
+    supervised: float  # of all
+    seconds: float  # the target took to answer one conversation; 0 if none was answered
+    ids: frozenset[int]  # the tokens that occurred
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a store holds or will hold."""
+
+    conversations: int
+    tokens: int
+    supervised: int
+    bytes: int
+    basis: str  # where the figures come from, in words
+    answer_seconds: float  # the target will need to answer all prompts; 0 if not measured
+    ids: frozenset[int]  # tokens that were seen
+    unread: tuple[str, ...]  # prompt sets that could not be read here
+
+
+def forecast(
+    target: TargetSource, config: CaptureConfig, manifest: Manifest, folder: Path, *, answers: int
+) -> Forecast:
+    """The data of a run; ``answers`` prompts are answered to learn how long answers are."""
+    if (folder / "manifest.json").exists():
+        return counted(folder)
+    prompts, unknown, unread = readable(config)
+    text, tokenizer = target.config(), tokenizer_of(target)
+    if tokenizer is None or not prompts:
+        prompts, unknown = [], unknown + len(prompts)
+    openings = [first_prompt(tokenizer, p, config) for p in prompts] if tokenizer else []
+    fits = [i for i, ids in enumerate(openings) if len(ids) < config.max_tokens - 1]
+    lengths, basis = measured(target, tokenizer, [prompts[i] for i in fits], config, answers)
+    known = sum(min(len(openings[i]) + lengths.after_prompt, config.max_tokens) for i in fits)
+    tokens = round(known) + unknown * config.max_tokens
+    supervised = round(len(fits) * lengths.supervised)
+    supervised += unknown * min(config.max_new_tokens, config.max_tokens)
+    if unknown:
+        basis += (
+            f"; {unknown} conversations that cannot be read here count {config.max_tokens} each"
+        )
+    return Forecast(
+        conversations=len(fits) + unknown,
+        tokens=tokens,
+        supervised=supervised,
+        bytes=tokens * sample_bytes_per_token(manifest) + target_bytes(text, config),
+        basis=basis,
+        answer_seconds=len(fits) * lengths.seconds,
+        ids=lengths.ids | {token for ids in openings for token in ids},
+        unread=tuple(unread),
+    )
+
+
+def counted(folder: Path) -> Forecast:
+    """What a finished store holds."""
+    store = Store(folder)
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    return Forecast(
+        conversations=len(store),
+        tokens=sum(entry.tokens for entry in store.entries),
+        supervised=sum(entry.supervised for entry in store.entries),
+        bytes=size,
+        basis="counted in the finished store",
+        answer_seconds=0.0,
+        ids=frozenset(),
+        unread=(),
+    )
+
+
+def readable(config: CaptureConfig) -> tuple[list[Prompt], int, list[str]]:
+    """The prompts that can be read, how many more there will be, and what could not be read."""
+    prompts: dict[tuple, Prompt] = {}
+    unknown, unread = 0, []
+    for source in config.prompts:
+        try:
+            for prompt in load_prompts(source):
+                # A store keeps equal conversations once: equal prompts with greedy answers.
+                other = not config.regenerate or not is_greedy(prompt, config)
+                prompts[prompt.system, prompt.turns, prompt.id if other else None] = prompt
+        except ValueError as error:
+            if Path(source.source).suffix == ".jsonl":
+                raise
+            unread.append(f"{source.source}: {str(error).splitlines()[0]}")
+            unknown += source.limit or 0
+    return list(prompts.values()), unknown, unread
+
+
+def tokenizer_of(target: TargetSource) -> PreTrainedTokenizerBase | None:
+    """None when only the target's configuration is at hand."""
+    try:
+        return target.tokenizer()
+    except ValueError:
+        return None
+
+
+def measured(
+    target: TargetSource,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: list[Prompt],
+    config: CaptureConfig,
+    answers: int,
+) -> tuple[Lengths, str]:
+    """How long conversations become, and how that is known."""
+    weights = Path(target.path).is_dir() and any(Path(target.path).glob("*.safetensors"))
+    if prompts and not config.regenerate:
+        ends = {tokenizer.eos_token_id}
+        return lengths_of(given(tokenizer, prompts, config, ends), tokenizer, config), "all read"
+    if not prompts or not weights or not answers:
+        most = min(config.max_new_tokens, config.max_tokens)
+        return Lengths(most, most, 0.0, frozenset()), "upper bound: every answer as long as allowed"
+    chosen = evenly(prompts, answers)
+    model = target.model(dtype=getattr(torch, config.dtype), device=pick_device(config.device))
+    begin, found = time.perf_counter(), []
+    for greedy in (True, False):
+        mine = [p for p in chosen if is_greedy(p, config) == greedy]
+        for start in range(0, len(mine), config.batch_size):
+            batch = mine[start : start + config.batch_size]
+            found += answer_batch(model, tokenizer, batch, greedy, config)
+    seconds = (time.perf_counter() - begin) / len(chosen)
+    lengths = lengths_of(found, tokenizer, config)._replace(seconds=seconds)
+    return lengths, f"answers measured on {len(chosen)} prompts"
+
+
+def evenly(prompts: list[Prompt], count: int) -> list[Prompt]:
+    """A sample of the prompts, the same one each time."""
+    generator = torch.Generator().manual_seed(SAMPLE_SEED)
+    chosen = torch.randperm(len(prompts), generator=generator)[:count].tolist()
+    return [prompts[i] for i in chosen]
+
+
+def lengths_of(answers: list, tokenizer: PreTrainedTokenizerBase, config: CaptureConfig) -> Lengths:
+    rest, supervised, ids = 0, 0, set()
+    for answer in answers:
+        found = documents(answer.turns)
+        rest += sum(len(d.input_ids) for d in found) - len(answer.turns[0].prompt)
+        supervised += sum(int(d.loss_mask.sum()) for d in found)
+        ids.update(token for d in found for token in d.input_ids.tolist())
+    count = len(answers)
+    return Lengths(rest / count, supervised / count, 0.0, frozenset(ids))
+
+
+def target_bytes(text: PretrainedConfig, config: CaptureConfig) -> int:
+    """The target's embedding and head in bf16, and the layers that a drafter may start from."""
+    parts = 2 * text.vocab_size * text.hidden_size
+    if text.model_type == "llama":  # other layers are not copied
+        heads = 2 * text.num_attention_heads * text.head_dim + 2 * text.num_key_value_heads * (
+            text.head_dim
+        )
+        layer = text.hidden_size * (heads + 3 * text.intermediate_size + 2)
+        start = config.start_layers or default_start_layers(text.num_hidden_layers)
+        parts += len(start) * layer
+    return 2 * parts

@@ -1,0 +1,194 @@
+"""``python -m peagle plan``: what a run will cost, said before anything of it runs."""
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peagle.cod.rollouts import Cod
+from peagle.data.capture import shape_of
+from peagle.data.capture_config import CaptureConfig
+from peagle.data.store import Manifest
+from peagle.evaluation import EvaluationConfig
+from peagle.model.config import PEagleConfig
+from peagle.model.target import TargetSource
+from peagle.plan.cost import Cost, Shape, cost_of, matrix_rate
+from peagle.plan.forecast import Forecast, forecast, tokenizer_of
+
+ENOUGH = 500_000  # conversations; with fewer, drafters were reported to accept less
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """What a run's configuration says about training, as far as costs depend on it."""
+
+    architecture: dict[str, Any]
+    draft_vocab_size: int | None
+    cod: Cod
+    max_tokens: int
+    max_rows: int
+    devices: int
+    accumulate: int
+    epochs: int
+    max_steps: int  # -1: as many as the epochs have
+    half: bool
+    muon: bool
+    train_embeddings: bool
+    device: str  # where this machine's speed is measured
+
+
+def plan(
+    target: TargetSource,
+    capture: CaptureConfig,
+    evaluation: EvaluationConfig,
+    run: RunShape,
+    folder: Path,
+    *,
+    answers: int = 128,
+    seconds: float = 2.0,
+) -> str:
+    """The plan as text.
+
+    Args:
+        answers: prompts that the target answers to learn how long answers are.
+        seconds: how long this machine's speed is measured.
+    """
+    text = target.config()
+    shape = shape_of(text, capture)
+    manifest = Manifest(target.name, target.revision, "", tokenizer="", answers="", **shape)
+    data = forecast(target, capture, manifest, folder, answers=answers)
+    config = PEagleConfig(
+        **{**manifest.block, **run.architecture},
+        vocab_size=manifest.vocab_size,
+        draft_vocab_size=run.draft_vocab_size,
+        target_hidden_size=manifest.hidden_size,
+        eagle_aux_hidden_state_layer_ids=manifest.layer_ids,
+    )
+    sequence = sequence_of(run, data)
+    cost = cost_of(
+        config,
+        sequence,
+        half=run.half,
+        muon=run.muon,
+        train_embeddings=run.train_embeddings,
+    )
+    rate = matrix_rate(run.device, half=run.half, seconds=seconds)
+    lines = [
+        f"target     {target.name}: {text.model_type}, {shape['num_layers']} layers of width "
+        f"{shape['hidden_size']}, vocabulary {shape['vocab_size']}; captured {shape['layer_ids']}",
+        f"mask token {mask_token(target, config.mask_token_id)}",
+        *data_lines(data, folder),
+        *cost_lines(config, cost, sequence, run, data, rate),
+        *(
+            f"warning    {text}"
+            for text in warnings(data, config, capture, evaluation, run, folder)
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def sequence_of(run: RunShape, data: Forecast) -> Shape:
+    """A full packed sequence: its slots, and its rows after the draw."""
+    per_slot = sum(run.cod.share(depth) for depth in range(run.cod.num_depths))
+    supervised = data.supervised / max(data.tokens, 1)
+    rows = max(1, round(run.max_tokens * supervised * per_slot))
+    segments = math.ceil(rows / run.max_rows)
+    return Shape(run.max_tokens, rows, math.ceil(rows / segments))
+
+
+def mask_token(target: TargetSource, mask: int) -> str:
+    """Which token of the target's vocabulary stands for a guess."""
+    tokenizer = tokenizer_of(target)
+    if tokenizer is None:
+        return f"{mask}; without the tokenizer its name is unknown"
+    token = tokenizer.convert_ids_to_tokens(mask) if mask < len(tokenizer) else None
+    return f"{mask}, {token!r}" if token else f"{mask}, a row that no token of the tokenizer uses"
+
+
+def data_lines(data: Forecast, folder: Path) -> list[str]:
+    lines = [
+        f"samples    {data.conversations:,} conversations ({data.basis})",
+        f"tokens     {data.tokens:,}, of which {data.supervised:,} are supervised",
+        f"disk       {size(data.bytes)} in {folder}",
+    ]
+    if data.answer_seconds:
+        lines.append(f"answers    {duration(data.answer_seconds)} for the target to write here")
+    return lines
+
+
+def cost_lines(
+    config: PEagleConfig, cost: Cost, sequence: Shape, run: RunShape, data: Forecast, rate: float
+) -> list[str]:
+    total = sum(cost.memory.values())
+    parts = ", ".join(f"{name} {size(part)}" for name, part in cost.memory.items())
+    steps, rows = steps_of(run, data), sequence.rows * run.accumulate * run.devices
+    work = cost.flops * run.accumulate * steps
+    return [
+        f"drafter    {config.num_hidden_layers} layers of width {config.hidden_size}, "
+        f"{cost.parameters / 1e6:,.1f} M parameters, K {config.num_depths}",
+        f"memory     {size(total)} per device for training: {parts}",
+        f"rows       {rows:,} per step, {sequence.segment_rows:,} in the largest segment",
+        f"steps      {steps:,}",
+        f"time       at least {duration(work / rate)} of training here: {work:.2g} operations per "
+        f"device at the {rate / 1e9:,.0f} billion per second that matrix products reach on this "
+        f"{run.device}; attention and small operations come on top",
+    ]
+
+
+def steps_of(run: RunShape, data: Forecast) -> int:
+    sequences = math.ceil(data.tokens / run.max_tokens)
+    steps = math.ceil(sequences / (run.devices * run.accumulate)) * run.epochs
+    return min(steps, run.max_steps) if run.max_steps > 0 else steps
+
+
+def warnings(
+    data: Forecast,
+    config: PEagleConfig,
+    capture: CaptureConfig,
+    evaluation: EvaluationConfig,
+    run: RunShape,
+    folder: Path,
+) -> list[str]:
+    """What will go wrong, or less well than hoped."""
+    found = [f"cannot be read here: {problem}" for problem in data.unread]
+    if data.conversations < ENOUGH:
+        found.append(
+            f"{data.conversations:,} conversations are few: below {ENOUGH:,} acceptance suffers"
+        )
+    if config.mask_token_id in data.ids:
+        found.append(
+            f"the mask token {config.mask_token_id} occurs in the data: fit will refuse those "
+            "samples; choose a token id that never occurs"
+        )
+    beyond = [k for k in evaluation.k if k > config.num_depths]
+    if beyond:
+        found.append(
+            f"evaluation.k = {max(beyond)} exceeds the trained depth {config.num_depths}: guesses "
+            "beyond it are untrained"
+        )
+    if run.max_tokens < capture.max_tokens:
+        found.append(
+            f"data.max_tokens = {run.max_tokens} is smaller than capture.max_tokens = "
+            f"{capture.max_tokens}: longer conversations are captured, but not trained"
+        )
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if data.bytes > free and not (folder / "manifest.json").exists():
+        found.append(f"the disk is too small: {size(data.bytes)} needed, {size(free)} free")
+    return [f"warning    {problem}" for problem in found]
+
+
+def size(count: int | float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def duration(seconds: int | float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

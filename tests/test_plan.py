@@ -1,0 +1,158 @@
+"""What ``plan`` says against what a run then takes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from random_parts import make_drafter
+
+from peagle.cod.rollouts import Cod
+from peagle.data.capture import capture, shape_of
+from peagle.data.capture_config import CaptureConfig
+from peagle.data.prompts import PromptSource
+from peagle.data.store import Manifest
+from peagle.evaluation import EvaluationConfig
+from peagle.model.config import PEagleConfig
+from peagle.model.target import TargetSource
+from peagle.plan.cost import Shape, cost_of
+from peagle.plan.forecast import Forecast, forecast
+from peagle.plan.report import RunShape, sequence_of, steps_of, warnings
+
+ROOT = Path(__file__).parent.parent
+TARGET = TargetSource("tiny")
+CAPTURE = CaptureConfig(
+    prompts=[PromptSource("stdlib", limit=30)], max_new_tokens=24, dtype="float32", val_share=0.3
+)
+RUN = RunShape(
+    architecture={"mask_token_id": 3, "num_depths": 4, "num_hidden_layers": 2},
+    draft_vocab_size=None,
+    cod=Cod(4, 0.5),
+    max_tokens=1024,
+    max_rows=600,
+    devices=2,
+    accumulate=4,
+    epochs=3,
+    max_steps=-1,
+    half=True,
+    muon=False,
+    train_embeddings=True,
+    device="cpu",
+)
+DATA = Forecast(600_000, 1_000_000, 400_000, 10**9, "written by hand", 0.0, frozenset({5, 6}), ())
+
+
+def manifest_of(target, config):
+    return Manifest(target.name, None, "", tokenizer="", answers="",
+                    **shape_of(target.config(), config))  # fmt: skip
+
+
+def test_the_disk_figure_is_what_the_store_then_takes(tmp_path):
+    folder = tmp_path / "store"
+    before = forecast(TARGET, CAPTURE, manifest_of(TARGET, CAPTURE), folder, answers=30)
+    capture(TARGET, CAPTURE, folder)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert before.bytes == pytest.approx(size, rel=0.05)
+    after = forecast(TARGET, CAPTURE, manifest_of(TARGET, CAPTURE), folder, answers=0)
+    assert after.bytes == size and after.basis == "counted in the finished store"
+    assert before.conversations == pytest.approx(after.conversations, rel=0.05)
+    assert before.supervised == pytest.approx(after.supervised, rel=0.1)
+    assert before.answer_seconds > 0 and 2 in before.ids
+
+
+def test_without_weights_every_answer_counts_as_long_as_allowed(tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_bytes((Path(TARGET.path) / name).read_bytes())
+    target = TargetSource(str(tmp_path))
+    found = forecast(target, CAPTURE, manifest_of(target, CAPTURE), tmp_path / "store", answers=9)
+    assert found.supervised == 24 * found.conversations
+    assert found.basis.startswith("upper bound") and found.answer_seconds == 0
+
+
+def test_steps_and_rows_follow_from_tokens_and_settings():
+    # 1,000,000 / 1,024 is 977 sequences, in steps of 2 x 4: 123, three times.
+    assert steps_of(RUN, DATA) == 369
+    assert steps_of(replace(RUN, max_steps=100), DATA) == 100
+    # 40 % of 1,024 slots are supervised, each with 1 + .5 + .25 + .125 rows: 768, in 2 segments.
+    assert sequence_of(RUN, DATA) == Shape(slots=1024, rows=768, segment_rows=384)
+
+
+def test_memory_by_part_counts_every_parameter():
+    drafter = make_drafter()
+    count = sum(p.numel() for p in drafter.parameters())
+    shape = Shape(100, 200, 100)
+
+    def parts(**changes):
+        settings = {"half": False, "muon": False, "train_embeddings": True, **changes}
+        return cost_of(drafter.config, shape, **settings).memory
+
+    assert parts()["weights"] == 4 * count and parts()["optimizer"] == 8 * count
+    assert parts(muon=True)["optimizer"] < 0.8 * parts()["optimizer"]
+    frozen = parts(train_embeddings=False)["gradients"]
+    assert parts()["gradients"] - frozen == 4 * drafter.embed_tokens.weight.numel()
+    assert parts(half=True)["segment"] == parts()["segment"] / 2
+
+
+@pytest.mark.parametrize(
+    ("data", "run", "evaluation", "words"),
+    [
+        ({"conversations": 499_999}, {}, {}, "499,999 conversations are few: below 500,000"),
+        ({"ids": frozenset({3})}, {}, {}, "the mask token 3 occurs in the data"),
+        ({}, {}, {"k": (3, 5)}, "evaluation.k = 5 exceeds the trained depth 4"),
+        ({}, {"max_tokens": 512}, {}, "data.max_tokens = 512 is smaller than capture.max_tokens"),
+        ({"bytes": 10**18}, {}, {}, "the disk is too small: 1e+06 TB needed"),
+        ({"unread": ("org/set: gone",)}, {}, {}, "cannot be read here: org/set: gone"),
+        ({}, {}, {}, None),
+    ],
+)
+def test_what_will_go_wrong_is_said_beforehand(tmp_path, data, run, evaluation, words):
+    config = make_drafter(mask_token_id=3, num_depths=4).config
+    found = warnings(
+        replace(DATA, **data),
+        config,
+        replace(CAPTURE, max_tokens=1000),
+        EvaluationConfig(**{"k": (3, 4), **evaluation}),
+        replace(RUN, **run),
+        tmp_path / "store",
+    )
+    assert len(found) == (words is not None)
+    assert words is None or words in found[0]
+
+
+def test_every_configuration_is_planned_from_its_targets_config_alone():
+    """Offline: no weights, no tokenizer, no data set can be had."""
+    names = sorted(path.stem for path in ROOT.glob("configs/*.yaml") if path.stem != "quickstart")
+    script = (
+        "import json, sys\n"
+        "from peagle.cli import run\n"
+        "for name in json.loads(sys.argv[1]):\n"
+        "    print('##', name, flush=True)\n"
+        "    run('plan', ['plan', '--config', f'configs/{name}.yaml', '--seconds', '0.01',\n"
+        "                 '--target', f'tests/target_configs/{name}'])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(names)],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    plans = dict(part.split("\n", 1) for part in result.stdout.split("## ")[1:])
+    assert sorted(plans) == names and len(names) == 8
+    for name, text in plans.items():
+        for line in ("samples", "disk", "memory", "rows", "steps", "time", "warning"):
+            assert f"\n{line} " in text, (name, line)
+        assert "cannot be read here" in text
+
+
+def test_memory_of_a_shape_that_only_a_gpu_holds_is_computed_and_not_allocated():
+    large = {"hidden_size": 8192, "num_attention_heads": 64, "head_dim": 128,
+             "intermediate_size": 28672, "vocab_size": 200_000, "num_hidden_layers": 4}  # fmt: skip
+    config = PEagleConfig(**large, eagle_aux_hidden_state_layer_ids=(2, 40, 77))
+    cost = cost_of(config, Shape(8192, 30_000, 8192), half=True, muon=False, train_embeddings=True)
+    assert sum(cost.memory.values()) > 100e9
