@@ -127,17 +127,18 @@ def test_the_engine_accepts_what_peagle_test_measured(engines, lab, agreement, n
 
 
 def test_drafts_accepted_after_the_last_token_count_in_the_engine_as_in_ours(engines, lab):
-    """With three tokens to an answer, nearly all that K = 7 accepts lies behind its end."""
+    """With two tokens to an answer, all drafts but the first lie behind its end."""
     target = TargetSource(lab.target("tiny")).model(dtype=torch.float32, device="cpu")
     folder = lab.run(EMBEDDED) / "drafter"
     drafter = PEagleDrafter.from_pretrained(folder, dtype=torch.float32)
     decoder = Decoder(target, drafter.eval(), eos_ids=end_tokens(target))
-    decoded = decoder.decode(lab.prompts("tiny"), k=7, temperature=0.0, max_new_tokens=3)
+    decoded = decoder.decode(lab.prompts("tiny"), k=7, temperature=0.0, max_new_tokens=2)
     ours = per_position(decoded.accepted, 7)
-    assert ours[3] > 0.03
-    answer = engines.ask("tiny", engines.plain("tiny", folder, 7), max_new_tokens=3)
-    assert answer["counters"]["drafts"] == sum(map(len, decoded.accepted))
-    assert shares(answer["counters"]) == pytest.approx(ours, abs=0.02)
+    rounds = sum(map(len, decoded.accepted))
+    assert ours[1] > 0  # else there is nothing that could be left out
+    answer = engines.ask("tiny", engines.plain("tiny", folder, 7), max_new_tokens=2)
+    assert answer["counters"]["drafts"] == rounds
+    assert shares(answer["counters"]) == pytest.approx(ours, abs=0.5 / rounds)
 
 
 def test_a_folder_that_lacks_a_tensor_is_refused_by_us_where_the_engine_serves_it(
