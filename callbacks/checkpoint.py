@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint as BaseCheckpoint
 
 from peagle.checkpoint import read_checkpoint
 from peagle.data.store import publish
+from peagle.restore import refuse_incomplete
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -49,8 +50,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: _PATH, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """As data, whatever the caller asked for; see ``read_checkpoint``."""
-        return read_checkpoint(str(path), map_location=map_location)
+        """As data, whatever the caller asked for; see ``read_checkpoint``.
+
+        Raises:
+            ValueError: also for what is no checkpoint of ``fit``, before Lightning looks into it.
+        """
+        checkpoint = read_checkpoint(str(path), map_location=map_location)
+        refuse_incomplete(checkpoint)
+        return checkpoint
 
 
 def size_of(checkpoint: Any) -> int:
