@@ -32,8 +32,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
+        have = shutil.disk_usage(path.parent).free  # later the torn file takes its room
         try:
-            if size_of(checkpoint) > shutil.disk_usage(path.parent).free:
+            if size_of(checkpoint) > have:
                 raise OSError("no space left on device")
             torch.save(checkpoint, temporary)
             publish(temporary, path)
@@ -41,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             # What is no tensor is not in size_of: it needs at least what fitted.
             written = temporary.stat().st_size if temporary.exists() else 0
             temporary.unlink(missing_ok=True)
-            need, have = max(size_of(checkpoint), written), shutil.disk_usage(path.parent).free
+            need = max(size_of(checkpoint), written)
             raise OSError(
                 f"checkpoint {path} could not be written ({error}): it needs {need / 1e6:.1f} MB, "
                 f"{have / 1e6:.1f} MB are free; the previous checkpoint is untouched"
