@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint as BaseCheckpoint
 
 from peagle.checkpoint import read_checkpoint
 from peagle.data.store import publish
+from peagle.restore import refuse_incomplete
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -31,8 +32,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
+        have = shutil.disk_usage(path.parent).free  # later the torn file takes its room
         try:
-            if size_of(checkpoint) > shutil.disk_usage(path.parent).free:
+            if size_of(checkpoint) > have:
                 raise OSError("no space left on device")
             torch.save(checkpoint, temporary)
             publish(temporary, path)
@@ -40,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             # What is no tensor is not in size_of: it needs at least what fitted.
             written = temporary.stat().st_size if temporary.exists() else 0
             temporary.unlink(missing_ok=True)
-            need, have = max(size_of(checkpoint), written), shutil.disk_usage(path.parent).free
+            need = max(size_of(checkpoint), written)
             raise OSError(
                 f"checkpoint {path} could not be written ({error}): it needs {need / 1e6:.1f} MB, "
                 f"{have / 1e6:.1f} MB are free; the previous checkpoint is untouched"
@@ -49,8 +51,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: _PATH, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """As data, whatever the caller asked for; see ``read_checkpoint``."""
-        return read_checkpoint(str(path), map_location=map_location)
+        """As data, whatever the caller asked for; see ``read_checkpoint``.
+
+        Raises:
+            ValueError: also for what is no checkpoint of ``fit``, before Lightning looks into it.
+        """
+        checkpoint = read_checkpoint(str(path), map_location=map_location)
+        refuse_incomplete(checkpoint)
+        return checkpoint
 
 
 def size_of(checkpoint: Any) -> int:

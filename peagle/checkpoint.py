@@ -24,8 +24,8 @@ def check_address(address: str) -> None:
         raise ValueError(f"checkpoint {address} does not exist")
 
 
-def read_checkpoint(address: str, *, map_location: Any = "cpu") -> dict[str, Any]:
-    """The content of a checkpoint.
+def read_checkpoint(address: str, *, map_location: Any = "cpu") -> Any:
+    """The content of a checkpoint, which need not be a dictionary.
 
     Raises:
         ValueError: if it is missing or torn, or holds more than tensors and plain values.

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from peagle.model.config import PEagleConfig
 
-PARTS = ("drafter_config", "state_dict", "progress", "loops", "HiddenStatesDataModule")
+PARTS = (
+    "drafter_config",
+    "state_dict",
+    "progress",
+    "loops",
+    "HiddenStatesDataModule",
+    "pytorch-lightning_version",
+)
 # Written by transformers into every configuration; none of them shapes a drafter.
 IGNORED = {"_name_or_path", "model_type", "output_attentions", "transformers_version"}
 

@@ -63,7 +63,7 @@ def test_what_is_saved_is_loaded_and_no_temporary_file_stays(tmp_path):
     path = tmp_path / "new/last.ckpt"
     content = {"a": torch.arange(5), "b": {"c": [1.5, "text", None, (2, True)]}}
     AtomicCheckpointIO().save_checkpoint(content, path)
-    loaded = AtomicCheckpointIO().load_checkpoint(path)
+    loaded = read_checkpoint(str(path))
     assert torch.equal(loaded["a"], content["a"]) and loaded["b"] == content["b"]
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
 
@@ -74,7 +74,7 @@ def test_a_save_that_fails_keeps_the_old_file(tmp_path):
     too_large = torch.empty(2**60, dtype=torch.uint8, device="meta")
     with pytest.raises(OSError, match=r"needs \d+\.\d MB, \d+\.\d MB are free; the previous"):
         AtomicCheckpointIO().save_checkpoint({"x": too_large}, path)
-    assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 1}
+    assert read_checkpoint(str(path)) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
@@ -99,6 +99,14 @@ def test_the_size_of_a_checkpoint_is_that_of_its_tensors():
 def test_lightning_still_reads_hyper_parameters_by_the_hook_that_we_silence():
     assert callable(LightningCLI._parse_ckpt_path)
     assert peagle.cli.PEagleCLI._parse_ckpt_path is not LightningCLI._parse_ckpt_path
+
+
+def test_what_is_no_checkpoint_of_fit_never_reaches_lightning(tmp_path):
+    path = tmp_path / "x.ckpt"
+    for content in ({"state_dict": {}}, [1, 2], torch.zeros(2)):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="not written by peagle's fit"):
+            AtomicCheckpointIO().load_checkpoint(path)
 
 
 def test_no_option_lets_a_checkpoint_be_read_as_code():

@@ -54,7 +54,8 @@ class Run:
         while self.alive() and time.monotonic() < end:
             time.sleep(0.01)
         if self.alive():
-            self.log.open("a").write("killed by the test: it did not end in time\n")
+            with self.log.open("a") as file:
+                file.write("killed by the test: it did not end in time\n")
         for process in self.processes:
             if status_of(process) is None:
                 os.killpg(process.pid, signal.SIGKILL)

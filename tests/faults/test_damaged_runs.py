@@ -1,7 +1,7 @@
 """Runs on a damaged store: they stop, or leave out exactly what is damaged."""
 
-import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -147,10 +147,10 @@ def change_shard_name(broken: Path, name: str) -> None:
     pq.write_table(table, part)
 
 
-def replace(broken: Path, name: str) -> None:
+def swap(broken: Path, name: str) -> None:
     """Put a file of a store with another target in its place."""
     other = broken.with_name("other")
-    toy.make_store(other, fingerprint="0ther")
+    toy.make_store(other, replace(toy.make_manifest(), fingerprint="0ther"))
     shutil.copy(other / name, broken / name)
 
 
@@ -159,33 +159,40 @@ def link(broken: Path, name: str) -> None:
     (broken / name).symlink_to(broken.with_name("elsewhere"))
 
 
-def add_a_setting(broken: Path) -> None:
+def ask_for_code(broken: Path) -> None:
     """transformers would fetch this kernel from the Hub and run it."""
-    path = broken / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["block"]["attn_implementation"] = "somebody/kernel"
-    path.write_text(json.dumps(manifest))
-    for part in broken.glob("*.parquet"):
-        pq.write_table(pq.read_table(part).replace_schema_metadata({}), part)
-    head = load_file(broken / "target.safetensors")
-    save_file(head, broken / "target.safetensors")
+    manifest = toy.make_manifest()
+    block = {**manifest.block, "attn_implementation": "somebody/kernel"}
+    shutil.rmtree(broken)
+    toy.make_store(broken, replace(manifest, block=block))
 
 
+FOREIGN, OUTSIDE = "belongs to a store of another target", "not a file of this store"
+# What is done to the store, and what the run must say.
 REFUSED = {
-    "foreign manifest": lambda broken: replace(broken, "manifest.json"),
-    "torn manifest": lambda broken: truncate(broken / "manifest.json"),
-    "manifest that asks for code": add_a_setting,
-    "foreign shard": lambda broken: replace(broken, "shard-00003.parquet"),
-    "foreign target head": lambda broken: replace(broken, "target.safetensors"),
-    "foreign target layers": lambda broken: replace(broken, "target_layers.safetensors"),
-    "missing target layers": lambda broken: remove(broken / "target_layers.safetensors"),
-    "damaged target head": lambda broken: flip_a_bit(broken / "target.safetensors"),
-    "bit flip in the index": lambda broken: flip_a_bit(broken / "shard-00001.parquet"),
-    "missing part of the index": lambda broken: remove(broken / "shard-00001.parquet"),
-    "shard path with ..": lambda broken: change_shard_name(broken, "../shard-00002.safetensors"),
-    "absolute shard path": lambda broken: change_shard_name(broken, "/etc/passwd"),
-    "symlinked shard": lambda broken: link(broken, "shard-00002.safetensors"),
-    "symlinked index": lambda broken: link(broken, "shard-00002.parquet"),
+    "foreign manifest": (lambda broken: swap(broken, "manifest.json"), FOREIGN),
+    "torn manifest": (lambda broken: truncate(broken / "manifest.json"), "is damaged"),
+    "manifest that asks for code": (ask_for_code, "no drafter has: attn_implementation"),
+    "foreign shard": (lambda broken: swap(broken, "shard-00003.parquet"), FOREIGN),
+    "foreign target head": (lambda broken: swap(broken, "target.safetensors"), FOREIGN),
+    "damaged target head": (lambda broken: flip_a_bit(broken / "target.safetensors"), "corrupt"),
+    "foreign target layers": (lambda broken: swap(broken, "target_layers.safetensors"), FOREIGN),
+    "missing target layers": (
+        lambda broken: remove(broken / "target_layers.safetensors"),
+        "cannot be read",
+    ),
+    "torn index": (lambda broken: truncate(broken / "shard-00001.parquet"), "is damaged"),
+    "missing part of the index": (
+        lambda broken: remove(broken / "shard-00001.parquet"),
+        "a part of the index is missing",
+    ),
+    "shard path with ..": (
+        lambda broken: change_shard_name(broken, "../shard-00002.safetensors"),
+        OUTSIDE,
+    ),
+    "absolute shard path": (lambda broken: change_shard_name(broken, "/etc/passwd"), OUTSIDE),
+    "symlinked shard": (lambda broken: link(broken, "shard-00002.safetensors"), OUTSIDE),
+    "symlinked index": (lambda broken: link(broken, "shard-00002.parquet"), OUTSIDE),
 }
 
 
@@ -197,10 +204,11 @@ def test_what_makes_the_whole_store_doubtful_is_refused(store, tmp_path, tally):
         folder = tmp_path / kind.replace(" ", "-")
         broken = folder / "store"
         shutil.copytree(store, broken)
-        REFUSED[kind](broken)
+        damage, words = REFUSED[kind]
+        damage(broken)
         run = start(folder / "run", broken, *SKIP)
         code, said = run.wait(), run.said()
-        right = code == 1 and "peagle: " in said and "Traceback" not in said
+        right = code == 1 and "peagle: " in said and words in said and "Traceback" not in said
         right &= not (folder / "run/losses-0.txt").exists()
         return "" if right else f"{kind}: exit code {code}: {said[-500:]}"
 

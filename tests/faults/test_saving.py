@@ -111,11 +111,12 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(store, reference, tmpfs, ta
     run_dir = disk / "run"
     option = "--trainer.callbacks.init_args.keep_all=false"
     fat = [("PlainBallast", {"megabytes": 60})]
-    finish(run_dir, store, option, "--trainer.max_steps=4")
+    fault = {"batch": 7, "phase": "start", "kill": True}
+    assert start(run_dir, store, option, inject=[("Fail", fault)]).wait() == -9
     run = start(run_dir, store, option, "--ckpt_path", "last", inject=fat)
     code, said = run.wait(), run.said()
     need, have = map(float, NO_SPACE.search(said).groups())
-    assert code == 1 and 0 < have <= need + 0.1 and "Traceback" not in said, said
+    assert code == 1 and 0 < have <= need + 1 and "Traceback" not in said, said
     assert last(run_dir)["global_step"] == 4
     assert not list(run_dir.rglob("*.tmp"))
     finish(run_dir, store, option, "--ckpt_path", "last")

@@ -1,6 +1,7 @@
 """What must not grow: memory with segments or with the data set, and the time to read a batch."""
 
 import multiprocessing
+from dataclasses import replace
 from itertools import pairwise
 
 import measuring
@@ -36,7 +37,7 @@ def test_more_segments_need_less_memory(tally):
 @pytest.fixture
 def store_of(tmp_path):
     def make(samples):
-        manifest = toy.make_manifest("f00d", hidden_size=512)
+        manifest = replace(toy.make_manifest(), hidden_size=512)
         folder = tmp_path / f"store-{samples}"
         measuring.write_store(folder, manifest, samples, LENGTH)
         return folder

@@ -67,13 +67,13 @@ def make_sample(number: int) -> Sample:
     )
 
 
-def make_manifest(fingerprint: str, hidden_size: int = WIDTH) -> Manifest:
+def make_manifest() -> Manifest:
     return Manifest(
         target="random",
         revision=None,
-        fingerprint=fingerprint,
+        fingerprint="f00d",
         layer_ids=LAYER_IDS,
-        hidden_size=hidden_size,
+        hidden_size=WIDTH,
         vocab_size=VOCABULARY,
         num_layers=4,
         dtype="bfloat16",
@@ -98,9 +98,9 @@ def split(number: int) -> str:
     return "val" if number % 10 == 4 else "train"
 
 
-def make_store(folder: Path, fingerprint: str = "f00d") -> Path:
+def make_store(folder: Path, manifest: Manifest | None = None) -> Path:
     """Random conversations in shards of ten; every tenth is for validation."""
-    manifest = make_manifest(fingerprint)
+    manifest = manifest or make_manifest()
     writer = StoreWriter(folder, shard_bytes=10**9, identity=manifest.identity())
     for number in range(SAMPLES):
         writer.append(f"{number:016x}", split(number), make_sample(number))
