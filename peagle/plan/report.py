@@ -83,10 +83,7 @@ def plan(
         f"mask token {mask_token(target, config.mask_token_id)}",
         *data_lines(data, folder),
         *cost_lines(config, cost, sequence, run, data, rate),
-        *(
-            f"warning    {text}"
-            for text in warnings(data, config, capture, evaluation, run, folder)
-        ),
+        *warnings(data, config, capture, evaluation, run, folder),
     ]
     return "\n".join(lines)
 
@@ -163,7 +160,7 @@ def warnings(
     folder: Path,
 ) -> list[str]:
     """What will go wrong, or less well than hoped."""
-    found = [f"cannot be read here: {problem}" for problem in data.unread]
+    found = [f"cannot be read here, counted by its limit only: {text}" for text in data.unread]
     if data.conversations < ENOUGH:
         found.append(
             f"{data.conversations:,} conversations are few: below {ENOUGH:,} acceptance suffers"
