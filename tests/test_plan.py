@@ -81,6 +81,7 @@ def test_steps_and_rows_follow_from_tokens_and_settings():
     assert steps_of(replace(RUN, max_steps=100), DATA) == 100
     # 40 % of 1,024 slots are supervised, each with 1 + .5 + .25 + .125 rows: 768, in 2 segments.
     assert sequence_of(RUN, DATA, CONFIG) == Shape(slots=1024, rows=768, segment_rows=384)
+    assert sequence_of(RUN, replace(DATA, tokens=0, supervised=0), CONFIG).rows == 1920
     budget = replace(RUN, max_rows=None, memory_gb=0.05)
     assert 0 < sequence_of(budget, DATA, CONFIG).segment_rows <= 768
 

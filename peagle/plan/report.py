@@ -100,7 +100,7 @@ def sequence_of(run: RunShape, data: Forecast, config: PEagleConfig) -> Shape:
             element=2 if run.half else 4,
         )
     per_slot = sum(run.cod.share(depth) for depth in range(run.cod.num_depths))
-    supervised = data.supervised / max(data.tokens, 1)
+    supervised = data.supervised / data.tokens if data.tokens else 1.0  # unknown: the most
     rows = max(1, round(run.max_tokens * supervised * per_slot))
     segments = math.ceil(rows / limit)
     return Shape(run.max_tokens, rows, math.ceil(rows / segments))
