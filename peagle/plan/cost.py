@@ -9,6 +9,7 @@ import torch
 from peagle.loss import CHUNK_ROWS
 from peagle.model.config import PEagleConfig
 from peagle.model.drafter import PEagleDrafter
+from peagle.model.memory import CHUNKS, SLACK, fixed_bytes, row_bytes
 
 
 class Shape(NamedTuple):
@@ -30,43 +31,31 @@ def cost_of(
 ) -> Cost:
     """Memory and arithmetic of training on one packed sequence.
 
-    Weights, their gradients and the optimizer's state are float32, activations bf16 when
-    ``half``. ``muon`` keeps one moment for matrices where AdamW keeps two.
+    Weights, gradients (twice: a segment's, and their sum) and the optimizer's state are float32,
+    activations bf16 when ``half``. ``muon`` keeps one moment of matrices where AdamW keeps two.
     """
     with torch.device("meta"):
         drafter = PEagleDrafter(config)
-    embedding = drafter.embed_tokens.weight.numel()
     total = sum(p.numel() for p in drafter.parameters())
-    trained = total - (0 if train_embeddings else embedding)
+    trained = total - (0 if train_embeddings else drafter.embed_tokens.weight.numel())
     matrices = sum(
         p.numel()
         for name, p in drafter.named_parameters()
         if p.ndim == 2 and name.startswith(("layers.", "fc."))
     )
-    head = drafter.lm_head.weight.numel()
-    shared = sum(p.numel() for p in drafter.shared_parameters())
-    width = 2 if half else 4
-    deep = max(shape.segment_rows - round(shape.slots * shape.segment_rows / shape.rows), 0)
-    per_row = sum(row_values(config, i) for i in range(config.num_hidden_layers)) * width
+    head, element = drafter.lm_head.weight.numel(), 2 if half else 4
+    empty = fixed_bytes(config, slots=0, element=element)
     memory = {
-        "weights": 4 * total + (2 * matrices + 2 * head if half else 0),
-        "gradients": 4 * (trained + shared),
-        "optimizer": (4 * matrices if muon else 8 * matrices) + 8 * (trained - matrices),
-        "target head": 2 * 2 * config.vocab_size * config.target_hidden_size,
-        "sequence": shape.slots * (per_row + 2 * config.target_hidden_size * (config.num_aux + 1)),
-        "segment": deep * per_row,
-        "logits": 4 * CHUNK_ROWS * config.draft_vocab_size * 4,
+        "weights": 4 * total,
+        "gradients": 4 * (2 * trained + 2 * head),
+        "optimizer": (4 if muon else 8) * matrices + 8 * (trained - matrices),
+        "target head": 2 * config.draft_vocab_size * config.target_hidden_size,
+        "sequence": fixed_bytes(config, slots=shape.slots, element=element) - empty,
+        "segment": shape.segment_rows * row_bytes(config, element),
+        "logits": CHUNKS * 4 * CHUNK_ROWS * config.draft_vocab_size,
     }
+    memory["slack"] = round((SLACK - 1) * sum(memory.values()))
     return Cost(memory, flops_of(config, shape, matrices, head), total)
-
-
-def row_values(config: PEagleConfig, layer: int) -> int:
-    """Numbers that one row of one layer leaves for the backward pass."""
-    width, inner = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads * config.head_dim
-    groups = config.num_key_value_heads * config.head_dim
-    entering = 2 * width if layer == 0 else width
-    return entering + 5 * width + 3 * heads + 4 * groups + 4 * inner
 
 
 def flops_of(config: PEagleConfig, shape: Shape, matrices: int, head: int) -> float:

@@ -9,9 +9,11 @@ from typing import Any
 from peagle.cod.rollouts import Cod
 from peagle.data.capture import shape_of
 from peagle.data.capture_config import CaptureConfig
+from peagle.data.datamodule import DEFAULT_ROWS
 from peagle.data.store import Manifest
 from peagle.evaluation import EvaluationConfig
 from peagle.model.config import PEagleConfig
+from peagle.model.memory import rows_within
 from peagle.model.target import TargetSource
 from peagle.plan.cost import Cost, Shape, cost_of, matrix_rate
 from peagle.plan.forecast import Forecast, forecast, tokenizer_of
@@ -27,7 +29,8 @@ class RunShape:
     draft_vocab_size: int | None
     cod: Cod
     max_tokens: int
-    max_rows: int
+    max_rows: int | None
+    memory_gb: float | None
     devices: int
     accumulate: int
     epochs: int
@@ -65,7 +68,7 @@ def plan(
         target_hidden_size=manifest.hidden_size,
         eagle_aux_hidden_state_layer_ids=manifest.layer_ids,
     )
-    sequence = sequence_of(run, data)
+    sequence = sequence_of(run, data, config)
     cost = cost_of(
         config,
         sequence,
@@ -80,20 +83,26 @@ def plan(
         f"mask token {mask_token(target, config.mask_token_id)}",
         *data_lines(data, folder),
         *cost_lines(config, cost, sequence, run, data, rate),
-        *(
-            f"warning    {text}"
-            for text in warnings(data, config, capture, evaluation, run, folder)
-        ),
+        *warnings(data, config, capture, evaluation, run, folder),
     ]
     return "\n".join(lines)
 
 
-def sequence_of(run: RunShape, data: Forecast) -> Shape:
+def sequence_of(run: RunShape, data: Forecast, config: PEagleConfig) -> Shape:
     """A full packed sequence: its slots, and its rows after the draw."""
+    limit = run.max_rows or DEFAULT_ROWS
+    if run.max_rows is None and run.memory_gb is not None:
+        limit = rows_within(
+            run.memory_gb,
+            config,
+            slots=run.max_tokens,
+            rollout=run.cod.num_depths,
+            element=2 if run.half else 4,
+        )
     per_slot = sum(run.cod.share(depth) for depth in range(run.cod.num_depths))
-    supervised = data.supervised / max(data.tokens, 1)
+    supervised = data.supervised / data.tokens if data.tokens else 1.0  # unknown: the most
     rows = max(1, round(run.max_tokens * supervised * per_slot))
-    segments = math.ceil(rows / run.max_rows)
+    segments = math.ceil(rows / limit)
     return Shape(run.max_tokens, rows, math.ceil(rows / segments))
 
 
@@ -151,7 +160,7 @@ def warnings(
     folder: Path,
 ) -> list[str]:
     """What will go wrong, or less well than hoped."""
-    found = [f"cannot be read here: {problem}" for problem in data.unread]
+    found = [f"cannot be read here, counted by its limit only: {text}" for text in data.unread]
     if data.conversations < ENOUGH:
         found.append(
             f"{data.conversations:,} conversations are few: below {ENOUGH:,} acceptance suffers"
