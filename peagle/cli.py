@@ -78,13 +78,21 @@ class PEagleCLI(LightningCLI):
         """Lightning would let a checkpoint's hyper-parameters override the command line."""
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Checkpoints are read as data, and ``last`` means this run's.
+        """Checkpoints are read as data."""
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        path = self.start if subcommand == "fit" else self.checkpoint(subcommand)
+        return {**arguments, "ckpt_path": path, "weights_only": True}
+
+    def checkpoint(self, subcommand: str) -> str | None:
+        """Where to start from; ``last`` means this run's.
 
         A job that is started again and again with one command needs ``fit --ckpt_path last`` to
         begin when there is nothing to go on from.
+
+        Raises:
+            ValueError: if the checkpoint does not exist, or none is given where one is needed.
         """
-        arguments = super()._prepare_subcommand_kwargs(subcommand)
-        path = arguments.get("ckpt_path")
+        path = self.config[subcommand].ckpt_path
         if path == "last":
             path = str(Path(self.config[subcommand].run_dir) / "checkpoints" / "last.ckpt")
             if subcommand == "fit" and not Path(path).exists():
@@ -96,12 +104,13 @@ class PEagleCLI(LightningCLI):
             raise ValueError(
                 f"{subcommand} needs --ckpt_path: a file, hf://OWNER/NAME/FILE@REVISION, or last"
             )
-        return {**arguments, "ckpt_path": path, "weights_only": True}
+        return path
 
     def before_fit(self) -> None:
         """Make the store if it is missing; other ranks wait for the first."""
         config = self.config_init.fit
         store = Path(config.store)
+        self.start = self.checkpoint("fit")  # what is wrong is said now, not after capture
         if rank_zero_only.rank == 0:
             capture(TargetSource(config.target, config.revision), config.capture, store)
         while not (store / "manifest.json").exists():
