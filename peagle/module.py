@@ -214,7 +214,13 @@ class PEagleModule(L.LightningModule):
         outcome = objective(self.drafter, self.target_head, batch, rows, mix=self.mix)
         self.depths.update(outcome.rows.to(self.device), outcome.correct)
         count = len(rows.anchor)
-        self.log("val/loss", outcome.loss / count, batch_size=count, sync_dist=True)
+        mean = outcome.loss / count
+        self.log("val/loss", mean, batch_size=count, sync_dist=True, logger=self.fitting)
+
+    @property
+    def fitting(self) -> bool:
+        """Whether figures belong to the training curve; ``validate`` and ``test`` leave it alone."""
+        return self.trainer.state.fn == "fit"
 
     def every_row(self, batch: Batch) -> Rows:
         """All rows of all supervised anchors: nothing is drawn, nothing dropped."""
@@ -225,8 +231,9 @@ class PEagleModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         report = self.depths.compute()
         for depth, accuracy in enumerate(report.accuracy):
-            self.log(f"val/accuracy_d{depth}", accuracy)
-        self.log("val/acceptance_length", report.acceptance_length, prog_bar=True)
+            self.log(f"val/accuracy_d{depth}", accuracy, logger=self.fitting)
+        length = report.acceptance_length
+        self.log("val/acceptance_length", length, prog_bar=True, logger=self.fitting)
 
     def on_validation_epoch_start(self) -> None:
         self.depths.reset()

@@ -21,7 +21,7 @@ def environment() -> dict[str, Any]:
         "peagle": installed("peagle"),
         "python": platform.python_version(),
         **{name: installed(name) for name in PACKAGES},
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

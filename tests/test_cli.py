@@ -89,7 +89,8 @@ def test_the_figures_of_a_run_have_the_promised_keys(small_run):
 
 def test_validate_and_test_run_again_from_the_checkpoint(small_run, tmp_path):
     folder, overrides, _ = small_run
-    config = (folder / "run" / "config.yaml").read_bytes()
+    kept = [folder / "run" / "config.yaml", folder / "run" / "metrics" / "train.csv"]
+    before = [path.read_bytes() for path in kept]
     prompts = tmp_path / "own.jsonl"
     prompts.write_text('{"prompt": "def add(a, b):"}\n{"prompt": "def pop(self):"}\n')
     result = peagle(
@@ -102,7 +103,7 @@ def test_validate_and_test_run_again_from_the_checkpoint(small_run, tmp_path):
     result = peagle("validate", "--config", "configs/quickstart.yaml", *overrides,
                     "--ckpt_path", folder / "run" / "checkpoints" / "last.ckpt")  # fmt: skip
     assert result.returncode == 0 and "given prefix right" in result.stdout
-    assert (folder / "run" / "config.yaml").read_bytes() == config
+    assert [path.read_bytes() for path in kept] == before
 
 
 def test_export_writes_both_layouts(small_run, tmp_path):
