@@ -80,6 +80,8 @@ class TrainCsv(Logger):
 
     @rank_zero_only
     def save(self) -> None:
+        if not self.lines:  # nothing was trained: an earlier run's curve stays
+            return
         columns = sorted({key for values in self.lines.values() for key in values})
         text = io.StringIO()
         writer = csv.DictWriter(text, ["step", *columns], lineterminator="\n")

@@ -198,9 +198,12 @@ def _last_logged_step(path: Path) -> str | None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content))
-    temporary.replace(path)
+    # A name of its own: a run that ends and `peagle publish` may write at the same time.
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+    ) as temporary:
+        json.dump(content, temporary)
+    Path(temporary.name).replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

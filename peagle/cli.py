@@ -177,6 +177,7 @@ def run_shape(config: Any, optimizer: str) -> RunShape:
         max_tokens=data.max_tokens,
         max_rows=data.max_rows,
         memory_gb=data.memory_gb,
+        recompute=model.recompute,
         devices=trainer.devices if isinstance(trainer.devices, int) else 1,
         accumulate=trainer.accumulate_grad_batches,
         epochs=trainer.max_epochs or 1000,  # Lightning's own default

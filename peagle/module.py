@@ -219,7 +219,7 @@ class PEagleModule(L.LightningModule):
 
     @property
     def fitting(self) -> bool:
-        """Whether figures belong to the training curve; ``validate`` and ``test`` leave it alone."""
+        """Whether figures belong to the training curve; ``validate`` leaves it alone."""
         return self.trainer.state.fn == "fit"
 
     def every_row(self, batch: Batch) -> Rows:

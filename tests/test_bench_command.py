@@ -141,7 +141,7 @@ def test_a_vllm_that_cannot_be_imported_says_why(drafter, tmp_path):
     ("changes", "words"),
     [
         ({"vocab_size": 1 << 17}, "another target: vocab_size"),
-        ({"hidden_size": 64}, "another target: hidden_size"),
+        ({"hidden_size": 384}, "another target: hidden_size"),
         ({"num_hidden_layers": 2}, "another target: number of layers 3, this one has 2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -196,8 +196,8 @@ def test_an_engine_that_serves_without_the_drafter_is_found_out(drafter, stand_i
     ("behaviour", "number"),
     [
         ("does not come up", signal.SIGTERM),
-        ("never answers", signal.SIGINT),
-        ("never answers", signal.SIGHUP),
+        pytest.param("never answers", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("never answers", signal.SIGHUP, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_the_command_and_its_engine_at_once(drafter, stand_in, behaviour, number):

@@ -41,7 +41,7 @@ def test_the_store_holds_the_targets_hidden_states_in_bf16(folder):
         sample = store.read(index)
         with torch.no_grad():
             out = target(sample.input_ids[None], output_hidden_states=True)
-        states = torch.cat([out.hidden_states[k][0] for k in (2, 4, 5)], -1)
+        states = torch.cat([out.hidden_states[k][0] for k in store.manifest.layer_ids], -1)
         assert (sample.aux.float() - states).norm() < 4e-3 * states.norm()
         assert 0 < sample.loss_mask.sum() <= 25
 
@@ -108,7 +108,7 @@ def test_a_moved_target_is_still_the_same_target(folder, tmp_path):
 
 
 def test_layer_ids_outside_the_target_are_refused():
-    with pytest.raises(ValueError, match=r"0\.\.8"):
+    with pytest.raises(ValueError, match="must be ascending, unique and in 0"):
         wanted_manifest(TARGET, replace(CONFIG, layer_ids=[2, 9]))
 
 

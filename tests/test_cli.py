@@ -76,7 +76,7 @@ def test_the_figures_of_a_run_have_the_promised_keys(small_run):
     metrics = small_run[0] / "run" / "metrics"
     validate = json.loads((metrics / "validate.json").read_text())
     assert {"provenance", "rows", "teacher_forced_acceptance_length", "loss"} <= validate.keys()
-    assert [row["depth"] for row in validate["rows"]] == list(range(8))
+    assert [row["depth"] for row in validate["rows"]] == list(range(7))
     assert validate["rows"][0].keys() == {"depth", "accuracy", "conditional_accuracy", "count"}
     acceptance = json.loads((metrics / "acceptance.json").read_text())
     assert [row["k"] for row in acceptance["rows"]] == [3, 5, 7]

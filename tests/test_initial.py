@@ -68,7 +68,7 @@ def test_the_first_and_the_last_layers_are_chosen():
     assert kept.choose(2) == [0, 5]
     assert kept.choose(1) == [0]
     assert kept.choose(0) == []
-    assert default_start_layers(36) == (0, 34, 35)
+    assert default_start_layers(36) == (0, 33, 34, 35)
     assert default_start_layers(1) == (0,)
 
 

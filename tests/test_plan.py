@@ -34,6 +34,7 @@ RUN = RunShape(
     max_tokens=1024,
     max_rows=600,
     memory_gb=None,
+    recompute=False,
     devices=2,
     accumulate=4,
     epochs=3,

@@ -46,13 +46,14 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 def wanted_manifest(target: TargetSource, config: CaptureConfig) -> Manifest:
     """The identity that a store for this run must have; loads no weights."""
+    text = target.config()  # first: an unknown target is said in one sentence
     return Manifest(
         target=target.name,
         revision=target.revision,
         fingerprint=target.fingerprint(),
         tokenizer=tokenizer_hash(target.tokenizer()),
         answers=config.answers_hash(),
-        **shape_of(target.config(), config),
+        **shape_of(text, config),
     )
 
 

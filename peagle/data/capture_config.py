@@ -16,7 +16,7 @@ class CaptureConfig:
         prompts: prompt sets; only their prompts are used, the target writes the answers.
         layer_ids: hidden states to keep, in vLLM's numbering; default (2, N//2, N-3).
         start_layers: target layers that a drafter's layers can start from; default the first and
-            the last two.
+            the last three.
         max_new_tokens: length limit of an answer.
         max_tokens: longer conversations are cut at a turn; one whose first prompt leaves no room
             for an answer is left out. Both are counted.

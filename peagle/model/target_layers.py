@@ -65,8 +65,8 @@ class TargetLayers(NamedTuple):
 
 
 def default_start_layers(num_layers: int) -> tuple[int, ...]:
-    """The first, which reads embeddings, and the last two, which prepare the head's input."""
-    return tuple(sorted({0, max(0, num_layers - 2), num_layers - 1}))
+    """The first, which reads embeddings, and the last three, which prepare the head's input."""
+    return tuple(sorted({0, *range(max(0, num_layers - 3), num_layers)}))
 
 
 def is_llama_layer(layer: nn.Module, activation: str | None) -> bool:

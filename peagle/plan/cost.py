@@ -27,7 +27,13 @@ class Cost(NamedTuple):
 
 
 def cost_of(
-    config: PEagleConfig, shape: Shape, *, half: bool, muon: bool, train_embeddings: bool
+    config: PEagleConfig,
+    shape: Shape,
+    *,
+    half: bool,
+    muon: bool,
+    train_embeddings: bool,
+    recompute: bool = False,
 ) -> Cost:
     """Memory and arithmetic of training on one packed sequence.
 
@@ -44,14 +50,15 @@ def cost_of(
         if p.ndim == 2 and name.startswith(("layers.", "fc."))
     )
     head, element = drafter.lm_head.weight.numel(), 2 if half else 4
-    empty = fixed_bytes(config, slots=0, element=element)
+    empty = fixed_bytes(config, slots=0, element=element, recompute=recompute)
+    full = fixed_bytes(config, slots=shape.slots, element=element, recompute=recompute)
     memory = {
         "weights": 4 * total,
         "gradients": 4 * (2 * trained + 2 * head),
         "optimizer": (4 if muon else 8) * matrices + 8 * (trained - matrices),
         "target head": 2 * config.draft_vocab_size * config.target_hidden_size,
-        "sequence": fixed_bytes(config, slots=shape.slots, element=element) - empty,
-        "segment": shape.segment_rows * row_bytes(config, element),
+        "sequence": full - empty,
+        "segment": shape.segment_rows * row_bytes(config, element, config.num_hidden_layers),
         "logits": CHUNKS * 4 * CHUNK_ROWS * config.draft_vocab_size,
     }
     memory["slack"] = round((SLACK - 1) * sum(memory.values()))

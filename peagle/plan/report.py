@@ -31,6 +31,7 @@ class RunShape:
     max_tokens: int
     max_rows: int | None
     memory_gb: float | None
+    recompute: bool
     devices: int
     accumulate: int
     epochs: int
@@ -75,6 +76,7 @@ def plan(
         half=run.half,
         muon=run.muon,
         train_embeddings=run.train_embeddings,
+        recompute=run.recompute,
     )
     rate = matrix_rate(run.device, half=run.half, seconds=seconds)
     lines = [
@@ -98,6 +100,7 @@ def sequence_of(run: RunShape, data: Forecast, config: PEagleConfig) -> Shape:
             slots=run.max_tokens,
             rollout=run.cod.num_depths,
             element=2 if run.half else 4,
+            recompute=run.recompute,
         )
     per_slot = sum(run.cod.share(depth) for depth in range(run.cod.num_depths))
     supervised = data.supervised / data.tokens if data.tokens else 1.0  # unknown: the most
