@@ -80,7 +80,9 @@ class PEagleCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Checkpoints are read as data."""
         arguments = super()._prepare_subcommand_kwargs(subcommand)
-        path = self.start if subcommand == "fit" else self.checkpoint(subcommand)
+        path = self.checkpoint(subcommand)
+        if subcommand == "fit" and path is None and arguments.get("ckpt_path"):
+            print("no last.ckpt yet: starting from the beginning", file=sys.stderr)
         return {**arguments, "ckpt_path": path, "weights_only": True}
 
     def checkpoint(self, subcommand: str) -> str | None:
@@ -96,7 +98,6 @@ class PEagleCLI(LightningCLI):
         if path == "last":
             path = str(Path(self.config[subcommand].run_dir) / "checkpoints" / "last.ckpt")
             if subcommand == "fit" and not Path(path).exists():
-                print(f"no {path} yet: starting from the beginning", file=sys.stderr)
                 path = None
         if path is not None:
             check_address(path)
@@ -110,7 +111,7 @@ class PEagleCLI(LightningCLI):
         """Make the store if it is missing; other ranks wait for the first."""
         config = self.config_init.fit
         store = Path(config.store)
-        self.start = self.checkpoint("fit")  # what is wrong is said now, not after capture
+        self.checkpoint("fit")  # what is wrong is said now, not after capture
         if rank_zero_only.rank == 0:
             capture(TargetSource(config.target, config.revision), config.capture, store)
         while not (store / "manifest.json").exists():
