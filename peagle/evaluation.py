@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from peagle.data.capture_config import DTYPES
 from peagle.data.chat import prompt_ids
 from peagle.data.prompts import PromptSource, load_prompts
 from peagle.decoding import Decoded, Decoder
@@ -45,6 +46,8 @@ class EvaluationConfig:
             raise ValueError(f"k must list numbers of drafts, each at least 1, got {self.k}")
         if not self.temperatures or min(self.temperatures) < 0:
             raise ValueError(f"temperatures must not be negative, got {self.temperatures}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
 class PromptBatch(NamedTuple):

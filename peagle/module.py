@@ -214,7 +214,7 @@ class PEagleModule(L.LightningModule):
         outcome = objective(self.drafter, self.target_head, batch, rows, mix=self.mix)
         self.depths.update(outcome.rows.to(self.device), outcome.correct)
         count = len(rows.anchor)
-        mean = outcome.loss / count
+        mean = outcome.loss / max(count, 1)  # nothing supervised: it weighs nothing in the mean
         self.log("val/loss", mean, batch_size=count, sync_dist=True, logger=self.fitting)
 
     @property

@@ -128,3 +128,8 @@ def test_effective_norms_are_read_from_any_convention():
     states = torch.randn(3, 32, dtype=torch.float64)
     wanted = target.lm_head(target.model.norm(states))
     assert torch.allclose(head(states).double(), wanted, atol=1e-4)
+
+
+def test_a_precision_that_does_not_exist_is_said_at_once():
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16"):
+        replace(CONFIG, dtype="fp32")

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from peagle.data.prompts import PromptSource
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class CaptureConfig:
@@ -59,6 +61,8 @@ class CaptureConfig:
             raise ValueError("capture.prompts names no prompt set")
         if not 0 <= self.greedy_share <= 1:
             raise ValueError(f"greedy_share must lie in 0..1, got {self.greedy_share}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not 0 < self.val_share < 1:
             raise ValueError(f"val_share must lie between 0 and 1, got {self.val_share}")
 

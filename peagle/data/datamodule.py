@@ -206,6 +206,11 @@ class HiddenStatesDataModule(L.LightningDataModule):
     def usable(self, split: str) -> tuple[list[int], list[int]]:
         """Samples of a split that fit, and their slots."""
         found = self.store.split(split)
+        if not found:
+            raise ValueError(
+                f"{self.folder} has no {split} conversation: capture more prompts, or raise "
+                "capture.val_share"
+            )
         samples = [i for i in found if 1 <= self.slots(i) <= self.max_tokens]
         if not samples:
             raise ValueError(

@@ -80,9 +80,7 @@ class PEagleDrafter(PreTrainedModel):
 
     def combine(self, aux: Float[Tensor, "T AD"]) -> Float[Tensor, "T D"]:
         """The target's hidden states, normed and projected in vLLM's order."""
-        if not torch.is_autocast_enabled(aux.device.type):
-            aux = aux.to(self.fc.weight.dtype)  # a store is bf16, whatever the run computes in
-        aux = aux.to(self.fc.weight.dtype)
+        aux = aux.to(self.fc.weight.dtype)  # a store is bf16, whatever the run computes in
         if self.config.norm_before_fc:
             aux = self.input_norm(aux)
         if self.config.fc_norm:

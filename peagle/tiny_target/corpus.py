@@ -1,7 +1,7 @@
 """Chat samples cut out of Python source: signature + docstring asks, the body answers.
 
 Source is normalised by ``ast.unparse`` (no comments, one quote style, one indentation), so that a
-model of five million parameters spends its capacity on code and not on formatting.
+model of a few million parameters spends its capacity on code and not on formatting.
 """
 
 import ast
