@@ -9,7 +9,7 @@ import torch
 from random_parts import make_target
 
 from peagle.data import capture as capture_module
-from peagle.data.answers import read_answers
+from peagle.data.answers import generate, read_answers
 from peagle.data.capture import capture, wanted_manifest
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.prompts import PromptSource
@@ -133,3 +133,12 @@ def test_effective_norms_are_read_from_any_convention():
 def test_a_precision_that_does_not_exist_is_said_at_once():
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16"):
         replace(CONFIG, dtype="fp32")
+
+
+def test_a_repetition_penalty_of_the_target_does_not_bend_its_answers():
+    model, tokenizer = TARGET.model(dtype=torch.float32, device="cpu"), TARGET.tokenizer()
+    prompts = [tokenizer("def close(self):")["input_ids"]]
+    plain = generate(model, tokenizer, prompts, True, CONFIG)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.no_repeat_ngram_size = 2
+    assert generate(model, tokenizer, prompts, True, CONFIG) == plain

@@ -255,6 +255,9 @@ def generate(
         max_new_tokens=config.max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=pad,
+        # The target's own defaults must not bend its distribution: serving is drafted without them.
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         **sampling,
     )[:, width:].cpu()
     answers = []
