@@ -12,6 +12,7 @@ from peagle.data import capture as capture_module
 from peagle.data.answers import generate, read_answers
 from peagle.data.capture import capture, wanted_manifest
 from peagle.data.capture_config import CaptureConfig
+from peagle.data.chat import prompt_ids
 from peagle.data.prompts import PromptSource
 from peagle.data.store import Store
 from peagle.model.target import TargetSource, target_head_of
@@ -137,8 +138,9 @@ def test_a_precision_that_does_not_exist_is_said_at_once():
 
 def test_a_repetition_penalty_of_the_target_does_not_bend_its_answers():
     model, tokenizer = TARGET.model(dtype=torch.float32, device="cpu"), TARGET.tokenizer()
-    prompts = [tokenizer("def close(self):")["input_ids"]]
+    talk = [{"role": "user", "content": "def close(self):"}]
+    prompts = [prompt_ids(tokenizer, talk)]
     plain = generate(model, tokenizer, prompts, True, CONFIG)
     model.generation_config.repetition_penalty = 5.0
-    model.generation_config.no_repeat_ngram_size = 2
+    model.generation_config.no_repeat_ngram_size = 1
     assert generate(model, tokenizer, prompts, True, CONFIG) == plain
