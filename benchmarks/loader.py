@@ -8,7 +8,6 @@ the order of an epoch, hashes checked, documents packed, segments cut.
 """
 
 import argparse
-import multiprocessing
 import os
 import tempfile
 import time
@@ -81,7 +80,7 @@ def read_batches(folder: Path, workers: int) -> Iterable[int]:
 
 
 def timed(folder: Path, pieces: Iterable[int]) -> tuple[float, float]:
-    """Bytes of the store per second, and the most memory of this process and its workers."""
+    """Bytes of the store per second, and the most memory of this process."""
     size, start, most = drop(folder), time.perf_counter(), 0
     for _ in pieces:
         most = max(most, resident())
@@ -89,12 +88,10 @@ def timed(folder: Path, pieces: Iterable[int]) -> tuple[float, float]:
 
 
 def resident() -> int:
-    """Memory of this process and its workers; cached pages of files, which can be had back, not."""
-    processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    """Memory of this process; cached pages of files, which can be had back, do not count."""
     return sum(
         int(line.split()[1]) * 1024
-        for number in processes
-        for line in Path(f"/proc/{number}/status").read_text().splitlines()
+        for line in Path("/proc/self/status").read_text().splitlines()
         if line.startswith(("RssAnon:", "RssShmem:"))
     )
 

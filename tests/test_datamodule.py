@@ -3,6 +3,7 @@ import torch
 from random_parts import VOCABULARY, make_manifest, make_sample
 
 from peagle.cod.rollouts import Cod
+from peagle.data.buffers import Buffers
 from peagle.data.datamodule import PackedSequences
 from peagle.data.order import Pack
 from peagle.data.store import Store, StoreWriter
@@ -10,7 +11,7 @@ from peagle.data.store import Store, StoreWriter
 
 def test_a_batch_holds_its_documents_and_covers_every_anchor_by_segments(random_store):
     store = Store(random_store)
-    data = PackedSequences(store, cod=Cod(4, 0.8), max_rows=40, mask_token_id=1)
+    data = PackedSequences(store, cod=Cod(4, 0.8), max_rows=40, mask_token_id=1, buffers=Buffers())
     batch = data[Pack((0, 3, 1), seed=7)]
     assert len(batch.segments) > 1 and batch.seed == 7
     assert len(batch.tokens) == sum(store.entries[i].tokens - 2 for i in (0, 3, 1))
@@ -21,7 +22,7 @@ def test_a_batch_holds_its_documents_and_covers_every_anchor_by_segments(random_
 def test_a_sample_with_the_mask_token_is_named(random_store):
     store = Store(random_store)
     token = int(store.read(3).input_ids[4])
-    data = PackedSequences(store, cod=Cod(), max_rows=100, mask_token_id=token)
+    data = PackedSequences(store, cod=Cod(), max_rows=100, mask_token_id=token, buffers=Buffers())
     sample = store.entries[3].sample
     with pytest.raises(ValueError, match=f"sample {sample} contains the mask token {token}"):
         data[Pack((3,), seed=0)]

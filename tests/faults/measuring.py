@@ -11,6 +11,7 @@ import torch
 
 from peagle.cod.rollouts import Cod, sample_rows
 from peagle.data.batch import Batch, pack
+from peagle.data.buffers import Buffers
 from peagle.data.datamodule import PackedSequences
 from peagle.data.order import PackSampler
 from peagle.data.store import Manifest, Sample, Store, StoreWriter
@@ -99,7 +100,9 @@ def read_epoch(folder: Path) -> int:
     sampler = PackSampler(
         samples, lengths, max_tokens=1024, seed=0, rank=0, world_size=1, done=lambda: 0
     )
-    data = PackedSequences(store, cod=Cod(4, 0.8), max_rows=10**6, mask_token_id=5)
+    data = PackedSequences(
+        store, cod=Cod(4, 0.8), max_rows=10**6, mask_token_id=5, buffers=Buffers()
+    )
     return sum(tensor.nbytes for pack_ in sampler for tensor in data[pack_][2:4])
 
 
