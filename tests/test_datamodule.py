@@ -6,6 +6,7 @@ from peagle.cod.rollouts import Cod
 from peagle.data.buffers import Buffers
 from peagle.data.datamodule import PackedSequences
 from peagle.data.order import Pack
+from peagle.data.read_ahead import ReadAhead
 from peagle.data.store import Store, StoreWriter
 
 
@@ -40,3 +41,33 @@ def test_reading_is_lazy_and_by_sample(tmp_path):
     with pytest.raises(ValueError, match="shard-00002"):
         store.read(2)
     assert torch.equal(store.read(0).aux, make_sample(9, 0).aux)
+
+
+def test_batches_are_the_same_however_many_threads_read_ahead_and_last_as_long_as_they_are_kept(
+    random_store,
+):
+    store = Store(random_store)
+    packs = [Pack((n % 24, (5 * n + 3) % 24, (n + 11) % 24), seed=n) for n in range(40)]
+
+    def kept(threads):
+        data = PackedSequences(
+            store, cod=Cod(4, 0.8), max_rows=40, mask_token_id=1, buffers=Buffers()
+        )
+        return list(ReadAhead(data.__getitem__, packs, threads=threads))
+
+    alone = [PackedSequences(
+        store, cod=Cod(4, 0.8), max_rows=40, mask_token_id=1, buffers=Buffers()
+    )[pack_] for pack_ in packs]  # fmt: skip
+    for threads in (0, 1, 2, 3):
+        for ours, theirs in zip(kept(threads), alone, strict=True):
+            assert ours[7:] == theirs[7:]
+            assert all(torch.equal(a, b) for a, b in zip(ours[:7], theirs[:7], strict=True))
+
+
+def test_a_batch_that_is_gone_gives_its_memory_to_another(random_store):
+    store = Store(random_store)
+    data = PackedSequences(store, cod=Cod(), max_rows=100, mask_token_id=1, buffers=Buffers())
+    packs = [Pack((n,), seed=n) for n in range(24)]
+    places = {batch.aux.data_ptr() for batch in ReadAhead(data.__getitem__, packs, threads=2)}
+    assert 0 < len(data.buffers.free) <= 5
+    assert len(places) < 24
