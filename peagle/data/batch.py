@@ -54,8 +54,8 @@ def pack(samples: list[Sample]) -> dict[str, Tensor]:
     """Several documents one after the other, numbered in ``document``."""
     parts = [slots_of(sample) for sample in samples]
     packed = {name: joined([part[name] for part in parts]) for name in parts[0]}
-    lengths = torch.tensor([len(part["tokens"]) for part in parts])
-    packed["document"] = torch.repeat_interleave(lengths)
+    numbers = [torch.full_like(part["tokens"], number) for number, part in enumerate(parts)]
+    packed["document"] = torch.cat(numbers)
     return packed
 
 
