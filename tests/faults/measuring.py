@@ -14,6 +14,7 @@ from peagle.data.batch import Batch, pack
 from peagle.data.buffers import Buffers
 from peagle.data.datamodule import PackedSequences
 from peagle.data.order import PackSampler
+from peagle.data.read_ahead import ReadAhead
 from peagle.data.store import Manifest, Sample, Store, StoreWriter
 from peagle.model.config import PEagleConfig
 from peagle.model.drafter import PEagleDrafter
@@ -103,7 +104,8 @@ def read_epoch(folder: Path) -> int:
     data = PackedSequences(
         store, cod=Cod(4, 0.8), max_rows=10**6, mask_token_id=5, buffers=Buffers()
     )
-    return sum(tensor.nbytes for pack_ in sampler for tensor in data[pack_][2:4])
+    batches = ReadAhead(data.__getitem__, sampler, threads=2)
+    return sum(tensor.nbytes for batch in batches for tensor in batch[2:4])
 
 
 def peak_of_epoch(folder: Path) -> int:
