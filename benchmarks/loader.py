@@ -73,7 +73,7 @@ def read_raw(folder: Path) -> Iterable[int]:
 def loader_of(folder: Path, workers: int) -> ReadAhead:
     data = HiddenStatesDataModule(
         target="random", revision=None, store=str(folder), cod=Cod(), mask_token_id=0,
-        evaluation=EvaluationConfig(), num_workers=workers,
+        evaluation=EvaluationConfig(), num_workers=workers, max_tokens=2 * LENGTH,
     )  # fmt: skip
     data.store = Store(folder)
     numbers = data.store.split("train")

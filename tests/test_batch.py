@@ -89,3 +89,4 @@ def test_parts_with_something_between_them_are_copied_together():
     assert joined([memory[1:3], memory[3:6]]).data_ptr() == memory[1:].data_ptr()
     assert joined([memory[0:2], memory[3:4]]).tolist() == [[0, 1], [2, 3], [6, 7]]
     assert joined([memory[2:3], memory[0:2]]).tolist() == [[4, 5], [0, 1], [2, 3]]
+    assert joined([memory[0:2, 0], memory[1:3, 0]]).tolist() == [0, 2, 2, 4]

@@ -61,13 +61,11 @@ def pack(samples: list[Sample]) -> dict[str, Tensor]:
 
 def joined(parts: list[Tensor]) -> Tensor:
     """``torch.cat`` that copies nothing where the parts lie one behind the other already."""
-    first = parts[0]
-    storages = {part.untyped_storage().data_ptr() for part in parts}
-    if len(storages) > 1 or any(
-        a.data_ptr() + a.nbytes != b.data_ptr() for a, b in pairwise(parts)
-    ):
-        return torch.cat(parts)
-    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+    first, storages = parts[0], {part.untyped_storage().data_ptr() for part in parts}
+    behind = all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(parts))
+    if len(storages) == 1 and behind and all(part.is_contiguous() for part in parts):
+        return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+    return torch.cat(parts)
 
 
 class StatesInPlace:

@@ -7,7 +7,7 @@ that it is copied once, from the file to its place.
 import json
 import os
 from io import FileIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 from torch import Tensor, uint8
@@ -34,21 +34,19 @@ def read_spans(file: FileIO) -> dict[str, Span]:
     try:
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        spans = {
-            name: Span(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                first + entry["data_offsets"][0],
-                first + entry["data_offsets"][1],
-            )
-            for name, entry in header.items()
-        }
+        spans = {name: span_of(entry, first) for name, entry in header.items()}
         end = max(span.stop for span in spans.values())
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise OSError(f"its header is damaged: {error!r}") from error
     if size != end:
         raise OSError(f"it has {size} bytes instead of {end}")
     return spans
+
+
+def span_of(entry: dict[str, Any], first: int) -> Span:
+    """A tensor as the header describes it; its offsets count from the ``first`` byte behind it."""
+    start, stop = (first + int(offset) for offset in entry["data_offsets"])
+    return Span(entry["dtype"], tuple(entry["shape"]), start, stop)
 
 
 def read_into(tensor: Tensor, file: FileIO, span: Span) -> str:
@@ -57,7 +55,7 @@ def read_into(tensor: Tensor, file: FileIO, span: Span) -> str:
     Raises:
         OSError: if the file holds fewer bytes or more.
     """
-    memory = memoryview(tensor.view(uint8).flatten().numpy())
+    memory = memoryview(tensor.view(uint8).view(-1).numpy())
     if len(memory) != span.stop - span.start:
         raise OSError(f"{span.stop - span.start} bytes where {len(memory)} belong")
     digest = xxhash.xxh3_64()
