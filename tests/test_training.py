@@ -145,7 +145,9 @@ def test_settings_that_fit_no_sample_are_refused(random_store, tmp_path, changes
 
 def test_a_run_without_an_end_is_refused(random_store, tmp_path):
     with pytest.raises(ValueError, match=r"set trainer\.max_epochs or trainer\.max_steps"):
-        make_trainer(tmp_path, -1, max_epochs=-1).fit(make_module(), datamodule=make_data(random_store))
+        make_trainer(tmp_path, -1, max_epochs=-1).fit(
+            make_module(), datamodule=make_data(random_store)
+        )
 
 
 def test_random_embeddings_of_another_width_cannot_be_frozen(random_store, tmp_path):
