@@ -89,8 +89,8 @@ def flush(
     """Send every entry, oldest first, until ``deadline`` (of ``time.monotonic``)."""
     api = HfApi(endpoint=destination.endpoint)
     tried: set[Path] = set()
-    while todo := [entry for entry in pending(spool) if entry.folder not in tried]:
-        entry = todo[0]
+    while waiting := [entry for entry in pending(spool) if entry.folder not in tried]:
+        entry = waiting[0]
         tried.add(entry.folder)
         try:
             report(send_until(api, entry, destination, deadline))
