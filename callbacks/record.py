@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, get_session, hf_hub_url, try_to_load_from
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from callbacks.card import CardOptions, write_card
+from callbacks.facts import is_hub_id
 from peagle.data.store import Store, write_atomically
 from peagle.model.target import TargetSource
 from peagle.provenance import environment
@@ -165,16 +166,13 @@ def loss_of(mix: dict[str, float]) -> str:
 def data_facts(store: Store) -> dict[str, Any]:
     made = json.loads((store.folder / "capture.json").read_text())
     manifest = (store.folder / "manifest.json").read_bytes()
+    sources = [source["source"] for source in made["prompts"]]
     return {
-        "prompts": ", ".join(source["source"] for source in made["prompts"]),
+        "prompts": ", ".join(sources),
         "samples": len(store),
         "tokens": sum(entry.tokens for entry in store.entries),
         "supervised_tokens": sum(entry.supervised for entry in store.entries),
         **{key: made[key] for key in ("greedy_share", "temperature", "max_new_tokens")},
         "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
-        "datasets": [s["source"] for s in made["prompts"] if is_hub_id(s["source"])],
+        "datasets": [name for name in sources if is_hub_id(name) and name[-6:] != ".jsonl"],
     }
-
-
-def is_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not source.endswith(".jsonl")

@@ -140,6 +140,13 @@ def test_a_fact_that_was_not_recorded_says_so():
     assert {cell for row in facts for cell in list(row.values())[1:]} == {"not recorded"}
 
 
+def test_the_folders_of_the_machine_stay_off_the_page(tmp_path):
+    data = PROVENANCE["data"] | {"prompts": "stdlib, /home/someone/secret/own.jsonl"}
+    run = make_run(tmp_path, provenance=PROVENANCE | {"data": data})
+    page = render(Facts.read(run, run / "drafter"))
+    assert "| Prompts | stdlib, own.jsonl |" in page and "/home" not in page
+
+
 def test_no_gpu_and_no_record_of_one_are_told_apart():
     without = card(embedded_run)
     assert "| Hardware | EPYC 9R14, 16 cores · no GPU |" in without
