@@ -5,11 +5,11 @@
 The quickstart's fit, shortened, without a publisher (twice, which shows the noise), and with one
 that publishes every checkpoint to the loopback Hub of the tests: which works, hangs, or answers 503
 to everything. All fits take the same steps on the same batches and must end with the same weights,
-so that steps are compared one by one: the time of a step is its median over the rounds, and
-``cpu_step`` and ``wall_step`` are the medians over all steps of its ratio to the same step without
-a publisher. ``cpu_all`` and ``wall_all`` are the ratios of the sums, saves included. ``save`` is
-what one publication costs the training thread; ``save_share`` sets it against the steps between
-two saves of the quickstart. Both are shares of 1.
+so that steps are compared one by one; a step's time is its median over the rounds. Percentages are
+what a step takes more than the same step without a publisher: ``cpu`` and ``wall`` the median over
+the steps, ``cpu_sum`` and ``wall_sum`` of all steps together, those after a save included.
+``save_milliseconds`` is what one publication costs the training thread when a checkpoint is saved,
+``save`` its share of the steps between two saves of the quickstart.
 """
 
 import argparse
@@ -71,10 +71,9 @@ def fit(run_dir: Path, name: str, args: argparse.Namespace) -> Times:
     with Hub() as hub:
         if FAULTS[name]:
             hub.fault("any", **FAULTS[name])
+        published = hub if FAULTS[name] is not None else None
         path = run_dir.with_name(f"{run_dir.name}.yaml")
-        path.write_text(
-            json.dumps(configuration(run_dir, hub if FAULTS[name] is not None else None, args))
-        )
+        path.write_text(json.dumps(configuration(run_dir, published, args)))
         environment = {
             "HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1",
             "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}",
@@ -85,7 +84,7 @@ def fit(run_dir: Path, name: str, args: argparse.Namespace) -> Times:
         )  # fmt: skip
         if done.returncode:
             raise SystemExit(f"{name}: the fit failed:\n{done.stderr[-3000:]}")
-        if FAULTS[name] is not None and not hub.requests:
+        if published and not hub.requests:
             raise SystemExit(f"{name}: nothing was published:\n{done.stderr[-3000:]}")
     return json.loads((run_dir / "step_times.json").read_text())
 
@@ -101,7 +100,7 @@ def configuration(run_dir: Path, hub: Hub | None, args: argparse.Namespace) -> d
     trainer |= {"max_epochs": -1, "max_steps": args.steps, "check_val_every_n_epoch": args.steps}
     *others, publisher = trainer["callbacks"]
     for callback in others:
-        if callback["class_path"] == "callbacks.checkpoint.Checkpoint":
+        if is_checkpoint(callback):
             callback["init_args"]["every_n_steps"] = args.save_every
     if hub is not None:
         publisher["init_args"] = {
@@ -113,33 +112,39 @@ def configuration(run_dir: Path, hub: Hub | None, args: argparse.Namespace) -> d
 
 
 def compared(name: str, times: dict[str, list[Times]], save_every: int) -> dict[str, Any]:
-    cpu, wall = (typical(times[name], clock) for clock in ("cpu", "wall"))
-    cpu_alone, wall_alone = (typical(times[ALONE], clock) for clock in ("cpu", "wall"))
-    # The time of a step that ends with a save: it reaches to the begin of the next one.
-    extra = [cpu[step] - cpu_alone[step] for step in range(save_every - 1, len(cpu), save_every)]
-    every = yaml.safe_load(QUICKSTART.read_text())["trainer"]["callbacks"]
-    (cadence,) = (c["init_args"]["every_n_steps"] for c in every if "Checkpoint" in c["class_path"])
-    step = statistics.median(cpu_alone[WARM_UP:])
-    return {
-        "hub": name,
-        "milliseconds": 1e3 * statistics.median(cpu[WARM_UP:]),
-        "cpu_step": ratio(cpu, cpu_alone),
-        "wall_step": ratio(wall, wall_alone),
-        "cpu_all": sum(cpu[WARM_UP:]) / sum(cpu_alone[WARM_UP:]),
-        "wall_all": sum(wall[WARM_UP:]) / sum(wall_alone[WARM_UP:]),
-        "save_milliseconds": 1e3 * statistics.mean(extra),
-        "save_share": statistics.mean(extra) / (cadence * step),
+    typical = {
+        (kind, clock): [
+            statistics.median(step) for step in zip(*(run[clock] for run in runs), strict=True)
+        ]
+        for kind, runs in times.items()
+        for clock in ("cpu", "wall")
     }
+    count = len(typical[ALONE, "cpu"])
+    saves = range(save_every - 1, count, save_every)  # these reach to the begin of the next step
+    steps = [step for step in range(WARM_UP, count) if step not in saves]
+    row: dict[str, Any] = {"hub": name}
+    for clock in ("cpu", "wall"):
+        ours, alone = ([typical[kind, clock][i] for i in steps] for kind in (name, ALONE))
+        ratios = [time / other for time, other in zip(ours, alone, strict=True)]
+        row |= {
+            f"{clock}_milliseconds": 1e3 * statistics.median(ours),
+            f"{clock}_percent": 100 * (statistics.median(ratios) - 1),
+            f"{clock}_sum_percent": 100 * (sum(ours) / sum(alone) - 1),
+        }
+    cost = statistics.mean(typical[name, "cpu"][i] - typical[ALONE, "cpu"][i] for i in saves)
+    between = cadence() * statistics.median(typical[ALONE, "cpu"][i] for i in steps)
+    return row | {"save_milliseconds": 1e3 * cost, "save_percent": 100 * cost / between}
 
 
-def typical(runs: list[Times], clock: str) -> list[float]:
-    """Each step's median over the rounds."""
-    return [statistics.median(times) for times in zip(*(run[clock] for run in runs), strict=True)]
+def cadence() -> int:
+    """The steps between two checkpoints of the quickstart."""
+    callbacks = yaml.safe_load(QUICKSTART.read_text())["trainer"]["callbacks"]
+    (every,) = (c["init_args"]["every_n_steps"] for c in callbacks if is_checkpoint(c))
+    return every
 
 
-def ratio(times: list[float], alone: list[float]) -> float:
-    pairs = zip(times[WARM_UP:], alone[WARM_UP:], strict=True)
-    return statistics.median(time / other for time, other in pairs)
+def is_checkpoint(callback: dict[str, Any]) -> bool:
+    return callback["class_path"] == "callbacks.checkpoint.Checkpoint"
 
 
 if __name__ == "__main__":
