@@ -199,28 +199,28 @@ def read_hidden_states(
     writer = StoreWriter(
         folder, shard_bytes=config.shard_mb * 1_000_000, identity=manifest.identity()
     )
-    todo = {name: samples[name] for name in samples if name not in writer.done}
-    tokens = sum(len(sample.input_ids) for sample in todo.values())
+    missing = {name: samples[name] for name in samples if name not in writer.done}
+    tokens = sum(len(sample.input_ids) for sample in missing.values())
     needed = tokens * sample_bytes_per_token(manifest)
     require_disk(folder, needed)
     print(
-        f"capturing {len(todo)} documents, {tokens} tokens, {needed / 1e9:.2f} GB in {folder}",
+        f"capturing {len(missing)} documents, {tokens} tokens, {needed / 1e9:.2f} GB in {folder}",
         file=sys.stderr,
     )
     with tqdm(total=tokens, desc="hidden states", unit="tok", disable=None) as bar:
-        for batch in batches_by_tokens(todo, config.batch_tokens):
-            states = run_batch(model, manifest, [todo[name] for name in batch])
+        for batch in batches_by_tokens(missing, config.batch_tokens):
+            states = run_batch(model, manifest, [missing[name] for name in batch])
             for name, sample in zip(batch, states, strict=True):
                 writer.append(name, split_of(name, config.val_share), sample)
                 bar.update(len(sample.input_ids))
     writer.flush()
 
 
-def batches_by_tokens(todo: dict[str, Rendered], limit: int) -> Iterator[list[str]]:
+def batches_by_tokens(samples: dict[str, Rendered], limit: int) -> Iterator[list[str]]:
     """Documents of similar length together, ``limit`` padded tokens at most."""
     batch: list[str] = []
-    for name in sorted(todo, key=lambda n: len(todo[n].input_ids)):
-        width = len(todo[name].input_ids)  # ascending: the newest is the widest
+    for name in sorted(samples, key=lambda n: len(samples[n].input_ids)):
+        width = len(samples[name].input_ids)  # ascending: the newest is the widest
         if batch and width * (len(batch) + 1) > limit:
             yield batch
             batch = []
