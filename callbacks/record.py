@@ -11,6 +11,7 @@ from typing import Any, Literal
 import lightning as L
 
 from callbacks.card import CardOptions, write_card
+from peagle.data.prompts import PromptSource
 from peagle.data.store import Store, write_atomically
 from peagle.model.target import TargetSource
 from peagle.provenance import environment
@@ -116,17 +117,14 @@ def loss_of(mix: dict[str, float]) -> str:
 
 def data_facts(store: Store) -> dict[str, Any]:
     made = json.loads((store.folder / "capture.json").read_text())
+    sources = [PromptSource(**source) for source in made["prompts"]]
     manifest = (store.folder / "manifest.json").read_bytes()
     return {
-        "prompts": ", ".join(source["source"] for source in made["prompts"]),
+        "prompts": ", ".join(source.source for source in sources),
         "samples": len(store),
         "tokens": sum(entry.tokens for entry in store.entries),
         "supervised_tokens": sum(entry.supervised for entry in store.entries),
         **{key: made[key] for key in ("greedy_share", "temperature", "max_new_tokens")},
         "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
-        "datasets": [s["source"] for s in made["prompts"] if is_hub_id(s["source"])],
+        "datasets": [source.address().repository for source in sources if source.on_hub],
     }
-
-
-def is_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not source.endswith(".jsonl")

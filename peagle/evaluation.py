@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peagle.data.capture_config import DTYPES
 from peagle.data.chat import prompt_ids
-from peagle.data.prompts import PromptSource, load_prompts
+from peagle.data.prompts import PromptSource, load_prompts, refuse_equal_names
 from peagle.decoding import Decoded, Decoder
 
 
@@ -42,6 +42,7 @@ class EvaluationConfig:
     template_options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        refuse_equal_names(self.prompts)
         if not self.k or min(self.k) < 1:
             raise ValueError(f"k must list numbers of drafts, each at least 1, got {self.k}")
         if not self.temperatures or min(self.temperatures) < 0:

@@ -20,7 +20,7 @@ from peagle.bench.engine import (
 from peagle.bench.plots import draw
 from peagle.bench.report import Conditions, Measurement, Row, bench_rows, format_bench, format_best
 from peagle.data.chat import prompt_ids
-from peagle.data.prompts import PromptSource, load_prompts
+from peagle.data.prompts import PromptSource, load_prompts, refuse_equal_names
 from peagle.data.store import write_atomically
 from peagle.model.config import PEagleConfig
 from peagle.model.servable import check_folder
@@ -69,6 +69,7 @@ class BenchConfig:
     vllm_args: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        refuse_equal_names(self.prompts)
         for name in ("k", "concurrency"):
             numbers = getattr(self, name)
             if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):

@@ -57,6 +57,7 @@ def regenerate(
     """The target's answers to all prompts, appended to ``path`` as they come."""
     done = read_answers(path)
     known = {answer.id for answer in done}
+    refuse_other_prompts(done, prompts, path)
     groups = {
         greedy: [p for p in prompts if p.id not in known and is_greedy(p, config) == greedy]
         for greedy in (True, False)
@@ -84,6 +85,21 @@ def regenerate(
     if too_long:
         print(f"{too_long} of {len(prompts)} prompts are longer than max_tokens and were left out")
     return counted(done, config)
+
+
+def refuse_other_prompts(answers: list[Answer], prompts: list[Prompt], path: Path) -> None:
+    """Raise ``ValueError`` when a row that was answered now asks something else.
+
+    A data set on the Hub may change under its name.
+    """
+    asked = {prompt.id: prompt.opening() for prompt in prompts}
+    for answer in answers:
+        opening = asked.get(answer.id, answer.messages)
+        if answer.messages[: len(opening)] != opening:
+            raise ValueError(
+                f"{path} answers other prompts: {answer.id} has changed since; capture into "
+                "another --store, or delete this one"
+            )
 
 
 def counted(answers: list[Answer], config: CaptureConfig) -> list[Answer]:

@@ -122,16 +122,19 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
     wanted = wanted_manifest(target, config)
     folder = Path(folder)
     partial = folder / "partial"
+    made = config.made_with()
+    for place in (folder, partial):
+        if (place / "manifest.json").exists():
+            refuse_other_settings(folder, made)
+            Manifest.read(place).check(wanted)
     if (folder / "manifest.json").exists():
-        Manifest.read(folder).check(wanted)
         return wanted
-    if (partial / "manifest.json").exists():
-        Manifest.read(partial).check(wanted)
     prompts = [prompt for source in config.prompts for prompt in load_prompts(source)]
     conversation_bytes = config.max_tokens * sample_bytes_per_token(wanted)
     require_disk(folder, conversation_bytes)
     wanted.write(partial)
-    write_atomically(folder / "capture.json", json.dumps(asdict(config), indent=2).encode())
+    record = json.dumps({**asdict(config), "made_with": made}, indent=2)
+    write_atomically(folder / "capture.json", record.encode())
 
     text, device = target.config(), pick_device(config.device)
     model = target.model(dtype=getattr(torch, config.dtype), device=device)
@@ -152,6 +155,24 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
     os.replace(partial / "manifest.json", folder / "manifest.json")
     partial.rmdir()
     return wanted
+
+
+def refuse_other_settings(folder: Path, made: dict[str, Any]) -> None:
+    """Raise ``ValueError`` with the first thing that another store in ``folder`` was made with."""
+    path = folder / "capture.json"
+    found = json.loads(path.read_text()).get("made_with", {}) if path.exists() else {}
+    wanted = json.loads(json.dumps(made))  # as it looks when it was written
+    mend = "capture into another --store, or delete this one"
+    for key in (key for key, value in wanted.items() if key in found and found[key] != value):
+        if key != "prompts":
+            what = f"made with {key} = {found[key]!r}, and this run asks for {wanted[key]!r}"
+        elif found[key].keys() != wanted[key].keys():
+            sets = [", ".join(sorted(names[key])) for names in (found, wanted)]
+            what = f"made from the prompt sets {sets[0]}, and this run asks for {sets[1]}"
+        else:
+            names = [repr(n) for n, digest in wanted[key].items() if found[key][n] != digest]
+            what = f"made from other prompts: what is in {', '.join(names)} has changed"
+        raise ValueError(f"the store in {folder} was {what}: {mend}")
 
 
 def samples_of(
