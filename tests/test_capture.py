@@ -9,13 +9,14 @@ import pytest
 import torch
 from random_parts import make_target
 
-from peagle.data import capture as capture_module
-from peagle.data.answers import Answer, generate, read_answers, refuse_other_prompts
+from peagle.data import states as states_module
+from peagle.data.answers import read_answers, refuse_other_prompts
 from peagle.data.capture import capture, wanted_manifest
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import prompt_ids
 from peagle.data.prompts import Prompt, PromptSource
 from peagle.data.store import Store
+from peagle.data.talks import Answer, generate
 from peagle.model.target import TargetSource, target_head_of
 from peagle.model.target_head import TargetHead
 
@@ -71,7 +72,7 @@ def test_an_interrupted_capture_goes_on_and_ends_with_the_same_store(folder, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(capture_module, "run_batch", killed)
+        patch.setattr(states_module, "run_batch", killed)
         with pytest.raises(KeyboardInterrupt):
             capture(TARGET, CONFIG, tmp_path)
     with open(tmp_path / "answers.jsonl", "a") as file:
@@ -137,7 +138,7 @@ def test_prompts_edited_while_their_capture_was_interrupted_are_refused(tmp_path
 
     config = own_prompts(tmp_path / "mine.jsonl", "def a():", "def b():")
     with monkeypatch.context() as patch:
-        patch.setattr(capture_module, "run_batch", killed)
+        patch.setattr(states_module, "run_batch", killed)
         with pytest.raises(KeyboardInterrupt):
             capture(TARGET, config, tmp_path / "store")
     edited = own_prompts(tmp_path / "mine.jsonl", "def b():", "def a():")

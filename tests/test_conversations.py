@@ -5,11 +5,11 @@ import json
 import pytest
 from chat_templates import HARMONY, QWEN3, tokenizer_with
 
-from peagle.data.answers import Talk, words
 from peagle.data.capture import capture
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.prompts import Prompt, PromptSource, load_prompts
 from peagle.data.store import Store
+from peagle.data.talks import Talk, words
 from peagle.model.target import TargetSource
 
 TARGET = TargetSource("tiny")

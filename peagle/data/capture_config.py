@@ -49,6 +49,8 @@ class CaptureConfig:
         reasoning: ``keep`` trains on the target's reasoning too; ``mask`` leaves it out of the
             loss, for targets that are served without it.
         template_options: for the chat template (``enable_thinking``, ``reasoning_effort``).
+        part: of several processes that capture into one store: ``0/2`` and ``1/2`` for two.
+            Each resumes by itself; the last one, or a capture without parts, completes the store.
     """
 
     prompts: list[PromptSource]
@@ -68,6 +70,7 @@ class CaptureConfig:
     regenerate: bool = True
     reasoning: Literal["keep", "mask"] = "keep"
     template_options: dict[str, Any] | None = None
+    part: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:

@@ -59,6 +59,11 @@ class Prompt(NamedTuple):
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": self.turns[0]}]
 
+    def options(self, given: dict[str, Any] | None) -> dict[str, Any]:
+        """What the chat template is given besides the messages: its options, and the tools."""
+        tools = {"tools": list(self.tools)} if self.tools else {}
+        return {**(given or {}), **tools}
+
 
 @dataclass(frozen=True)
 class PromptSource:
