@@ -117,14 +117,16 @@ def loss_of(mix: dict[str, float]) -> str:
 
 def data_facts(store: Store) -> dict[str, Any]:
     made = json.loads((store.folder / "capture.json").read_text())
-    sources = [PromptSource(**source) for source in made["prompts"]]
+    converted = made.get("speculators")
+    sources = [] if converted else [PromptSource(**source) for source in made["prompts"]]
+    own = not converted and made.get("regenerate", True)  # the target wrote the answers itself
     manifest = (store.folder / "manifest.json").read_bytes()
     return {
-        "prompts": ", ".join(source.source for source in sources),
+        "prompts": ", ".join(source.source for source in sources) or None,
         "samples": len(store),
         "tokens": sum(entry.tokens for entry in store.entries),
         "supervised_tokens": sum(entry.supervised for entry in store.entries),
-        **{key: made[key] for key in ("greedy_share", "temperature", "max_new_tokens")},
+        **{k: made[k] for k in ("greedy_share", "temperature", "max_new_tokens") if own},
         "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
         "datasets": [source.address().repository for source in sources if source.on_hub],
     }

@@ -18,7 +18,7 @@ LEVELS = [
     {"model.flash", "model.flex"},
     {"model.attention", "model.target", "data.batch"},
     {"model.drafter", "model.windows", "data.talks", "data.states"},
-    {"data.answers"},
+    {"data.answers", "data.converted"},
     {"model.drafting", "model.initial", "model.servable", "model.objective", "data.capture"},
     {"decoding", "model.export", "bench.engine"},
     {"bench.client"},

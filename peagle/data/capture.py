@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peagle.data.answers import Unit, different, given, regenerate, too_small, units_of
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import conversation_id, documents, without_reasoning
+from peagle.data.converted import convert
 from peagle.data.parts import Part, alone, locked
-from peagle.data.prompts import load_prompts
+from peagle.data.prompts import Prompt, load_prompts
 from peagle.data.states import Document, read_hidden_states, sample_bytes_per_token
 from peagle.data.store import Manifest, require_disk, write_atomically
 from peagle.data.talks import Answer
@@ -121,8 +122,8 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
     if finished(folder, wanted, made):
         return wanted
     with alone(folder / PARTIAL, part):
-        begin(folder, wanted, made, config)
-        capture_part(target, wanted, config, folder, part)
+        if not begin(folder, wanted, made, config):
+            capture_part(target, wanted, config, folder, part)
     return wanted
 
 
@@ -135,42 +136,35 @@ def finished(folder: Path, wanted: Manifest, made: dict[str, Any]) -> bool:
     return (folder / "manifest.json").exists()
 
 
-def begin(folder: Path, wanted: Manifest, made: dict[str, Any], config: CaptureConfig) -> None:
-    """Say whose store this is going to be; the parts do so one after the other."""
+def begin(folder: Path, wanted: Manifest, made: dict[str, Any], config: CaptureConfig) -> bool:
+    """Say whose store this is going to be, unless another process just completed it: true."""
     with locked(folder / PARTIAL / "setup.lock"):
-        finished(folder, wanted, made)  # another process may have begun another store
+        if finished(folder, wanted, made):
+            return True
         require_disk(folder, config.max_tokens * sample_bytes_per_token(wanted))
         wanted.write(folder / PARTIAL)
-        record = json.dumps({**asdict(config), "made_with": made}, indent=2)
+        record = json.dumps({**asdict(config), "part": None, "made_with": made}, indent=2)
         write_atomically(folder / "capture.json", record.encode())
+    return False
 
 
 def capture_part(
     target: TargetSource, wanted: Manifest, config: CaptureConfig, folder: Path, part: Part
 ) -> None:
-    """Answers first, then hidden states; then, if nothing is missing, the rest of the store."""
-    prompts = different([p for source in config.prompts for p in load_prompts(source)], config)
-    places = {prompt.id: number for number, prompt in enumerate(prompts)}
-    units = part.of(units_of(prompts, config))
+    """Write this part's samples and then, if no other part is missing, the rest of the store."""
     text, device = target.config(), pick_device(config.device)
+    sources = [] if config.speculators is not None else config.prompts
+    prompts = different([p for source in sources for p in load_prompts(source)], config)
     model = target.model(dtype=getattr(torch, config.dtype), device=device)
-    tokenizer = target.tokenizer()
-    if config.regenerate:
-        path = folder / part.own_name("answers.jsonl")
-        answers = regenerate(model, tokenizer, units, config, path)
-    else:
-        mine = [prompt for unit in units for prompt in unit.prompts]
-        answers = given(tokenizer, mine, config, end_tokens(model))
-    if not answers and part.count == 1:
-        raise too_small(config)
-    documents = [documents_of(unit, answers, places, tokenizer, config) for unit in units]
     head = target_head_of(model, text)
-    first = next((document for unit in documents for document in unit), None)
-    if first is not None:
-        check_head(model, head, first.content.input_ids[:64])
-    elif part.count == 1:
-        raise ValueError("no answer has supervised tokens: check chat template and max_new_tokens")
-    read_hidden_states(model, wanted, documents, config, folder, first_shard=part.first_shard)
+    if config.speculators is not None:
+        check_head(model, head, convert(model, wanted, config, folder, part).input_ids[:64])
+    else:
+        documents = answered(model, target.tokenizer(), prompts, config, folder, part)
+        first = next((document for unit in documents for document in unit), None)
+        if first is not None:  # else others have all the work
+            check_head(model, head, first.content.input_ids[:64])
+        read_hidden_states(model, wanted, documents, config, folder, first_shard=part.first_shard)
     start = tuple(config.start_layers or default_start_layers(text.num_hidden_layers))
     with locked(folder / PARTIAL / "setup.lock"):
         if not part.mark(folder / PARTIAL, config.batch_size):
@@ -183,6 +177,31 @@ def capture_part(
             leftover.unlink()
         os.replace(folder / PARTIAL / "manifest.json", folder / "manifest.json")
         shutil.rmtree(folder / PARTIAL)
+
+
+def answered(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    config: CaptureConfig,
+    folder: Path,
+    part: Part,
+) -> list[list[Document]]:
+    """The documents of this part's units. Raises ``ValueError`` if there is nothing to train."""
+    places = {prompt.id: number for number, prompt in enumerate(prompts)}
+    units = part.of(units_of(prompts, config))
+    if config.regenerate:
+        path = folder / part.own_name("answers.jsonl")
+        answers = regenerate(model, tokenizer, units, config, path)
+    else:
+        mine = [prompt for unit in units for prompt in unit.prompts]
+        answers = given(tokenizer, mine, config, end_tokens(model))
+    if not answers and part.count == 1:
+        raise too_small(config)
+    found = [documents_of(unit, answers, places, tokenizer, config) for unit in units]
+    if not any(found) and part.count == 1:
+        raise ValueError("no answer has supervised tokens: check chat template and max_new_tokens")
+    return found
 
 
 def refuse_other_settings(folder: Path, made: dict[str, Any]) -> None:

@@ -51,6 +51,8 @@ class CaptureConfig:
         template_options: for the chat template (``enable_thinking``, ``reasoning_effort``).
         part: of several processes that capture into one store: ``0/2`` and ``1/2`` for two.
             Each resumes by itself; the last one, or a capture without parts, completes the store.
+        speculators: folder of a data set that speculators prepared and whose hidden states it
+            captured: they are taken instead of prompts and answers.
     """
 
     prompts: list[PromptSource]
@@ -71,6 +73,7 @@ class CaptureConfig:
     reasoning: Literal["keep", "mask"] = "keep"
     template_options: dict[str, Any] | None = None
     part: str | None = None
+    speculators: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -90,6 +93,9 @@ class CaptureConfig:
         Batch sizes, device and shards are left out: they change no more than rounding.
         """
         own = {key: getattr(self, key) for key in SETTINGS}
+        if self.speculators is not None:
+            kept = {key: own[key] for key in ("val_share", "start_layers")}
+            return {"speculators": self.speculators, **kept, "prompts": {}}
         return {**own, "prompts": {source.name: digest_of(source) for source in self.prompts}}
 
     def answers_hash(self) -> str:

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from peagle.data.answers import different, given, is_greedy, too_small
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import documents
+from peagle.data.converted import opened
 from peagle.data.prompts import Prompt, load_prompts
 from peagle.data.states import sample_bytes_per_token
 from peagle.data.store import Manifest, Store
@@ -55,6 +56,8 @@ def forecast(
     """The data of a run; ``answers`` prompts are answered to learn how long answers are."""
     if (folder / "manifest.json").exists():
         return counted(folder)
+    if config.speculators is not None:
+        return to_convert(target, config, manifest)
     prompts, unknown, unread = readable(config)
     text, tokenizer = target.config(), tokenizer_of(target)
     if tokenizer is None or not prompts:
@@ -94,6 +97,22 @@ def counted(folder: Path) -> Forecast:
         basis="counted in the finished store",
         answer_seconds=0.0,
         ids=frozenset(),
+        unread=(),
+    )
+
+
+def to_convert(target: TargetSource, config: CaptureConfig, manifest: Manifest) -> Forecast:
+    """What speculators' data set holds."""
+    rows = opened(Path(config.speculators))
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    return Forecast(
+        conversations=len(rows),
+        tokens=tokens,
+        supervised=sum(int(row["loss_mask"].sum()) for row in rows),
+        bytes=tokens * sample_bytes_per_token(manifest) + target_bytes(target.config(), config),
+        basis=f"counted in {config.speculators}",
+        answer_seconds=0.0,
+        ids=frozenset(token for row in rows for token in row["input_ids"].tolist()),
         unread=(),
     )
 
