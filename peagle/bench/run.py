@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 from peagle.bench.client import Question, closed_loop, read_counters
 from peagle.bench.engine import (
     Serving,
@@ -85,8 +83,8 @@ class PromptSet(NamedTuple):
     """Prompts of one set, rendered by the target's chat template."""
 
     name: str
+    ids: list[list[int]]  # of the first turns; once the target has answered them, of all
     prompts: list[Prompt]
-    ids: list[list[int]]  # of the first turns; once an engine has answered them, of all
 
 
 def bench(config: BenchConfig) -> None:
@@ -103,8 +101,7 @@ def bench(config: BenchConfig) -> None:
     warn_beyond_training(drafter, config.k)
     vllm = find_vllm(config.vllm_python)
     require_parallel_drafting(vllm, [*drafter.architectures, *(text.architectures or ())])
-    tokenizer = target.tokenizer()
-    prompt_sets = rendered_prompts(config, tokenizer)
+    prompt_sets = rendered_prompts(config, target)
 
     folder = (config.run_dir or config.drafter.resolve().parent) / "metrics"
     conditions = Conditions(
@@ -113,13 +110,7 @@ def bench(config: BenchConfig) -> None:
     print(f"{describe(vllm)}; {config.dtype}, temperature {config.temperature:g}", file=sys.stderr)
     measurements: list[Measurement] = []
     for k in (0, *config.k):
-        print(f"{drafting(k)}: starting the engine", file=sys.stderr)
-        with serve(
-            vllm, serving(config, target, vllm, k), timeout_s=config.start_timeout_s
-        ) as server:
-            if k == 0:
-                prompt_sets = [all_turns(server.port, s, config, tokenizer) for s in prompt_sets]
-            measurements += measure(server.port, config, prompt_sets, k)
+        measurements += measure(config, target, vllm, prompt_sets, k)
         rows = bench_rows(measurements, conditions)
         write(folder / "bench.json", config, vllm, rows)
     print(f"\n{describe(vllm)}\n{config.dtype}, temperature {config.temperature:g}, at most "
@@ -161,22 +152,21 @@ def hardware(vllm: Vllm) -> str:
     return processor if vllm.device == "cpu" else f"{vllm.device_name}; {processor}"
 
 
-def rendered_prompts(config: BenchConfig, tokenizer: PreTrainedTokenizerBase) -> list[PromptSet]:
-    sets = [(source.name, load_prompts(source)) for source in config.prompts]
-    return [
-        PromptSet(
-            name, prompts, [prompt_ids(tokenizer, p.opening(), p.options(None)) for p in prompts]
-        )
-        for name, prompts in sets
-    ]
+def rendered_prompts(config: BenchConfig, target: TargetSource) -> list[PromptSet]:
+    tokenizer, sets = target.tokenizer(), []
+    for source in config.prompts:
+        prompts = load_prompts(source)
+        ids = [prompt_ids(tokenizer, p.opening(), p.options(None)) for p in prompts]
+        sets.append(PromptSet(source.name, ids, prompts))
+    return sets
 
 
-def all_turns(
-    port: int, prompt_set: PromptSet, config: BenchConfig, tokenizer: PreTrainedTokenizerBase
-) -> PromptSet:
-    """With the later turns as requests too, in the context of the target's own greedy answers."""
-    prompts, ids = prompt_set.prompts, list(prompt_set.ids)
-    talks, latest, turn = [p.opening() for p in prompts], list(prompt_set.ids), 1
+def add_later_turns(
+    port: int, config: BenchConfig, target: TargetSource, prompt_set: PromptSet
+) -> None:
+    """Later turns become requests too, in the context of what this engine answers greedily."""
+    prompts, latest, turn = prompt_set.prompts, list(prompt_set.ids), 1
+    talks, tokenizer = [prompt.opening() for prompt in prompts], target.tokenizer()
     while going_on := [i for i, prompt in enumerate(prompts) if len(prompt.turns) > turn]:
         questions = [Question(latest[i], config.max_new_tokens, 0.0) for i in going_on]
         answers = closed_loop(port, questions, max(config.concurrency)).answers
@@ -186,19 +176,16 @@ def all_turns(
                 {"role": "user", "content": prompts[i].turns[turn]},
             ]
             latest[i] = prompt_ids(tokenizer, talks[i], prompts[i].options(None))
-            ids.append(latest[i])
+            prompt_set.ids.append(latest[i])
         turn += 1
-    return prompt_set._replace(ids=ids)
 
 
-def drafting(k: int) -> str:
-    return f"K = {k}" if k else "no drafter"
-
-
-def serving(config: BenchConfig, target: TargetSource, vllm: Vllm, k: int) -> Serving:
-    """What one engine serves."""
+def measure(
+    config: BenchConfig, target: TargetSource, vllm: Vllm, prompt_sets: list[PromptSet], k: int
+) -> Iterator[Measurement]:
+    """Start one engine and ask it every prompt set at every concurrency."""
     eager = vllm.device == "cpu" if config.enforce_eager is None else config.enforce_eager
-    return Serving(
+    serving = Serving(
         target=absolute(target.path),
         revision=target.revision,
         drafter=str(config.drafter.resolve()) if k else None,
@@ -208,21 +195,20 @@ def serving(config: BenchConfig, target: TargetSource, vllm: Vllm, k: int) -> Se
         enforce_eager=eager,
         arguments=tuple(config.vllm_args),
     )
-
-
-def measure(
-    port: int, config: BenchConfig, prompt_sets: list[PromptSet], k: int
-) -> Iterator[Measurement]:
-    """Ask a running engine every prompt set at every concurrency."""
-    for prompt_set in prompt_sets:
-        for concurrency in config.concurrency:
-            measurement = ask_all(port, config, prompt_set, k, concurrency)
-            speed = measurement.tokens / measurement.seconds
-            print(
-                f"{drafting(k)}: {prompt_set.name}, {concurrency} at once: {speed:.1f} tok/s",
-                file=sys.stderr,
-            )
-            yield measurement
+    name = f"K = {k}" if k else "no drafter"
+    print(f"{name}: starting the engine", file=sys.stderr)
+    with serve(vllm, serving, timeout_s=config.start_timeout_s) as server:
+        for prompt_set in prompt_sets:
+            if k == 0:  # the first engine, without drafter: all others are asked the same
+                add_later_turns(server.port, config, target, prompt_set)
+            for concurrency in config.concurrency:
+                measurement = ask_all(server.port, config, prompt_set, k, concurrency)
+                speed = measurement.tokens / measurement.seconds
+                print(
+                    f"{name}: {prompt_set.name}, {concurrency} at once: {speed:.1f} tok/s",
+                    file=sys.stderr,
+                )
+                yield measurement
 
 
 def ask_all(

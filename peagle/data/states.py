@@ -49,12 +49,12 @@ def read_hidden_states(
         first_shard=first_shard,
     )
     done = {entry.place for entry in writer.done}
-    todo = [document for unit in units for document in unit if document.place not in done]
-    tokens = sum(len(document.content.input_ids) for document in todo)
+    missing = [document for unit in units for document in unit if document.place not in done]
+    tokens = sum(len(document.content.input_ids) for document in missing)
     needed = tokens * sample_bytes_per_token(manifest)
     require_disk(folder, needed)
     print(
-        f"capturing {len(todo)} documents, {tokens} tokens, {needed / 1e9:.2f} GB in {folder}",
+        f"capturing {len(missing)} documents, {tokens} tokens, {needed / 1e9:.2f} GB in {folder}",
         file=sys.stderr,
     )
     with tqdm(total=tokens, desc="hidden states", unit="tok", disable=None) as bar:
