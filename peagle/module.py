@@ -154,6 +154,17 @@ class PEagleModule(L.LightningModule):
         copied = initialise(self.drafter, head, kept, layers)
         if copied:
             self.print(f"layers 1-{len(copied)} start from the target's layers {copied}")
+        self.freeze_embeddings()
+
+    def freeze_embeddings(self) -> None:
+        """Raises ``ValueError`` where they start from random values."""
+        config = self.drafter.config
+        if not self.train_embeddings and config.hidden_size != config.target_hidden_size:
+            raise ValueError(
+                f"train_embeddings: false needs the target's own embeddings, and a drafter of "
+                f"width {config.hidden_size} cannot take those of width "
+                f"{config.target_hidden_size}: leave out hidden_size, or train them"
+            )
         self.drafter.embed_tokens.requires_grad_(self.train_embeddings)
 
     def use_vocabulary(self, kept: Int[Tensor, " W"]) -> None:
@@ -257,7 +268,7 @@ class PEagleModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(parameter_groups(self.drafter))
         self.configured = options_of(optimizer)
-        scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        scheduler = self.lr_scheduler(optimizer, self.total_steps())
         self.configured_schedule = schedule_options_of(scheduler)
         self.classes = {
             "optimizer": type(optimizer).__name__,
@@ -268,6 +279,13 @@ class PEagleModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def total_steps(self) -> int:
+        """Raises ``ValueError`` for a run without an end: its learning rate could never fall."""
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("training needs an end: set trainer.max_epochs or trainer.max_steps")
+        return int(steps)
 
     def on_train_start(self) -> None:
         """The configuration decides the learning rate, also of a resumed run."""

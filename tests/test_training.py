@@ -143,6 +143,19 @@ def test_settings_that_fit_no_sample_are_refused(random_store, tmp_path, changes
         make_trainer(tmp_path, 2).fit(make_module(), datamodule=make_data(random_store, **changes))
 
 
+def test_a_run_without_an_end_is_refused(random_store, tmp_path):
+    with pytest.raises(ValueError, match=r"set trainer\.max_epochs or trainer\.max_steps"):
+        make_trainer(tmp_path, -1, max_epochs=-1).fit(
+            make_module(), datamodule=make_data(random_store)
+        )
+
+
+def test_random_embeddings_of_another_width_cannot_be_frozen(random_store, tmp_path):
+    module = make_module(train_embeddings=False, hidden_size=16)
+    with pytest.raises(ValueError, match="a drafter of width 16 cannot take those of width 32"):
+        make_trainer(tmp_path, 2).fit(module, datamodule=make_data(random_store))
+
+
 def test_a_memory_budget_decides_the_rows_per_segment(random_store, tmp_path):
     data = make_data(random_store, max_rows=None, memory_gb=0.3)
     make_trainer(tmp_path, 1).fit(make_module(), datamodule=data)

@@ -23,6 +23,7 @@ from peagle.model.attention import (
 )
 from peagle.model.config import PEagleConfig
 from peagle.model.layers import DrafterLayer, RMSNorm, Rotary, rotate
+from peagle.model.products import speed_up
 
 
 class MaskRow(NamedTuple):
@@ -72,6 +73,7 @@ class PEagleDrafter(PreTrainedModel):
         if config.pruned:
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
             self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+        speed_up(self)
         self.post_init()
 
     def target_ids(self, draft_ids: Int[Tensor, " *T"]) -> Int[Tensor, " *T"]:
