@@ -125,6 +125,11 @@ class PEagleCLI(LightningCLI):
         config = self.config_init.fit
         store = Path(config.store)
         self.checkpoint("fit")  # what is wrong is said now, not after capture
+        if config.capture.part is not None:
+            raise ValueError(
+                "capture.part is for `peagle capture`: leave it out here, and what the parts have "
+                "not captured yet is captured now"
+            )
         if rank_zero_only.rank == 0:
             # Sampling answers must not move the seed that a drafter's weights are drawn from.
             with torch.random.fork_rng():

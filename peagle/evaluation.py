@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from peagle.data.capture_config import DTYPES
 from peagle.data.chat import prompt_ids
-from peagle.data.prompts import PromptSource, load_prompts
+from peagle.data.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
+from peagle.data.talks import words
 from peagle.decoding import Decoded, Decoder
 
 
@@ -42,6 +43,7 @@ class EvaluationConfig:
     template_options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        refuse_equal_names(self.prompts)
         if not self.k or min(self.k) < 1:
             raise ValueError(f"k must list numbers of drafts, each at least 1, got {self.k}")
         if not self.temperatures or min(self.temperatures) < 0:
@@ -54,53 +56,94 @@ class PromptBatch(NamedTuple):
     """Prompts of one set, decoded together."""
 
     prompt_set: str
-    ids: list[list[int]]
+    prompts: list[Prompt]
 
 
 class Run(NamedTuple):
-    """One batch decoded with one K (0: without drafter) at one temperature."""
+    """One batch decoded with one K (0: without drafter) at one temperature, all turns together."""
 
     prompt_set: str
     k: int
     temperature: float
     decoded: Decoded
+    turns: int  # answers that were given
 
 
-def prompt_batches(
-    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
-) -> list[PromptBatch]:
-    """Every prompt set, rendered by the target's chat template.
-
-    Of a conversation with several turns the first is asked; later turns depend on its answer.
-    """
+def prompt_batches(config: EvaluationConfig) -> list[PromptBatch]:
+    """Every prompt set, in batches."""
     batches = []
     for source in config.prompts:
-        ids = [
-            prompt_ids(tokenizer, prompt.opening(), config.template_options)
-            for prompt in load_prompts(source)
-        ]
+        prompts = load_prompts(source)
         batches += [
-            PromptBatch(source.name, ids[start : start + config.batch_size])
-            for start in range(0, len(ids), config.batch_size)
+            PromptBatch(source.name, prompts[start : start + config.batch_size])
+            for start in range(0, len(prompts), config.batch_size)
         ]
     return batches
 
 
-def decode_batch(decoder: Decoder, batch: PromptBatch, config: EvaluationConfig) -> list[Run]:
-    """Without drafter and with every K, at every temperature."""
-    runs = []
-    for temperature in config.temperatures:
-        for k in (0, *config.k):
-            generator = torch.Generator(decoder.target.device).manual_seed(config.seed)
-            decoded = decoder.decode(
-                batch.ids,
-                k=k,
-                temperature=temperature,
-                max_new_tokens=config.max_new_tokens,
-                generator=generator,
+def decode_batch(
+    decoder: Decoder,
+    batch: PromptBatch,
+    config: EvaluationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Run]:
+    """Without drafter and with every K, at every temperature, turn by turn.
+
+    Later turns are asked in the context of what the target says to the earlier ones greedily and
+    by itself, so that every K answers the same prompts.
+    """
+    talks = [prompt.opening() for prompt in batch.prompts]
+    settings = [(t, k) for t in config.temperatures for k in (0, *config.k)]
+    found: dict[tuple[float, int], list[tuple[list[int], Decoded]]] = {s: [] for s in settings}
+    members, turn = list(range(len(talks))), 0
+    while members:
+        ids = [
+            prompt_ids(tokenizer, talks[i], batch.prompts[i].options(config.template_options))
+            for i in members
+        ]
+        for temperature, k in settings:
+            decoded = decode(decoder, ids, config, temperature, k)
+            found[temperature, k].append((members, decoded))
+        turn += 1
+        going_on = [i for i in members if len(batch.prompts[i].turns) > turn]
+        if going_on:
+            own = (
+                found[0.0, 0][-1][1] if (0.0, 0) in found else decode(decoder, ids, config, 0.0, 0)
             )
-            runs.append(Run(batch.prompt_set, k, temperature, decoded))
-    return runs
+            said = dict(zip(members, own.tokens, strict=True))
+            for i in going_on:
+                talks[i] += [
+                    {"role": "assistant", "content": words(tokenizer, said[i])},
+                    {"role": "user", "content": batch.prompts[i].turns[turn]},
+                ]
+        members = going_on
+    return [
+        Run(batch.prompt_set, k, t, together(turns, len(talks)), sum(len(m) for m, _ in turns))
+        for (t, k), turns in found.items()
+    ]
+
+
+def decode(
+    decoder: Decoder, ids: list[list[int]], config: EvaluationConfig, temperature: float, k: int
+) -> Decoded:
+    return decoder.decode(
+        ids,
+        k=k,
+        temperature=temperature,
+        max_new_tokens=config.max_new_tokens,
+        generator=torch.Generator(decoder.target.device).manual_seed(config.seed),
+    )
+
+
+def together(turns: list[tuple[list[int], Decoded]], count: int) -> Decoded:
+    """The turns of ``count`` conversations as one; each turn comes with those that had it."""
+    tokens: list[list[int]] = [[] for _ in range(count)]
+    accepted: list[list[int]] = [[] for _ in range(count)]
+    for members, decoded in turns:
+        for row, i in enumerate(members):
+            tokens[i] += decoded.tokens[row]
+            accepted[i] += decoded.accepted[row]
+    return Decoded(tokens, accepted, sum(decoded.seconds for _, decoded in turns))
 
 
 def acceptance_rows(runs: list[Run], *, engine: str, dtype: str) -> list[dict[str, Any]]:
@@ -119,6 +162,7 @@ def acceptance_rows(runs: list[Run], *, engine: str, dtype: str) -> list[dict[st
                 "engine": engine,
                 "dtype": dtype,
                 "prompts": len(accepted),
+                "turns": sum(run.turns for run in chosen(runs, prompt_set, temperature, k)),
                 "tokens": token_count(ours),
                 "acceptance_length": acceptance_length(accepted),
                 "acceptance_length_ci95": confidence_interval(accepted),
@@ -132,8 +176,12 @@ def acceptance_rows(runs: list[Run], *, engine: str, dtype: str) -> list[dict[st
 
 
 def selected(runs: list[Run], prompt_set: str, temperature: float, k: int) -> list[Decoded]:
+    return [run.decoded for run in chosen(runs, prompt_set, temperature, k)]
+
+
+def chosen(runs: list[Run], prompt_set: str, temperature: float, k: int) -> list[Run]:
     wanted = (prompt_set, temperature, k)
-    return [r.decoded for r in runs if (r.prompt_set, r.temperature, r.k) == wanted]
+    return [run for run in runs if (run.prompt_set, run.temperature, run.k) == wanted]
 
 
 def token_count(decoded: list[Decoded]) -> int:

@@ -259,9 +259,11 @@ class PEagleModule(L.LightningModule):
         target = source.model(dtype=dtype, device=pick_device(config.device))
         drafter = copy.deepcopy(self.drafter).to(torch.bfloat16).to(dtype).to(target.device)
         self.decoder = Decoder(target, drafter.eval(), eos_ids=end_tokens(target))
+        self.tokenizer = source.tokenizer()
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> list[Run]:
-        return decode_batch(self.decoder, batch, self.trainer.datamodule.evaluation)
+        config = self.trainer.datamodule.evaluation
+        return decode_batch(self.decoder, batch, config, self.tokenizer)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(parameter_groups(self.drafter))

@@ -177,9 +177,9 @@ class HiddenStatesDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """Prompts to decode; ranks share them."""
-        batches = prompt_batches(self.evaluation, self.target.tokenizer())
+        batches = prompt_batches(self.evaluation)
         mine = batches[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(mine, batch_size=None)
+        return DataLoader(mine, batch_size=None, collate_fn=lambda batch: batch)
 
     def loader(self, packs: PackSampler | list[Pack], cod: Cod) -> ReadAhead:
         data = PackedSequences(
@@ -257,7 +257,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: Batch | PromptBatch, device: torch.device, dataloader_idx: int
     ) -> Batch | PromptBatch:
-        if isinstance(batch, PromptBatch):  # lists of ids; decoding places them
+        if isinstance(batch, PromptBatch):  # texts; decoding places their ids
             return batch
         kept = {name: getattr(batch, name) for name in ON_CPU}
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
