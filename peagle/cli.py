@@ -123,7 +123,9 @@ class PEagleCLI(LightningCLI):
     def after_fit(self) -> None:
         """Prove what was trained: the servable folder, both tables, the card."""
         trainer, run_dir = self.trainer, Path(self.config.fit.run_dir)
-        if trainer.is_global_zero:
+        if self.model.drafter.config.hidden_state != "shared":
+            print("no drafter/ is written: this hidden_state is for comparison, not for serving")
+        elif trainer.is_global_zero:
             export_drafter(self.model.drafter, run_dir / "drafter")
         trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         trainer.test(self.model, datamodule=self.datamodule, verbose=False)

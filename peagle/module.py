@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -24,7 +24,7 @@ from peagle.evaluation import PromptBatch, Run, decode_batch
 from peagle.guard import StepGuard, poisoned
 from peagle.loss import check_mix, global_mean
 from peagle.metrics import DepthAccuracy
-from peagle.model.config import PEagleConfig
+from peagle.model.config import HIDDEN_STATES, PEagleConfig
 from peagle.model.drafter import PEagleDrafter
 from peagle.model.initial import initialise
 from peagle.model.objective import objective
@@ -73,10 +73,17 @@ class PEagleModule(L.LightningModule):
         norm_before_residual: layer 0 adds to the normed hidden state instead of the raw one.
         norm_before_fc: one norm over all captured layers before ``fc``.
         fc_norm: one norm per captured layer before ``fc``.
+        hidden_state: of rows beyond the first guess. ``shared``, one learned vector, is the
+            paper's choice and what vLLM serves; the others (``peagle/model/row_states.py``) are
+            for comparison and cannot be exported.
+        start: ``target`` lets layers start as copies of the target's where they fit; ``random``
+            never. Embedding, norm and head start as the target's either way.
         train_embeddings: the paper found training them better than freezing them.
         recompute: run depth 0 again in the backward pass: less memory for long sequences, more
             time.
         loss: weights of the losses to add up: kl, ce, tv, lk_hybrid.
+        depth_decay: a row of depth d counts this to the power d; below 1 the first guesses, which
+            decide whether later ones are reached, count more.
         optimizer: called with the parameters.
         lr_scheduler: called with the optimizer and the number of steps.
     """
@@ -93,15 +100,21 @@ class PEagleModule(L.LightningModule):
         norm_before_residual: bool = False,
         norm_before_fc: bool = False,
         fc_norm: bool = False,
+        hidden_state: Literal[HIDDEN_STATES] = "shared",
+        start: Literal["target", "random"] = "target",
         train_embeddings: bool = True,
         recompute: bool = False,
         loss: dict[str, float] | None = None,
+        depth_decay: float = 1.0,
         optimizer: Callable[[Iterable], Optimizer] = lambda p: AdamW(p, lr=1e-4, weight_decay=0.0),
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] = LinearSchedule,
     ):
         super().__init__()
         self.cod, self.draft_vocab_size = cod, draft_vocab_size
-        self.train_embeddings, self.recompute = train_embeddings, recompute
+        self.start, self.train_embeddings, self.recompute = start, train_embeddings, recompute
+        if not 0 < depth_decay <= 1:
+            raise ValueError(f"depth_decay must lie in (0, 1], got {depth_decay}")
+        self.depth_decay = depth_decay
         self.mix = check_mix({"kl": 1.0} if loss is None else loss)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.architecture: dict[str, Any] = {
@@ -111,6 +124,7 @@ class PEagleModule(L.LightningModule):
             "norm_before_residual": norm_before_residual,
             "norm_before_fc": norm_before_fc,
             "fc_norm": fc_norm,
+            "hidden_state": hidden_state,
         }
         widths = {
             "hidden_size": hidden_size,
@@ -150,7 +164,10 @@ class PEagleModule(L.LightningModule):
             self.drafter.t2d.copy_(vocabulary.membership(manifest.vocab_size))
         self.full_head = [head]  # in a list: Lightning must neither move nor save it
         self.use_vocabulary(kept)
-        layers = TargetLayers.load(data.folder / "target_layers.safetensors", manifest.identity())
+        layers = TargetLayers({})
+        if self.start == "target":
+            path = data.folder / "target_layers.safetensors"
+            layers = TargetLayers.load(path, manifest.identity())
         copied = initialise(self.drafter, head, kept, layers)
         if copied:
             self.print(f"layers 1-{len(copied)} start from the target's layers {copied}")
@@ -175,7 +192,13 @@ class PEagleModule(L.LightningModule):
         generator = torch.Generator().manual_seed(batch.seed)
         rows = sample_rows(batch.supervised, batch.document, cod=self.cod, generator=generator)
         outcome = objective(
-            self.drafter, self.target_head, batch, rows, mix=self.mix, recompute=self.recompute
+            self.drafter,
+            self.target_head,
+            batch,
+            rows,
+            mix=self.mix,
+            depth_decay=self.depth_decay,
+            recompute=self.recompute,
         )
         loss = global_mean(outcome.loss, len(rows.anchor))
         self.rows_trained += len(rows.anchor)
@@ -309,7 +332,8 @@ class PEagleModule(L.LightningModule):
 def parameter_groups(drafter: PEagleDrafter) -> list[dict[str, Any]]:
     """Hidden matrices apart from the rest, for optimizers that tell them apart."""
     trained = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trained if p.ndim == 2 and name.startswith(("layers.", "fc."))]
+    places = ("layers.", "fc.", "row_states.project.")
+    matrices = [p for name, p in trained if p.ndim == 2 and name.startswith(places)]
     inside = {id(p) for p in matrices}
     rest = [p for _, p in trained if id(p) not in inside]
     return [{"params": matrices, MATRICES: True}, {"params": rest, MATRICES: False}]

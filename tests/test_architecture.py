@@ -13,7 +13,7 @@ LEVELS = [
      "cod.rollouts", "model.config", "data.chat", "data.store",
      "data.prompts"},
     {"cod.segments", "cod.visibility", "data.bad_samples", "data.vocab", "data.capture_config",
-     "restore", "metrics", "model.layers", "model.memory", "model.slot_cache",
+     "restore", "metrics", "model.layers", "model.row_states", "model.memory", "model.slot_cache",
      "model.target_head", "model.target_layers"},
     {"model.flash", "model.flex"},
     {"model.attention", "model.target", "data.batch"},

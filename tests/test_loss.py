@@ -48,6 +48,22 @@ def test_values_and_gradients_equal_the_plain_definition(mix, monkeypatch):
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("mix", MIXES, ids=lambda m: "+".join(m))
+def test_a_weighted_row_counts_like_that_many_rows(mix, monkeypatch):
+    monkeypatch.setattr("peagle.loss.CHUNK_ROWS", 10)
+    hidden, weight, teacher, position = inputs()
+    times = torch.randint(0, 4, (len(position),))
+    assert len(times.unique()) == 4
+    repeated = torch.repeat_interleave(torch.arange(len(position)), times)
+    expected = reference(hidden[repeated], weight, teacher, position[repeated], mix)
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    loss, _ = head_loss(hidden, weight, teacher, position, mix=mix, weights=times.double())
+    got = torch.autograd.grad(loss, (hidden, weight))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 def test_every_loss_is_zero_for_a_perfect_drafter_except_cross_entropy():
     _, weight, _, position = inputs()
     states = torch.randn(11, 8, dtype=torch.float64)

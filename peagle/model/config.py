@@ -3,6 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
+HIDDEN_STATES = ("shared", "depth", "anchor", "anchor_depth", "anchor_scaled")
+
 
 def default_layer_ids(num_layers: int) -> tuple[int, ...]:
     """vLLM's default choice (2, N//2, N-3), kept within 1..N, ascending, without repeats.
@@ -22,7 +24,8 @@ class PEagleConfig(LlamaConfig):
 
     Raises:
         ValueError: if the layer ids are not ascending and unique, the mask token is outside the
-            vocabulary, or the draft vocabulary is larger than the target's.
+            vocabulary, the draft vocabulary is larger than the target's, or ``hidden_state`` is
+            unknown.
     """
 
     # jaxtyping's import hook would check __init__ against the fields and refuse transformers' rest.
@@ -36,6 +39,7 @@ class PEagleConfig(LlamaConfig):
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
+    hidden_state: str = "shared"  # of rows without one (row_states.py); no other can be served
 
     def __post_init__(self, **kwargs):
         ids = list(self.eagle_aux_hidden_state_layer_ids)
@@ -51,6 +55,10 @@ class PEagleConfig(LlamaConfig):
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
                 f"mask_token_id must lie in 0..{self.vocab_size - 1}, got {self.mask_token_id}"
+            )
+        if self.hidden_state not in HIDDEN_STATES:
+            raise ValueError(
+                f"hidden_state must be one of {', '.join(HIDDEN_STATES)}, got {self.hidden_state!r}"
             )
         kwargs.setdefault("architectures", ["LlamaForCausalLMEagle3"])
         super().__post_init__(**kwargs)

@@ -23,15 +23,27 @@ from peagle.model.attention import (
 )
 from peagle.model.config import PEagleConfig
 from peagle.model.layers import DrafterLayer, RMSNorm, Rotary, rotate
+from peagle.model.row_states import RowStates
 
 
 class MaskRow(NamedTuple):
-    """What layer 0 makes of the mask token: the same for every row of depth >= 1, but rotation."""
+    """What layer 0 makes of the mask token: the same for every row of depth >= 1, but rotation.
 
-    query: Float[Tensor, "1 A E"]
-    key: Float[Tensor, "1 G E"]
-    value: Float[Tensor, "1 G E"]
-    residual: Float[Tensor, "1 D"]
+    One row, or each its own (``RowInputs``).
+    """
+
+    query: Float[Tensor, "#M A E"]
+    key: Float[Tensor, "#M G E"]
+    value: Float[Tensor, "#M G E"]
+    residual: Float[Tensor, "#M D"]
+
+
+class RowInputs(NamedTuple):
+    """What layer 0 reads in rows of depth >= 1 where they differ: all designs but ``shared``."""
+
+    state: Float[Tensor, "1 D"]
+    embedding: Float[Tensor, "1 D"]
+    anchor: Float[Tensor, "S D"]  # hidden states that depth 0 reads
 
 
 class Stream(NamedTuple):
@@ -41,7 +53,7 @@ class Stream(NamedTuple):
     hidden: Float[Tensor, "S D"]
     keys: tuple[Float[Tensor, "S G E"], ...]
     values: tuple[Float[Tensor, "S G E"], ...]
-    mask_row: MaskRow
+    mask_row: MaskRow | RowInputs
 
 
 class PEagleDrafter(PreTrainedModel):
@@ -56,6 +68,8 @@ class PEagleDrafter(PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.fc = nn.Linear(aux_width, width, bias=False)
         self.mask_hidden = nn.Parameter(torch.zeros(1, 1, aux_width))  # in the target's space
+        if config.hidden_state != "shared":
+            self.row_states = RowStates(config)
         if config.norm_before_fc:
             self.input_norm = RMSNorm(aux_width, eps=config.rms_norm_eps)
         if config.fc_norm:
@@ -107,6 +121,7 @@ class PEagleDrafter(PreTrainedModel):
         ``recompute`` keeps only each layer's input for the backward pass and runs it again there.
         """
         hidden, embedding = self.combine(aux), self.embed_tokens(tokens)
+        mask_row = self.mask_row(hidden)
         angles = self.rotary.angles(position, kernel_dtype(hidden, document_lengths))
         keys, values = [], []
         for layer in self.layers:
@@ -118,11 +133,22 @@ class PEagleDrafter(PreTrainedModel):
             embedding = None
             keys.append(key)
             values.append(value.to(key.dtype))  # once, not in every segment
-        return Stream(hidden, tuple(keys), tuple(values), self.mask_row())
+        return Stream(hidden, tuple(keys), tuple(values), mask_row)
 
-    def mask_row(self) -> MaskRow:
+    def mask_row(self, anchor: Float[Tensor, "S D"]) -> MaskRow | RowInputs:
         """Computed once per sequence; part of the stream, so that no segment repeats it."""
+        if self.config.hidden_state != "shared":
+            return RowInputs(*self.mask_inputs(), anchor)
         x, residual = self.layers[0].enter(*self.mask_inputs())
+        return MaskRow(*self.layers[0].self_attn(x), residual)
+
+    def enter_rows(self, rows: Rows, mask_row: MaskRow | RowInputs) -> MaskRow:
+        """Layer 0's projections and residual; one row stands for all where they are the same."""
+        if isinstance(mask_row, MaskRow):
+            return mask_row
+        anchor = mask_row.anchor[rows.anchor]
+        hidden = mask_row.state + self.row_states(anchor, rows.depth)
+        x, residual = self.layers[0].enter(hidden, mask_row.embedding.expand_as(hidden))
         return MaskRow(*self.layers[0].self_attn(x), residual)
 
     def rollouts(
@@ -134,7 +160,7 @@ class PEagleDrafter(PreTrainedModel):
     ) -> Float[Tensor, "M D"]:
         """Run rows of depth >= 1 against the keys and values of depth 0."""
         plan = plan_attention(rows, document, device=position.device)
-        count, mask_row = len(rows.anchor), stream.mask_row
+        count, mask_row = len(rows.anchor), self.enter_rows(rows, stream.mask_row)
         angles = self.rotary.angles(position[rows.anchor] + rows.depth, stream.keys[0].dtype)
         query, key, value = mask_row.query, mask_row.key, mask_row.value.expand(count, -1, -1)
         hidden = residual = mask_row.residual.expand(count, -1)
@@ -160,7 +186,10 @@ class PEagleDrafter(PreTrainedModel):
         inputs = (first.input_layernorm, first.hidden_norm)
         entrance = (*inputs, projections.q_proj, projections.k_proj, projections.v_proj)
         stream_only = {p for module in entrance for p in module.parameters()}
-        modules = (self.layers, self.norm, self.lm_head)
+        modules: list[nn.Module] = [self.layers, self.norm, self.lm_head]
+        if self.config.hidden_state != "shared":  # every segment enters layer 0 with its own rows
+            stream_only = set()
+            modules.append(self.row_states)
         found = (p for module in modules for p in module.parameters())
         return [p for p in found if p.requires_grad and p not in stream_only]
 

@@ -52,9 +52,15 @@ def draft(
     cache.slots.place(position, limit=cache.capacity if not bool(real.all()) else used)
 
     mask_hidden, mask_embedding = drafter.mask_inputs()
-    count_masks = (batch, num_tokens - 1, -1)
-    hidden = torch.cat([drafter.combine(aux.flatten(0, 1)).view(batch, width, -1),
-                        mask_hidden[None].expand(*count_masks)], 1)  # fmt: skip
+    known = drafter.combine(aux.flatten(0, 1)).view(batch, width, -1)
+    count_masks = (batch, num_tokens - 1, known.shape[-1])
+    guessed = mask_hidden[None].expand(*count_masks)
+    if drafter.config.hidden_state != "shared":
+        newest = known[torch.arange(batch, device=tokens.device), count - 1]
+        depth = torch.arange(1, num_tokens, device=tokens.device).repeat(batch)
+        added = drafter.row_states(newest.repeat_interleave(num_tokens - 1, 0), depth)
+        guessed = guessed + added.view(*count_masks)
+    hidden = torch.cat([known, guessed], 1)
     embedding = torch.cat(
         [drafter.embed_tokens(tokens), mask_embedding[None].expand(*count_masks)], 1
     )

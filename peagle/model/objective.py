@@ -37,11 +37,13 @@ def objective(
     rows: Rows,
     *,
     mix: Mapping[str, float],
+    depth_decay: float = 1.0,
     recompute: bool = False,
 ) -> Outcome:
     """Loss of all ``rows``, with gradients held per segment when gradients are enabled.
 
-    ``recompute`` runs depth 0 again in the backward pass instead of keeping its activations.
+    A row of depth ``d`` counts ``depth_decay ** d``. ``recompute`` runs depth 0 again in the
+    backward pass instead of keeping its activations.
     """
     stream = drafter.depth_zero(
         batch.tokens,
@@ -54,7 +56,9 @@ def objective(
 
     def part(segment_rows: Rows) -> Callable[[Stream], Tensor]:
         def run(local: Stream) -> Tensor:
-            loss, hits = segment_loss(drafter, target_head, batch, segment_rows, local, mix=mix)
+            loss, hits = segment_loss(
+                drafter, target_head, batch, segment_rows, local, mix=mix, depth_decay=depth_decay
+            )
             correct.append(hits)
             return loss
 
@@ -78,6 +82,7 @@ def segment_loss(
     stream: Stream,
     *,
     mix: Mapping[str, float],
+    depth_decay: float = 1.0,
 ) -> tuple[Float[Tensor, ""], Bool[Tensor, " N"]]:
     """Summed loss of the rows of one segment, all depths, and whether each guess is right."""
     deep = rows.depth > 0
@@ -89,8 +94,11 @@ def segment_loss(
     order = torch.cat([known, guessed])
     position = rows.position[order].to(hidden.device)
     teacher = TargetLogits(target_head, batch.final)
+    weights = None
+    if depth_decay != 1:
+        weights = (depth_decay ** rows.depth[order].float()).to(hidden.device)
     loss, guess = head_loss(
-        drafter.norm(hidden), drafter.lm_head.weight, teacher, position, mix=mix
+        drafter.norm(hidden), drafter.lm_head.weight, teacher, position, mix=mix, weights=weights
     )
     right = drafter.target_ids(guess) == batch.labels[position]
     return loss, torch.empty_like(right).index_copy_(0, order.to(right.device), right)
