@@ -1,0 +1,57 @@
+"""An exponential moving average of the weights: what is validated, saved, exported and tested."""
+
+import warnings
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import EMAWeightAveraging
+
+
+class AveragedWeights(EMAWeightAveraging):
+    """Lightning's own callback, made to agree with checkpoints that can be cut at any step.
+
+    A checkpoint holds the average as the drafter's weights, and the weights in training beside it,
+    so a run resumes where it stood. A run that has ended goes on from the average.
+
+    Args:
+        decay: share of the average that stays at each step. It looks back about ``1 / (1 - decay)``
+            steps, which should be few against the length of the run.
+        start_step: optimizer steps before the first one is averaged.
+    """
+
+    def __init__(self, decay: float = 0.99, start_step: int = 0):
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}")
+        # Buffers are the target's head and integer maps of the vocabulary: never averaged.
+        super().__init__(use_buffers=False, decay=decay, update_starting_at_step=start_step)
+        self.swapped = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        with warnings.catch_warnings():  # of shards, which there are none of
+            warnings.filterwarnings("ignore", ".*overrides the configure_model")
+            super().setup(trainer, pl_module, stage)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":  # afterwards the module itself holds the average
+            super().on_validation_epoch_start(trainer, pl_module)
+            self.swapped = True
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.swap_back(pl_module)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Before ``Checkpoint``, which Lightning calls last, saves what is finished."""
+        self.swap_back(pl_module)
+
+    def swap_back(self, pl_module: L.LightningModule) -> None:
+        if self.swapped:
+            self._swap_models(pl_module)
+            self.swapped = False
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._average_model is not None:  # validate and test need the average only
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
