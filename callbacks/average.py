@@ -1,10 +1,11 @@
 """An exponential moving average of the weights: what is validated, saved, exported and tested."""
 
-import warnings
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 
 class AveragedWeights(EMAWeightAveraging):
@@ -27,9 +28,17 @@ class AveragedWeights(EMAWeightAveraging):
         self.swapped = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        with warnings.catch_warnings():  # of shards, which there are none of
-            warnings.filterwarnings("ignore", ".*overrides the configure_model")
-            super().setup(trainer, pl_module, stage)
+        """Average the drafter alone: Lightning's copy of the whole module would hold the target's
+        head twice, and cannot be made of what the command line puts into it."""
+        if stage != "fit":
+            return
+        pl_module.configure_model()
+        trained = nn.ModuleDict({"drafter": pl_module.drafter})
+        names = [[name for name, _ in m.named_parameters()] for m in (trained, pl_module)]
+        assert names[0] == names[1], "Lightning pairs the parameters by their order"
+        self._average_model = AveragedModel(
+            trained, trainer.strategy.root_device, use_buffers=False, **self._kwargs
+        )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":  # afterwards the module itself holds the average

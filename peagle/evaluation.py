@@ -123,6 +123,8 @@ def acceptance_rows(runs: list[Run], *, engine: str, dtype: str) -> list[dict[st
                 "acceptance_length": acceptance_length(accepted),
                 "acceptance_length_ci95": confidence_interval(accepted),
                 "per_position": per_position(accepted, k),
+                "accepted_by_prompt": [sum(per_prompt) for per_prompt in accepted],
+                "rounds_by_prompt": [len(per_prompt) for per_prompt in accepted],
                 "lossless_prompts": identical(ours, alone) if temperature == 0 else None,
                 "tokens_per_second": speed(ours),
                 "baseline_tokens_per_second": speed(alone),

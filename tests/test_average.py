@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from test_training import make_data, make_module, make_trainer
+from torch.optim import AdamW
 
 from callbacks.average import AveragedWeights
 from callbacks.checkpoint import Checkpoint
@@ -24,6 +25,16 @@ class Steps(L.Callback):
         self.weights.append(pl_module.get_parameter(NAME).detach().clone())
 
 
+class Parsed:
+    """What the command line puts into the module refers to things that cannot be copied."""
+
+    def __call__(self, parameters):
+        return AdamW(parameters, lr=3e-3)
+
+    def __deepcopy__(self, memo):
+        raise TypeError("not copyable")
+
+
 class Stop(L.Callback):
     def __init__(self, batch):
         self.batch = batch
@@ -42,7 +53,7 @@ def average(weights, decay):
 
 def train(folder, store, steps, *callbacks, ckpt_path=None, **changes):
     torch.manual_seed(0)
-    module = make_module(draft_vocab_size=20)
+    module = make_module(draft_vocab_size=20, optimizer=Parsed())
     chosen = [AveragedWeights(decay=0.6), *callbacks, Checkpoint(every_n_steps=4)]
     trainer = make_trainer(folder, steps, callbacks=chosen, **changes)
     trainer.fit(module, datamodule=make_data(store), ckpt_path=ckpt_path, weights_only=True)
