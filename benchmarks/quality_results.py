@@ -84,12 +84,19 @@ def format_runs(runs: Mapping[str, list[Row]], reference: str = "default") -> st
                 str(line["seeds"]),
                 with_interval(line["acceptance_length"], line["ci95"]),
                 "" if ratio is None else with_interval(ratio, line["ratio_ci95"]),
-                f"{sum(row['loss'] for row in best) / len(best):.3f}",
-                f"{60 * sum(row['training_hours'] for row in best) / len(best):.1f}",
+                mean_of([row["loss"] for row in best], 3),
+                mean_of([60 * row["training_hours"] for row in best], 1),
             ]
         )
     header = ["recipe", "seeds", "acceptance length (95%)", f"to {reference} (95%)"]
     return format_table([*header, "val loss", "minutes"], lines)
+
+
+def mean_of(values: list[float | None], digits: int) -> str:
+    """Empty where it was not measured: a peer's loss is another one."""
+    if None in values:
+        return ""
+    return f"{sum(values) / len(values):.{digits}f}"
 
 
 def with_interval(value: float, bounds: list[float]) -> str:

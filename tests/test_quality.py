@@ -20,6 +20,8 @@ from quality_results import (  # noqa: E402
     runs_of,
     save_rows,
 )
+from quality_speculators import drafter_of, training_order  # noqa: E402
+from random_parts import LAYER_IDS, make_drafter  # noqa: E402
 from recipes import (  # noqa: E402
     Recipe,
     check_size,
@@ -28,7 +30,9 @@ from recipes import (  # noqa: E402
     resolved,
     steps_per_epoch,
 )
+from safetensors.torch import save_file  # noqa: E402
 
+from peagle.data.order import PackSampler  # noqa: E402
 from peagle.data.store import Store  # noqa: E402
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -287,3 +291,38 @@ def test_a_runs_figures_are_read_from_what_fit_wrote(tmp_path):
     (found,) = figures(tmp_path)
     assert found["acceptance_length"] == 3.0 and found["accuracy"] == [0.7, 0.4]
     assert (found["loss"], found["training_hours"], found["tokens"]) == (0.5, 0.1, 99)
+
+
+def test_speculators_gets_the_default_recipes_sequences_in_its_order(random_store):
+    store, done = Store(random_store), []
+    numbers = store.split("train")
+    sampler = PackSampler(
+        numbers,
+        [store.entries[i].tokens - 2 for i in numbers],
+        max_tokens=64,
+        seed=3,
+        rank=0,
+        world_size=1,
+        done=lambda: len(done),
+    )
+    for _ in range(3):
+        done += [pack.samples for pack in sampler]
+    steps = len(done) - 2
+    assert steps > 2 * len(sampler) > 8
+    expected = [[(store.entries[i].shard, store.entries[i].slot) for i in pack] for pack in done]
+    assert training_order(store, 64, 3, steps) == expected[:steps]
+    assert training_order(store, 64, 4, steps) != expected[:steps]
+
+
+def test_speculators_tensors_become_our_drafter_and_others_are_refused(random_store, tmp_path):
+    store, path = Store(random_store), tmp_path / "trained.safetensors"
+    shape = {"num_layers": 2, "vocab_size": 48, "mask_token_id": 5, "num_depths": 6,
+             "layer_ids": list(LAYER_IDS)}  # fmt: skip
+    tensors = make_drafter().float().state_dict()
+    save_file(tensors, path)
+    drafter = drafter_of(path, shape, store)
+    assert all(torch.equal(tensors[name], t) for name, t in drafter.state_dict().items())
+    assert (drafter.config.num_depths, drafter.config.mask_token_id) == (6, 5)
+    save_file({name: t for name, t in tensors.items() if name != "mask_hidden"}, path)
+    with pytest.raises(ValueError, match=r"mask_hidden: checkpoint None, ours \(1, 1, 96\)"):
+        drafter_of(path, shape, store)
