@@ -53,9 +53,7 @@ class Decoder:
         ValueError: if the target attends in another way.
     """
 
-    def __init__(
-        self, target: PreTrainedModel, drafter: Drafter | None, *, eos_ids: set[int]
-    ):
+    def __init__(self, target: PreTrainedModel, drafter: Drafter | None, *, eos_ids: set[int]):
         self.target, self.drafter, self.eos_ids = target, drafter, eos_ids
         self.layer_ids = tuple(drafter.config.eagle_aux_hidden_state_layer_ids) if drafter else ()
         self.masks = LayerMasks(layer_windows(target))

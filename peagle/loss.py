@@ -91,9 +91,7 @@ class _HeadLoss(torch.autograd.Function):
             first = first_choice(logits)
             guess[order[rows]] = first
             share = None if weights is None else weights[order[rows]].to(total.dtype)
-            loss, grad = divergence(
-                target, logits, first, mix=mix, weights=share, with_grad=needed
-            )
+            loss, grad = divergence(target, logits, first, mix=mix, weights=share, with_grad=needed)
             total += loss
             if needed:
                 grad = grad.to(dtype)

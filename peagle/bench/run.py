@@ -200,9 +200,7 @@ def measure(
     with serve(vllm, serving, timeout_s=config.start_timeout_s) as server:
         for prompt_set in prompt_sets:
             for concurrency in config.concurrency:
-                measurement = ask_all(
-                    server.port, config, prompt_set, drafter, k, concurrency
-                )
+                measurement = ask_all(server.port, config, prompt_set, drafter, k, concurrency)
                 speed = measurement.tokens / measurement.seconds
                 print(
                     f"{name}: {prompt_set.name}, {concurrency} at once: {speed:.1f} tok/s",
