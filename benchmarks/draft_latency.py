@@ -3,12 +3,13 @@
     python benchmarks/draft_latency.py --k 1 7 --layers 1 4
 
 Both drafters have the same layers, of the embedded target's shape, and draft in the loop that
-``test`` uses. Weights are random: a pass takes as long whatever it guesses. The settings take turns,
+``test`` uses. Weights are random: a pass takes as long whatever it guesses. Settings take turns,
 so that all meet the same states of the machine; a figure is the median over rounds, without each
 answer's first, which reads the prompt. ``ratio`` compares with the smallest K.
 """
 
 import argparse
+from dataclasses import replace
 from itertools import product
 from statistics import median
 
@@ -24,6 +25,7 @@ from peagle.model.config import PEagleConfig
 from peagle.model.kinds import drafter_class
 from peagle.model.target import TargetSource
 
+PROMPTS = PromptSource("stdlib", "test")
 PARALLEL = {"p-eagle": True, "eagle3": False}
 
 
@@ -50,7 +52,7 @@ def measured(layers: int, args: argparse.Namespace) -> list[dict]:
     tokenizer = source.tokenizer()
     prompts = [
         prompt_ids(tokenizer, prompt.opening())
-        for prompt in load_prompts(PromptSource("stdlib", "test", limit=args.prompts))
+        for prompt in load_prompts(replace(PROMPTS, limit=args.prompts))
     ]
     decoders = {
         method: Decoder(target, drafter_for(source, method, layers, args), eos_ids=set())
@@ -77,7 +79,7 @@ def measured(layers: int, args: argparse.Namespace) -> list[dict]:
 
 
 def drafter_for(source: TargetSource, method: str, layers: int, args: argparse.Namespace):
-    shape = shape_of(source.config(), CaptureConfig())
+    shape = shape_of(source.config(), CaptureConfig(prompts=[PROMPTS]))
     config = PEagleConfig(
         **shape["block"],
         num_hidden_layers=layers,
