@@ -227,9 +227,9 @@ def tested(drafter: PEagleDrafter, settings: dict[str, Any], args: argparse.Name
     dtype = getattr(torch, config.dtype)
     target = source.model(dtype=dtype, device=pick_device(config.device))
     served = drafter.to(torch.bfloat16).to(dtype).to(target.device)
-    decoder = Decoder(target, served, eos_ids=end_tokens(target))
+    decoders = {NAME: Decoder(target, served, eos_ids=end_tokens(target))}
     batches = prompt_batches(config, source.tokenizer())
-    runs = [run for batch in batches for run in decode_batch(decoder, batch, config)]
+    runs = [run for batch in batches for run in decode_batch(decoders, batch, config)]
     return pooled(acceptance_rows(runs, engine="peagle reference loop", dtype=config.dtype))
 
 

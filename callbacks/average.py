@@ -26,6 +26,7 @@ class AveragedWeights(EMAWeightAveraging):
         # Buffers are the target's head and integer maps of the vocabulary: never averaged.
         super().__init__(use_buffers=False, decay=decay, update_starting_at_step=start_step)
         self.swapped = False
+        self.trained: nn.Module | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Average the drafter alone: Lightning's copy of the whole module would hold the target's
@@ -36,27 +37,41 @@ class AveragedWeights(EMAWeightAveraging):
         trained = nn.ModuleDict({"drafter": pl_module.drafter})
         names = [[name for name, _ in m.named_parameters()] for m in (trained, pl_module)]
         assert names[0] == names[1], "Lightning pairs the parameters by their order"
+        self.trained = trained
         self._average_model = AveragedModel(
             trained, trainer.strategy.root_device, use_buffers=False, **self._kwargs
         )
 
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        super().on_train_batch_end(trainer, self.trained, outputs, batch, batch_idx)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, self.trained)
+
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":  # afterwards the module itself holds the average
-            super().on_validation_epoch_start(trainer, pl_module)
+            super().on_validation_epoch_start(trainer, self.trained)
             self.swapped = True
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.swap_back(pl_module)
+        self.swap_back()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Before ``Checkpoint``, which Lightning calls last, saves what is finished."""
-        self.swap_back(pl_module)
+        self.swap_back()
 
-    def swap_back(self, pl_module: L.LightningModule) -> None:
+    def swap_back(self) -> None:
         if self.swapped:
-            self._swap_models(pl_module)
+            self._swap_models(self.trained)
             self.swapped = False
 
     def on_load_checkpoint(

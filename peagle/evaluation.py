@@ -1,11 +1,14 @@
 """What ``test`` measures: prompts, decoding runs, and the acceptance rows they add up to."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from peagle.checkpoint import check_address
 from peagle.data.capture_config import DTYPES
 from peagle.data.chat import prompt_ids
 from peagle.data.prompts import PromptSource, load_prompts
@@ -27,6 +30,8 @@ class EvaluationConfig:
         device: ``auto`` is a GPU if there is one.
         seed: of sampled decoding.
         template_options: for the chat template, as in ``capture``.
+        baseline: checkpoint of another drafter for this target, such as an EAGLE-3 one, to be
+            decoded on the same prompts and shown beside.
     """
 
     prompts: list[PromptSource] = field(
@@ -40,6 +45,7 @@ class EvaluationConfig:
     device: str = "auto"
     seed: int = 0
     template_options: dict[str, Any] | None = None
+    baseline: str | None = None
 
     def __post_init__(self) -> None:
         if not self.k or min(self.k) < 1:
@@ -48,6 +54,8 @@ class EvaluationConfig:
             raise ValueError(f"temperatures must not be negative, got {self.temperatures}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.baseline is not None:
+            check_address(self.baseline)
 
 
 class PromptBatch(NamedTuple):
@@ -58,9 +66,10 @@ class PromptBatch(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One batch decoded with one K (0: without drafter) at one temperature."""
+    """One batch decoded with one drafter and K (0: without drafter) at one temperature."""
 
     prompt_set: str
+    method: str | None  # the drafter's
     k: int
     temperature: float
     decoded: Decoded
@@ -86,11 +95,18 @@ def prompt_batches(
     return batches
 
 
-def decode_batch(decoder: Decoder, batch: PromptBatch, config: EvaluationConfig) -> list[Run]:
-    """Without drafter and with every K, at every temperature."""
+def decode_batch(
+    decoders: Mapping[str, Decoder], batch: PromptBatch, config: EvaluationConfig
+) -> list[Run]:
+    """Without drafter and with every drafter and K, at every temperature.
+
+    ``decoders`` have one target and a drafter each; their names are what rows call the method.
+    """
     runs = []
+    alone = (None, next(iter(decoders.values())), 0)
+    drafted = [(name, decoder, k) for name, decoder in decoders.items() for k in config.k]
     for temperature in config.temperatures:
-        for k in (0, *config.k):
+        for name, decoder, k in (alone, *drafted):
             generator = torch.Generator(decoder.target.device).manual_seed(config.seed)
             decoded = decoder.decode(
                 batch.ids,
@@ -99,21 +115,29 @@ def decode_batch(decoder: Decoder, batch: PromptBatch, config: EvaluationConfig)
                 max_new_tokens=config.max_new_tokens,
                 generator=generator,
             )
-            runs.append(Run(batch.prompt_set, k, temperature, decoded))
+            runs.append(Run(batch.prompt_set, name, k, temperature, decoded))
     return runs
 
 
 def acceptance_rows(runs: list[Run], *, engine: str, dtype: str) -> list[dict[str, Any]]:
-    """One row per prompt set, K and temperature (``acceptance.json``)."""
-    keys = sorted({(run.prompt_set, run.temperature, run.k) for run in runs if run.k})
+    """One row per prompt set, temperature, K and drafter (``acceptance.json``).
+
+    Of several drafters the run's own comes first.
+    """
+    methods = list(dict.fromkeys(run.method for run in runs if run.method))
+    keys = sorted(
+        {(r.prompt_set, r.temperature, r.k, methods.index(r.method)) for r in runs if r.method}
+    )
     rows = []
-    for prompt_set, temperature, k in keys:
-        ours = selected(runs, prompt_set, temperature, k)
-        alone = selected(runs, prompt_set, temperature, 0)
+    for prompt_set, temperature, k, index in keys:
+        method = methods[index]
+        ours = selected(runs, prompt_set, temperature, method, k)
+        alone = selected(runs, prompt_set, temperature, None, 0)
         accepted = [per_prompt for decoded in ours for per_prompt in decoded.accepted]
         rows.append(
             {
                 "prompt_set": prompt_set,
+                "method": method,
                 "k": k,
                 "temperature": temperature,
                 "engine": engine,
@@ -128,14 +152,17 @@ def acceptance_rows(runs: list[Run], *, engine: str, dtype: str) -> list[dict[st
                 "lossless_prompts": identical(ours, alone) if temperature == 0 else None,
                 "tokens_per_second": speed(ours),
                 "baseline_tokens_per_second": speed(alone),
+                "draft_ms_per_round": draft_milliseconds(ours),
             }
         )
     return rows
 
 
-def selected(runs: list[Run], prompt_set: str, temperature: float, k: int) -> list[Decoded]:
-    wanted = (prompt_set, temperature, k)
-    return [r.decoded for r in runs if (r.prompt_set, r.temperature, r.k) == wanted]
+def selected(
+    runs: list[Run], prompt_set: str, temperature: float, method: str | None, k: int
+) -> list[Decoded]:
+    wanted = (prompt_set, temperature, method, k)
+    return [r.decoded for r in runs if (r.prompt_set, r.temperature, r.method, r.k) == wanted]
 
 
 def token_count(decoded: list[Decoded]) -> int:
@@ -145,6 +172,15 @@ def token_count(decoded: list[Decoded]) -> int:
 def speed(decoded: list[Decoded]) -> float:
     """Output tokens per second, prefill included."""
     return token_count(decoded) / sum(d.seconds for d in decoded)
+
+
+def draft_milliseconds(decoded: list[Decoded]) -> float | None:
+    """The drafter's latency in a round, median; first rounds, which read the prompts, apart.
+
+    ``None`` where no answer was long enough for a second round.
+    """
+    later = [seconds for d in decoded for seconds in d.draft_seconds[1:]]
+    return 1000 * median(later) if later else None
 
 
 def identical(ours: list[Decoded], alone: list[Decoded]) -> int:

@@ -64,7 +64,7 @@ def head_loss(
             the rows that guess it.
         position: which position each row guesses; rows in any order.
         mix: weights of the losses (see ``check_mix``).
-        weights: how much each row counts; default 1.
+        weights: of the rows; default 1.
 
     Rows are taken by position, a chunk at a time, so that rows which guess the same token share
     the target's distribution of it. Gradients are taken in the same pass: no logits outlive their
@@ -90,7 +90,7 @@ class _HeadLoss(torch.autograd.Function):
             logits = F.linear(states[rows], head).to(total.dtype)
             first = first_choice(logits)
             guess[order[rows]] = first
-            share = None if weights is None else weights[order[rows]].to(total)
+            share = None if weights is None else weights[order[rows]].to(total.dtype)
             loss, grad = divergence(target, logits, first, mix=mix, weights=share, with_grad=needed)
             total += loss
             if needed:
@@ -178,10 +178,10 @@ def divergence(
     first: Int[Tensor, " C"],
     *,
     mix: Mapping[str, float],
-    weights: Float[Tensor, " C"] | None = None,
+    weights: Float[Tensor, " C"] | None,
     with_grad: bool,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "C W"] | None]:
-    """Summed loss of a chunk and its gradient with respect to the logits.
+    """Summed loss of a chunk, each row by its weight, and its gradient with respect to the logits.
 
     For a loss ``f(q)`` the gradient is ``q * (f'(q) - sum(q * f'(q)))``; that of ``kl`` is
     ``q - p`` and that of ``tv``, where ``f'(q) = -[q < p]``, is ``q * (sum(q[q < p]) - [q < p])``.
@@ -190,15 +190,15 @@ def divergence(
     """
     p, q = target.p, torch.softmax(logits, -1)
     norm = log_sum_exp(logits, q, first)
-    each = torch.ones_like(norm) if weights is None else weights
-    kl_share, tv_share, ce_share = (mix.get(name, 0.0) * each for name in ("kl", "tv", "ce"))
+    every = torch.ones_like(norm) if weights is None else weights
+    kl_share, tv_share, ce_share = (every * mix.get(name, 0.0) for name in ("kl", "tv", "ce"))
     total, below = norm.new_zeros(()), None
     if "tv" in mix or "lk_hybrid" in mix:
         alpha = torch.minimum(p, q).sum(-1)
         if "lk_hybrid" in mix:
             blend = torch.exp(-LK_DECAY * alpha)
-            kl_share += mix["lk_hybrid"] * blend * each
-            tv_share += mix["lk_hybrid"] * (1 - blend) * each
+            kl_share += every * mix["lk_hybrid"] * blend
+            tv_share += every * mix["lk_hybrid"] * (1 - blend)
         total += (tv_share * (1 - alpha)).sum()
         below = q < p
     if "kl" in mix or "lk_hybrid" in mix:
@@ -210,7 +210,7 @@ def divergence(
         return total, None
     if set(mix) == {"kl"}:
         grad = q.sub_(p)
-        plain = mix["kl"] == 1 and weights is None
+        plain = weights is None and mix["kl"] == 1
         return total, grad if plain else grad.mul_(kl_share[:, None])
     return total, slope(target, q, below, kl_share, tv_share, ce_share if "ce" in mix else None)
 
@@ -235,8 +235,9 @@ def slope(
     return q
 
 
-def global_mean(total: Float[Tensor, ""], count: int) -> Float[Tensor, ""]:
-    """``total`` over the number of rows of all ranks, so that every row weighs the same.
+def global_mean(total: Float[Tensor, ""], count: int | float) -> Float[Tensor, ""]:
+    """``total`` over the number (or weight) of the rows of all ranks, so that a row counts the same
+    wherever it lies.
 
     Data-parallel training averages gradients over ranks; the factor of the world size undoes it.
     """

@@ -33,6 +33,18 @@ def test_a_configuration_starts_with_command_and_hardware(path):
     assert "Hardware:" in head and "Expected:" in head
 
 
+def test_the_baseline_trains_on_the_store_of_the_quickstart_and_is_measured_alike():
+    ours, baseline = (
+        yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+        for name in ("quickstart", "eagle3")
+    )
+    assert baseline["model"]["drafter"] == "eagle3"
+    for key in ("seed_everything", "target", "store", "capture", "data", "evaluation"):
+        assert baseline[key] == ours[key], key
+    assert baseline["model"]["cod"]["num_depths"] == ours["model"]["cod"]["num_depths"]
+    assert baseline["trainer"]["max_epochs"] == ours["trainer"]["max_epochs"]
+
+
 TARGETS = {
     "qwen3_0_6b": "Qwen/Qwen3-0.6B",
     "llama3_1_8b": "meta-llama/Llama-3.1-8B-Instruct",
@@ -46,7 +58,7 @@ TARGETS = {
 
 
 def test_there_is_a_configuration_for_every_target_that_is_promised():
-    assert {path.stem for path in CONFIGS} == {"quickstart", "paper", *TARGETS}
+    assert {path.stem for path in CONFIGS} == {"quickstart", "paper", "eagle3", *TARGETS}
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -1,19 +1,16 @@
 """Segments and held gradients against one plain backward pass."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from random_parts import make_drafter, make_head, make_sample
 
-from peagle.cod.rollouts import Cod, Rows, expected_rows, sample_rows
+from peagle.cod.rollouts import Cod, expected_rows, sample_rows
 from peagle.cod.segments import Segment, partition
 from peagle.data.batch import Batch, pack
 from peagle.loss import head_loss
 from peagle.model.objective import objective
 
 COD = Cod(6, 0.8)
-
 
 DESIGNS = ["shared", "depth", "anchor", "anchor_depth", "anchor_scaled"]
 
@@ -30,7 +27,10 @@ def draw(batch):
     return sample_rows(batch.supervised, batch.document, cod=COD, generator=generator)
 
 
-def plain_loss(drafter, head, batch, rows):
+BOTH = pytest.mark.parametrize("parallel", [True, False], ids=["p-eagle", "eagle3"])
+
+
+def plain_loss(drafter, head, batch, rows, depth_decay=1.0):
     """No segments, no held gradients: ordinary autograd over all rows."""
     lengths = torch.bincount(batch.document).tolist()
     stream = drafter.depth_zero(batch.tokens, batch.aux, batch.position, document_lengths=lengths)
@@ -39,7 +39,8 @@ def plain_loss(drafter, head, batch, rows):
     hidden[deep] = drafter.rollouts(rows.deeper(), stream, batch.position, batch.document)
     logits = drafter.lm_head(drafter.norm(hidden))
     p = torch.softmax(head(batch.final).double(), -1)[rows.position]
-    return (p * (p.log() - torch.log_softmax(logits, -1))).sum()
+    weights = depth_decay ** rows.depth.double()
+    return (weights * (p * (p.log() - torch.log_softmax(logits, -1))).sum(-1)).sum()
 
 
 def gradients(loss, drafter):
@@ -48,22 +49,37 @@ def gradients(loss, drafter):
     return {name: p.grad.clone() for name, p in drafter.named_parameters()}
 
 
-@pytest.mark.parametrize("design", DESIGNS)
-def test_held_gradients_equal_ordinary_backward(design):
-    drafter, head, batch = make_drafter(hidden_state=design).eval(), make_head(), make_batch()
+KINDS = [{"parallel_drafting": False}, *({"hidden_state": design} for design in DESIGNS)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(*kind.values()))
+@pytest.mark.parametrize("depth_decay", [1.0, 0.8])
+def test_held_gradients_equal_ordinary_backward(kind, depth_decay):
+    drafter, head, batch = make_drafter(**kind).eval(), make_head(), make_batch()
     rows = draw(batch)
-    wanted_loss = plain_loss(drafter, head, batch, rows)
+    wanted_loss = plain_loss(drafter, head, batch, rows, depth_decay)
     wanted = gradients(2 * wanted_loss / 7, drafter)
-    outcome = objective(drafter, head, batch, rows, mix={"kl": 1.0})
+    outcome = objective(drafter, head, batch, rows, mix={"kl": 1.0}, depth_decay=depth_decay)
+    assert outcome.weight == pytest.approx(sum(depth_decay**d for d in rows.depth.tolist()))
     got = gradients(2 * outcome.loss / 7, drafter)
     assert outcome.loss.item() == pytest.approx(wanted_loss.item(), rel=1e-6)
     for name, want in wanted.items():
         assert (got[name] - want).norm() <= 1e-6 * want.norm(), name
 
 
-@pytest.mark.parametrize(("count", "design"), [(2, "shared"), (16, "shared"), (5, "anchor_depth")])
-def test_segments_change_neither_loss_nor_gradients_in_float32(count, design):
-    drafter, head = make_drafter(hidden_state=design).float(), make_head()
+@pytest.mark.parametrize(
+    ("count", "kind"),
+    [
+        (2, {}),
+        (5, {"hidden_state": "anchor_depth"}),
+        (5, {"parallel_drafting": False}),
+        (16, {}),
+        (16, {"parallel_drafting": False}),
+    ],
+    ids=str,
+)
+def test_segments_change_neither_loss_nor_gradients_in_float32(count, kind):
+    drafter, head = make_drafter(**kind).float(), make_head()
     whole = make_batch(lengths=(160, 25, 41), dtype=torch.float32)
     expected = expected_rows(whole.supervised, whole.document, cod=COD)
     segments = partition(expected, max_rows=int(expected.sum() / count) + 4)
@@ -93,22 +109,6 @@ def test_segments_change_gradients_in_bfloat16_by_rounding_only():
             loss = objective(drafter, head, batch, rows, mix={"kl": 1.0}).loss
         found.append(torch.cat([g.flatten() for g in gradients(loss, drafter).values()]))
     assert 0 < (found[1] - found[0]).norm() <= 2e-2 * found[0].norm()
-
-
-def test_deeper_rows_can_count_less():
-    """Half the weight per depth: the loss is that of each depth alone, halved as often."""
-    drafter, head, batch = make_drafter(), make_head(), make_batch()
-    rows = draw(batch)
-    weighted = objective(drafter, head, batch, rows, mix={"kl": 1.0}, depth_decay=0.5).loss
-    shallower = [0.0]
-    for depth in range(int(rows.depth.max()) + 1):
-        keep = rows.depth <= depth  # without the deeper rows the others stay as they are
-        part = Rows(rows.anchor[keep], rows.depth[keep])
-        shallower.append(objective(drafter, head, batch, part, mix={"kl": 1.0}).loss.item())
-    alone = [after - before for before, after in pairwise(shallower)]
-    assert len(alone) == 6 and min(alone) > 1
-    expected = sum(value * 0.5**depth for depth, value in enumerate(alone))
-    assert weighted.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_running_depth_zero_again_changes_nothing():

@@ -37,7 +37,7 @@ ON_CPU = ("document", "supervised")  # the draw is made on the CPU, the same on 
 class PackedSequences(Dataset[Batch]):
     """Reads packs from a store and segments them."""
 
-    def __init__(self, store: Store, *, cod: Cod, max_rows: int, mask_token_id: int):
+    def __init__(self, store: Store, *, cod: Cod, max_rows: int, mask_token_id: int | None):
         self.store, self.cod, self.max_rows = store, cod, max_rows
         self.mask_token_id = mask_token_id
 
@@ -60,7 +60,7 @@ class PackedSequences(Dataset[Batch]):
 
     def sample(self, index: int) -> Sample:
         sample = self.store.read(index)
-        if (sample.input_ids == self.mask_token_id).any():
+        if self.mask_token_id is not None and (sample.input_ids == self.mask_token_id).any():
             raise ValueError(
                 f"sample {self.store.entries[index].sample} contains the mask token "
                 f"{self.mask_token_id}: choose a token id that never occurs"
@@ -76,7 +76,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
         revision: of the Hub id.
         store: folder of the store (``peagle capture`` makes it, ``fit`` does so when missing).
         cod: the COD settings of the model; given once, linked by the command line.
-        mask_token_id: id of the reserved mask token; linked from the model.
+        mask_token_id: id of the reserved mask token, if the drafter has one; linked from the model.
         evaluation: what ``test`` decodes.
         max_tokens: slots per packed sequence; longer conversations are left out, counted.
         max_rows: rows per segment; fewer rows need less memory, at some cost in speed. Default:
@@ -97,7 +97,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
         revision: str | None,
         store: str,
         cod: Cod,
-        mask_token_id: int,
+        mask_token_id: int | None,
         evaluation: EvaluationConfig,
         max_tokens: int = 8192,
         max_rows: int | None = None,
@@ -123,7 +123,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
             self.store = Store(self.folder, allow_missing=self.bad.skip)
             self.bad.samples = len(self.store)
             vocab_size = self.store.manifest.vocab_size
-            if not 0 <= self.mask_token_id < vocab_size:
+            if self.mask_token_id is not None and not 0 <= self.mask_token_id < vocab_size:
                 raise ValueError(
                     f"mask_token_id must lie in 0..{vocab_size - 1}, got {self.mask_token_id}"
                 )
