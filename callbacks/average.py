@@ -12,7 +12,7 @@ class AveragedWeights(EMAWeightAveraging):
     """Lightning's own callback, made to agree with checkpoints that can be cut at any step.
 
     A checkpoint holds the average as the drafter's weights, and the weights in training beside it,
-    so a run resumes where it stood. A run that has ended goes on from the average.
+    so a run resumes where it stood. From the end of fit on, the module holds the average.
 
     Args:
         decay: share of the average that stays at each step. It looks back about ``1 / (1 - decay)``
@@ -53,7 +53,11 @@ class AveragedWeights(EMAWeightAveraging):
         super().on_train_batch_end(trainer, self.trained, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_end(trainer, self.trained)
+        """Not yet: the last checkpoint is to hold the average and the weights in training too."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Also when a finished run is fitted again, which trains nothing."""
+        self._copy_average_to_current(self.trained)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":  # afterwards the module itself holds the average

@@ -90,6 +90,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(random_store, tmp_path):
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+def test_a_finished_run_that_is_fitted_again_holds_the_average(random_store, tmp_path):
+    before = train(tmp_path, random_store, 4)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    again = train(tmp_path, random_store, 4, ckpt_path=str(last))
+    assert torch.equal(before.get_parameter(NAME), again.get_parameter(NAME))
+    saved = read_checkpoint(str(last))
+    assert torch.equal(saved["state_dict"][NAME], again.get_parameter(NAME))
+    assert not torch.allclose(saved["current_model_state"][NAME], saved["state_dict"][NAME])
+
+
 def test_an_interrupted_validation_saves_each_weight_in_its_place(random_store, tmp_path):
     steps, changes = Steps(), {"limit_val_batches": 1.0, "val_check_interval": 3}
     with pytest.raises(SystemExit):
