@@ -142,7 +142,7 @@ def training_facts(
     optimizer = trainer.optimizers[0]
     return {
         **asdict(pl_module.cod),
-        "loss": loss_of(pl_module.mix),
+        "loss": loss_of(pl_module.mix, pl_module.depth_decay),
         "optimizer": type(optimizer).__name__,
         "lr": optimizer.param_groups[0].get("initial_lr"),
         "steps": trainer.global_step,
@@ -156,11 +156,12 @@ def training_facts(
     }
 
 
-def loss_of(mix: dict[str, float]) -> str:
-    """ "kl", or "0.5 kl + 0.5 tv"."""
+def loss_of(mix: dict[str, float], depth_decay: float) -> str:
+    """ "kl", or "0.5 kl + 0.5 tv, weighted 0.8^depth"."""
+    weighted = "" if depth_decay == 1 else f", weighted {depth_decay:g}^depth"
     if list(mix.values()) == [1.0]:
-        return next(iter(mix))
-    return " + ".join(f"{weight:g} {name}" for name, weight in mix.items())
+        return next(iter(mix)) + weighted
+    return " + ".join(f"{weight:g} {name}" for name, weight in mix.items()) + weighted
 
 
 def data_facts(store: Store) -> dict[str, Any]:

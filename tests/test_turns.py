@@ -55,7 +55,7 @@ def runs_of(decoder, config):
     return [
         run
         for batch in prompt_batches(config)
-        for run in decode_batch(decoder, batch, config, tokenizer)
+        for run in decode_batch({"p-eagle": decoder}, batch, config, tokenizer)
     ]
 
 
