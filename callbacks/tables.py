@@ -81,6 +81,11 @@ def by_reference(facts: Facts) -> bool:
     return any(str(row.get("engine")).startswith("peagle") for row in facts.acceptance.rows)
 
 
+def on_stdlib(facts: Facts) -> bool:
+    """Whether a row was measured on the prompts that ship with peagle."""
+    return any(str(row.get("prompt_set")).startswith("stdlib") for row in facts.acceptance.rows)
+
+
 def acceptance(facts: Facts) -> str:
     """Acceptance length, one table for each engine, dtype and temperature."""
     header = ("Prompt set", "K", "Acceptance length", "95% interval", "Prompts", "Tokens",
@@ -147,10 +152,11 @@ def bench(facts: Facts) -> str:
 def _bench_cells(row: Row) -> list[str]:
     drafter = row.get("drafter")
     alone = drafter is None
+    method = f" ({row['method']})" if row.get("method") else ""
     return [
         recorded(row.get("prompt_set")),
         recorded(row.get("concurrency")),
-        "none" if alone else text(PurePath(str(drafter)).name),
+        "none" if alone else text(PurePath(str(drafter)).name + method),
         NOTHING if alone else recorded(row.get("k")),
         measured(row.get("tokens_per_second"), 1),
         NOTHING if alone else measured(row.get("speedup"), 2),

@@ -298,4 +298,4 @@ def test_every_column_of_the_index_is_what_was_written(folder):
     entry = Store(folder).entries[2]
     sample = make_sample(14, 2)
     assert entry == Entry("0002", f"{SHARD}.safetensors", 2, 14, 11, "train",
-                          tuple(map(digest, sample)))  # fmt: skip
+                          tuple(map(digest, sample)), 2)  # fmt: skip

@@ -21,10 +21,10 @@ from peagle.model.target_head import TargetHead
 SETTINGS = {"slots": 64, "rollout": 8, "deeper": 0.7, "element": 4, "recompute": False}
 
 
-def large():
+def large(**changes):
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
     width = {"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 8192}
-    return PEagleConfig(num_hidden_layers=4, **width, **heads)
+    return PEagleConfig(num_hidden_layers=4, **width, **heads, **changes)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 4}, {"draft_vocab_size": 20}])
@@ -45,6 +45,15 @@ def test_more_memory_means_more_rows_and_longer_sequences_leave_fewer():
     assert rows(4.0, element=2) > rows(4.0)
     assert rows(4.0, recompute=True) > rows(4.0)
     assert rows(4.0, deeper=0.5) > rows(4.0)  # only those pass through the layers again
+
+
+def test_rows_of_eagle3_keep_their_attention_weights():
+    budget = {**SETTINGS, "slots": 4096}
+    kept = {
+        parallel: rows_within(8.0, large(parallel_drafting=parallel), **budget)
+        for parallel in (True, False)
+    }
+    assert kept[False] < kept[True] / 2  # 4 layers of 8 heads over 4,096 slots: 0.5 MB a row
 
 
 def test_a_budget_below_one_segment_names_the_smallest_that_works():

@@ -39,7 +39,13 @@ class PackedSequences:
     """Reads packs from a store and segments them."""
 
     def __init__(
-        self, store: Store, *, cod: Cod, max_rows: int, mask_token_id: int, buffers: Buffers
+        self,
+        store: Store,
+        *,
+        cod: Cod,
+        max_rows: int,
+        mask_token_id: int | None,
+        buffers: Buffers,
     ):
         self.store, self.cod, self.max_rows = store, cod, max_rows
         self.mask_token_id, self.buffers = mask_token_id, buffers
@@ -68,7 +74,7 @@ class PackedSequences:
         return Batch(**packed, segments=segments, seed=pack_.seed, bad=tuple(bad))
 
     def refuse_mask_token(self, sample: Sample, index: int) -> None:
-        if (sample.input_ids == self.mask_token_id).any():
+        if self.mask_token_id is not None and (sample.input_ids == self.mask_token_id).any():
             raise ValueError(
                 f"sample {self.store.entries[index].sample} contains the mask token "
                 f"{self.mask_token_id}: choose a token id that never occurs"
@@ -83,7 +89,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
         revision: of the Hub id.
         store: folder of the store (``peagle capture`` makes it, ``fit`` does so when missing).
         cod: the COD settings of the model; given once, linked by the command line.
-        mask_token_id: id of the reserved mask token; linked from the model.
+        mask_token_id: id of the reserved mask token, if the drafter has one; linked from the model.
         evaluation: what ``test`` decodes.
         max_tokens: slots per packed sequence; longer conversations are left out, counted.
         max_rows: rows per segment; fewer rows need less memory, at some cost in speed. Default:
@@ -104,7 +110,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
         revision: str | None,
         store: str,
         cod: Cod,
-        mask_token_id: int,
+        mask_token_id: int | None,
         evaluation: EvaluationConfig,
         max_tokens: int = 8192,
         max_rows: int | None = None,
@@ -131,7 +137,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
             self.store = Store(self.folder, allow_missing=self.bad.skip)
             self.bad.samples = len(self.store)
             vocab_size = self.store.manifest.vocab_size
-            if not 0 <= self.mask_token_id < vocab_size:
+            if self.mask_token_id is not None and not 0 <= self.mask_token_id < vocab_size:
                 raise ValueError(
                     f"mask_token_id must lie in 0..{vocab_size - 1}, got {self.mask_token_id}"
                 )
@@ -177,9 +183,9 @@ class HiddenStatesDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """Prompts to decode; ranks share them."""
-        batches = prompt_batches(self.evaluation, self.target.tokenizer())
+        batches = prompt_batches(self.evaluation)
         mine = batches[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(mine, batch_size=None)
+        return DataLoader(mine, batch_size=None, collate_fn=lambda batch: batch)
 
     def loader(self, packs: PackSampler | list[Pack], cod: Cod) -> ReadAhead:
         data = PackedSequences(
@@ -258,7 +264,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: Batch | PromptBatch, device: torch.device, dataloader_idx: int
     ) -> Batch | PromptBatch:
-        if isinstance(batch, PromptBatch):  # lists of ids; decoding places them
+        if isinstance(batch, PromptBatch):  # texts; decoding places their ids
             return batch
         kept = {name: getattr(batch, name) for name in ON_CPU}
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)

@@ -29,6 +29,7 @@ from torch import Tensor
 from peagle.data.shard import Span, read_into, read_spans
 
 FORMAT = 1
+SHARDS_PER_PART = 100_000  # a part's shards have numbers of its own
 TENSORS = ("input_ids", "loss_mask", "aux", "final")
 IDENTITY = b"peagle.identity"  # in an index part: of the store that its shard was written for
 
@@ -112,31 +113,47 @@ class Entry(NamedTuple):
     supervised: int
     split: str  # "train" or "val"
     hashes: tuple[str, ...]  # xxh3 of each tensor, in the order of TENSORS
+    place: int  # in the store's order, whatever shard it is in
 
 
 class StoreWriter:
-    """Appends samples to a store; ``done`` holds the samples that earlier runs completed.
+    """Appends samples to a store; ``done`` holds those that earlier runs completed.
 
     With the ``identity`` of its manifest in every index part, a shard cannot be mistaken for one
-    of another store.
+    of another store. Processes that write at the same time begin at shards far from each other.
     """
 
-    def __init__(self, folder: Path, *, shard_bytes: int, identity: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        shard_bytes: int,
+        identity: str | None = None,
+        first_shard: int = 0,
+    ):
         self.folder, self.shard_bytes, self.identity = folder, shard_bytes, identity
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
+        mine = range(first_shard, first_shard + SHARDS_PER_PART)
+        for leftover in folder.glob("shard-*.tmp"):
+            if number_of_shard(leftover) in mine:
+                leftover.unlink()
         parts = index_parts(folder)
-        self.done = {entry.sample for part in parts for entry in read_index(part, identity)}
-        self.next_shard = len(parts)
-        self.pending: list[tuple[str, str, Sample]] = []
+        self.done = [entry for part in parts for entry in read_index(part, identity)]
+        self.next_shard = first_shard + sum(number_of_shard(part) in mine for part in parts)
+        self.pending: list[tuple[str, str, Sample, int]] = []
         self.bytes = 0
+        self.next_place = max((entry.place for entry in self.done), default=-1) + 1
 
-    def append(self, sample_id: str, split: str, sample: Sample) -> None:
-        """Raises ``ValueError`` for a sample whose hidden states are not finite."""
+    def append(self, sample_id: str, split: str, sample: Sample, place: int | None = None) -> None:
+        """``place`` is the sample's in the store's order; default after all before it.
+
+        Raises ``ValueError`` for a sample whose hidden states are not finite.
+        """
         if not all(torch.isfinite(t).all() for t in (sample.aux, sample.final)):
             raise ValueError(f"sample {sample_id}: the target's hidden states are not finite")
-        self.pending.append((sample_id, split, sample))
+        place = self.next_place if place is None else place
+        self.next_place = max(self.next_place, place + 1)
+        self.pending.append((sample_id, split, sample, place))
         self.bytes += sum(t.nbytes for t in sample)
         if self.bytes >= self.shard_bytes:
             self.flush()
@@ -147,7 +164,7 @@ class StoreWriter:
             return
         name = f"shard-{self.next_shard:05d}"
         tensors, entries = {}, []
-        for slot, (sample_id, split, sample) in enumerate(self.pending):
+        for slot, (sample_id, split, sample, place) in enumerate(self.pending):
             contents = [tensor.contiguous() for tensor in sample]
             tensors |= {f"{slot}.{key}": t for key, t in zip(TENSORS, contents, strict=True)}
             hashes = tuple(digest(t) for t in contents)
@@ -160,6 +177,7 @@ class StoreWriter:
                     int(sample.loss_mask.sum()),
                     split,
                     hashes,
+                    place,
                 )
             )
         temporary = self.folder / f"{name}.safetensors.tmp"
@@ -186,7 +204,7 @@ class Store:
     def __init__(self, folder: Path, *, allow_missing: bool = False):
         self.folder = folder
         self.manifest = Manifest.read(folder)
-        self.entries: list[Entry] = []
+        found: list[Entry] = []
         for part in index_parts(folder):
             shard = part.with_suffix(".safetensors")
             entries = read_index(part, self.manifest.identity())
@@ -195,7 +213,8 @@ class Store:
                     raise ValueError(f"{part.name} names {name!r}, not a file of this store")
             if not shard.exists() and not allow_missing:
                 raise ValueError(f"shard {shard.name} is missing from {folder}: capture again")
-            self.entries += entries
+            found += entries
+        self.entries = in_order(found)
         self.spans: dict[str, dict[str, Span]] = {}  # of the shards that were read from
 
     def __len__(self) -> int:
@@ -270,32 +289,51 @@ def finite(states: BFloat16[Tensor, "n D"]) -> bool:
     return int(bits.max()) < 0xFF80 and int(bits.view(np.int16).max()) < 0x7F80
 
 
+def in_order(entries: list[Entry]) -> list[Entry]:
+    """By place, and equal documents once: several processes may each have found one."""
+    once: dict[str, Entry] = {}
+    for entry in sorted(entries, key=lambda entry: entry.place):
+        once.setdefault(entry.sample, entry)
+    return list(once.values())
+
+
+def number_of_shard(path: Path) -> int:
+    """Of a shard's file or its index part. Raises ``ValueError`` for a file of another name."""
+    digits = path.name.removeprefix("shard-").partition(".")[0]
+    if not digits.isdecimal() or not path.name.startswith(f"shard-{int(digits):05d}."):
+        raise ValueError(f"{path} is not a file of a store")
+    return int(digits)
+
+
 def index_parts(folder: Path) -> list[Path]:
     """The index in its order. Raises ``ValueError`` if a part is gone, and its samples with it."""
-    parts = sorted(folder.glob("shard-*.parquet"))
-    for number, part in enumerate(parts):
-        if part.name != f"shard-{number:05d}.parquet":
+    parts = {number_of_shard(path): path for path in folder.glob("shard-*.parquet")}
+    for number in sorted(parts):
+        if number % SHARDS_PER_PART and number - 1 not in parts:
             raise ValueError(
-                f"{folder} has {part.name} but no shard-{number:05d}.parquet: a part of the index "
-                "is missing: capture again"
+                f"{folder} has {parts[number].name} but no shard-{number - 1:05d}.parquet: a part "
+                "of the index is missing: capture again"
             )
-    return parts
+    return [parts[number] for number in sorted(parts)]
 
 
 def read_index(part: Path, identity: str | None = None) -> list[Entry]:
     """Raises ``ValueError`` for a damaged part, or one of a store with another ``identity``."""
     try:
         table = pq.read_table(part, page_checksum_verification=True)
+        if "place" not in table.column_names:  # of an earlier version: the order of its shards
+            table = table.append_column("place", [[0] * len(table)])
         columns = [table[key].to_pylist() for key in Entry._fields]
     except (pa.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"index part {part.name} is damaged ({error}): capture again") from error
-    found = (table.schema.metadata or {}).get(IDENTITY, b"").decode()
-    if identity and found and found != identity:
+    owner = (table.schema.metadata or {}).get(IDENTITY, b"").decode()
+    if identity and owner and owner != identity:
         raise ValueError(
             f"index part {part.name} belongs to a store of another target or with other settings "
             f"than {part.parent / 'manifest.json'} says: capture again"
         )
-    return [Entry(*values[:-1], tuple(values[-1])) for values in zip(*columns, strict=True)]
+    found = [Entry(*values) for values in zip(*columns, strict=True)]
+    return [entry._replace(hashes=tuple(entry.hashes)) for entry in found]
 
 
 def digest(tensor: Tensor) -> str:

@@ -42,7 +42,8 @@ def rows_within(
     weights = parameters(config)
     stream = slots * slot_bytes(config, element, recompute=recompute) + head_bytes(config)
     fixed = SEGMENT * weights + stream + CHUNKS * 4 * CHUNK_ROWS * config.draft_vocab_size
-    row = row_bytes(config, element, deeper * config.num_hidden_layers)
+    layers = deeper * config.num_hidden_layers
+    row = row_bytes(config, element, layers) + score_bytes(config, slots)
     again = slots * layer_bytes(config, element) if recompute else 0
     others = max(STREAM * weights + stream + again, STEP * weights)
     least = max(others, fixed + rollout * row) * SLACK
@@ -82,6 +83,12 @@ def layer_bytes(config: PEagleConfig, element: int) -> int:
     pair = config.num_key_value_heads * config.head_dim
     attention = (element + 4) * (query + pair)  # queries and keys may be float32
     return 4 * element * (config.hidden_size + config.intermediate_size) + attention
+
+
+def score_bytes(config: PEagleConfig, slots: int) -> int:
+    """Attention weights that a row of an EAGLE-3 rollout keeps (``eagle3.py``), at most."""
+    heads = 0 if config.parallel_drafting else config.num_attention_heads
+    return config.num_hidden_layers * heads * slots * 4
 
 
 def parameters(config: PEagleConfig) -> int:
