@@ -68,7 +68,7 @@ def checkpoint(path, drafter):
     return str(path)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     ("parallel", "names"),
     [(False, ["p-eagle", "eagle3"]), (True, ["p-eagle", "p-eagle (baseline)"])],

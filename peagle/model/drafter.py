@@ -62,7 +62,8 @@ class PEagleDrafter(Drafter):
         """Run rows of depth >= 1 against the keys and values of depth 0."""
         plan = plan_attention(rows, document, device=position.device)
         count, mask_row = len(rows.anchor), self.enter_rows(rows, stream.entrance)
-        angles = self.rotary.angles(position[rows.anchor] + rows.depth, stream.keys[0].dtype)
+        slots = rows.position.to(position.device)
+        angles = self.rotary.angles(position[slots], stream.keys[0].dtype)
         query, key, value = mask_row.query, mask_row.key, mask_row.value.expand(count, -1, -1)
         hidden = residual = mask_row.residual.expand(count, -1)
         for index, layer in enumerate(self.layers):

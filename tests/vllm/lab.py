@@ -51,7 +51,7 @@ CASES = {
     "tiny target, 2 layers, pruned, fc_norm": Case(
         "tiny", True, {"model.num_layers": 2, "model.fc_norm": "true"}
     ),
-    "tiny target, eagle3": Case(
+    "tiny target, autoregressive": Case(
         "tiny",
         False,
         {
