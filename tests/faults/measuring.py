@@ -88,7 +88,7 @@ def write_store(folder: Path, manifest: Manifest, samples: int, length: int) -> 
     sample = random_sample(length, manifest.hidden_size, 0)
     writer = StoreWriter(folder, shard_bytes=16 * MEGABYTE)
     for number in range(samples):
-        writer.append(f"{number:016x}", "train", sample)
+        writer.append(f"{number:016x}", "train", Sample(*(tensor.clone() for tensor in sample)))
     writer.flush()
     manifest.write(folder)
 
