@@ -122,7 +122,8 @@ def data_facts(store: Store) -> dict[str, Any]:
     own = not converted and made.get("regenerate", True)  # the target wrote the answers itself
     manifest = (store.folder / "manifest.json").read_bytes()
     return {
-        "prompts": ", ".join(source.source for source in sources) or None,
+        # By the file's name: where it lies on this machine is nobody's business.
+        "prompts": ", ".join(s.source if s.on_hub else s.name for s in sources) or None,
         "samples": len(store),
         "tokens": sum(entry.tokens for entry in store.entries),
         "supervised_tokens": sum(entry.supervised for entry in store.entries),
