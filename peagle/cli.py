@@ -29,17 +29,28 @@ from peagle.plan.report import RunShape, plan
 
 
 class RunConfig(SaveConfigCallback):
-    """Keeps the configuration of ``fit`` in the run's folder; no other command touches it."""
+    """Keeps the configuration of ``fit`` in the run's folder; no other command touches it.
+
+    A new run replaces what an earlier one has left there; a run that is continued with other
+    settings keeps both.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.is_global_zero:
+        """Too early: whether a checkpoint is loaded is known when training starts."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
         content = self.parser.dump(self.config, skip_none=False).encode()
         path, number = folder / "config.yaml", 1
-        while path.exists() and path.read_bytes() != content:
-            number += 1  # a run that is continued with other settings keeps both
-            path = folder / f"config.resume-{number}.yaml"
+        if trainer.global_step == 0:
+            for resumed in folder.glob("config.resume-*.yaml"):
+                resumed.unlink()
+        else:
+            while path.exists() and path.read_bytes() != content:
+                number += 1
+                path = folder / f"config.resume-{number}.yaml"
         write_atomically(path, content)
 
 
@@ -67,6 +78,7 @@ class PEagleCLI(LightningCLI):
             ("revision", "data.revision"),
             ("store", "data.store"),
             ("run_dir", "trainer.default_root_dir"),
+            ("run_dir", "trainer.logger.init_args.run_dir"),
             ("model.cod.num_depths", "data.cod.num_depths"),
             ("model.cod.keep_ratio", "data.cod.keep_ratio"),
             ("model.cod.min_keep_ratio", "data.cod.min_keep_ratio"),

@@ -52,7 +52,6 @@ def small_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     overrides = [
         *("--run_dir", folder / "run", "--store", folder / "store"),
-        *("--trainer.logger.init_args.path", folder / "run" / "metrics" / "train.csv"),
         *("--capture.prompts", "[{source: stdlib, split: train, limit: 40}]"),
         *("--capture.max_new_tokens", 32, "--trainer.max_steps", 6),
         *("--model.num_layers", 1, "--evaluation.max_new_tokens", 16),

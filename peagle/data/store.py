@@ -17,14 +17,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import xxhash
-from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
+from jaxtyping import BFloat16, Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
+
+from peagle.data.shard import Span, read_into, read_spans
 
 FORMAT = 1
 SHARDS_PER_PART = 100_000  # a part's shards have numbers of its own
@@ -192,7 +194,7 @@ class StoreWriter:
 
 
 class Store:
-    """Reads samples by number; a sample is verified the first time it is read.
+    """Reads samples by number; a sample is verified whenever it is read.
 
     Raises:
         ValueError: if manifest or index are not in order, or a shard is missing. With
@@ -213,7 +215,7 @@ class Store:
                 raise ValueError(f"shard {shard.name} is missing from {folder}: capture again")
             found += entries
         self.entries = in_order(found)
-        self.verified: set[int] = set()
+        self.spans: dict[str, dict[str, Span]] = {}  # of the shards that were read from
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -222,18 +224,29 @@ class Store:
         """Numbers of the samples of a split."""
         return [i for i, entry in enumerate(self.entries) if entry.split == name]
 
-    def read(self, index: int) -> Sample:
-        """Raises ``BadSample`` naming shard and sample when the stored bytes are not right."""
+    def read(self, index: int, states: tuple[Tensor, Tensor] | None = None) -> Sample:
+        """One sample, verified; ``states`` is where ``aux`` and ``final`` go, else new memory.
+
+        Raises:
+            BadSample: naming shard and sample when the stored bytes are not right.
+        """
         entry = self.entries[index]
         try:
-            with safe_open(self.folder / entry.shard, "pt") as shard:
-                tensors = [shard.get_tensor(f"{entry.slot}.{key}") for key in TENSORS]
-        except (SafetensorError, OSError) as error:
+            with open(self.folder / entry.shard, "rb", buffering=0) as file:
+                if entry.shard not in self.spans:
+                    self.spans[entry.shard] = read_spans(file)
+                spans = [self.spans[entry.shard][f"{entry.slot}.{key}"] for key in TENSORS]
+                check_shapes(spans, entry, self.manifest)
+                places = states or [torch.empty(s.shape, dtype=torch.bfloat16) for s in spans[2:]]
+                sample = Sample(
+                    torch.empty(entry.tokens, dtype=torch.long),
+                    torch.empty(entry.tokens, dtype=torch.bool),
+                    *places,
+                )
+                hashes = [read_into(t, file, s) for t, s in zip(sample, spans, strict=True)]
+        except (OSError, KeyError) as error:
             raise bad(entry, f"cannot be read ({error})") from error
-        sample = Sample(*tensors)
-        if index not in self.verified:
-            verify(sample, entry, self.manifest)
-            self.verified.add(index)
+        check_contents(sample, hashes, entry, self.manifest)
         return sample
 
 
@@ -241,29 +254,39 @@ def bad(entry: Entry, problem: str) -> BadSample:
     return BadSample(f"shard {entry.shard}, sample {entry.sample}: {problem}: capture again")
 
 
-def verify(sample: Sample, entry: Entry, manifest: Manifest) -> None:
-    """Raise ``BadSample`` unless the tensors are the captured ones and fit the manifest."""
-    hidden, tokens = manifest.hidden_size, entry.tokens
-    states = getattr(torch, manifest.dtype)
+def check_shapes(spans: list[Span], entry: Entry, manifest: Manifest) -> None:
+    """Raise ``BadSample`` unless the stored tensors fit index and manifest."""
+    tokens, hidden = entry.tokens, manifest.hidden_size
     wanted = (
-        ((tokens,), torch.long),
-        ((tokens,), torch.bool),
-        ((tokens, len(manifest.layer_ids) * hidden), states),
-        ((tokens, hidden), states),
+        ("I64", (tokens,)),
+        ("BOOL", (tokens,)),
+        ("BF16", (tokens, len(manifest.layer_ids) * hidden)),
+        ("BF16", (tokens, hidden)),
     )
-    for key, tensor, hash_, (shape, dtype) in zip(
-        TENSORS, sample, entry.hashes, wanted, strict=True
-    ):
-        if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
-            found = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise bad(entry, f"{key} is {found}, not {shape} {dtype}")
-        if digest(tensor) != hash_:
+    for key, span, (dtype, shape) in zip(TENSORS, spans, wanted, strict=True):
+        if (span.dtype, span.shape) != (dtype, shape):
+            raise bad(entry, f"{key} is {span.shape} {span.dtype}, not {shape} {dtype}")
+
+
+def check_contents(sample: Sample, hashes: list[str], entry: Entry, manifest: Manifest) -> None:
+    """Raise ``BadSample`` unless the tensors are the captured ones and can be trained on."""
+    for key, found, written in zip(TENSORS, hashes, entry.hashes, strict=True):
+        if found != written:
             raise bad(entry, f"{key} is corrupt (its hash differs)")
-    if not all(torch.isfinite(bound) for x in (sample.aux, sample.final) for bound in x.aminmax()):
+    if not (finite(sample.aux) and finite(sample.final)):
         raise bad(entry, "its hidden states are not finite")
     low, high = sample.input_ids.aminmax()
     if low < 0 or high >= manifest.vocab_size:
         raise bad(entry, f"token ids reach {low}..{high} of a vocabulary of {manifest.vocab_size}")
+
+
+def finite(states: BFloat16[Tensor, "n D"]) -> bool:
+    """Whether all bits stay below those of an infinity, for either sign.
+
+    By numpy: torch would start threads of its own in every thread that reads.
+    """
+    bits = states.view(torch.uint16).numpy()
+    return int(bits.max()) < 0xFF80 and int(bits.view(np.int16).max()) < 0x7F80
 
 
 def in_order(entries: list[Entry]) -> list[Entry]:
