@@ -9,18 +9,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("peagle/**/*.py"), *ROOT.glob("callbacks/**/*.py")])
 LEVELS = [
-<<<<<<< HEAD
     {"provenance", "optimizer", "optimizer_options", "guard", "checkpoint", "data.order",
      "cod.rollouts", "model.config", "model.products", "data.chat", "data.prompts",
      "data.read_ahead", "data.shard", "data.buffers"},
     {"data.store", "loss"},
-=======
-    {"model.products"},
-    {"provenance", "loss", "optimizer", "optimizer_options", "guard", "checkpoint", "data.order",
-     "cod.rollouts", "model.config", "data.chat", "data.prompts", "data.read_ahead",
-     "data.shard", "data.buffers"},
-    {"data.store"},
->>>>>>> real
     {"cod.segments", "cod.visibility", "data.bad_samples", "data.vocab", "data.capture_config",
      "data.parts", "restore", "metrics", "model.layers", "model.row_states", "model.memory",
      "model.slot_cache", "model.target_head", "model.target_layers"},
