@@ -170,6 +170,7 @@ def data_facts(store: Store) -> dict[str, Any]:
     return {
         "prompts": ", ".join(sources),
         "samples": len(store),
+        "regenerated": made.get("regenerate", True),  # older stores know no other way
         "tokens": sum(entry.tokens for entry in store.entries),
         "supervised_tokens": sum(entry.supervised for entry in store.entries),
         **{key: made[key] for key in ("greedy_share", "temperature", "max_new_tokens")},
