@@ -17,6 +17,7 @@ import shlex
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePath
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -29,8 +30,11 @@ from callbacks.tables import code, plain, public, recorded, text
 from peagle.data.store import write_atomically
 
 RELATIONS = ("adapter", "merge", "quantized", "finetune")  # all that the Hub knows
-TAGS = ("speculative-decoding", "eagle3", "p-eagle", "parallel-drafting", "vllm")
-PAPER = "2602.01469"
+TAGS = {
+    "P-EAGLE": ("speculative-decoding", "eagle3", "p-eagle", "parallel-drafting", "vllm"),
+    "EAGLE-3": ("speculative-decoding", "eagle3", "vllm"),
+}
+PAPERS = {"P-EAGLE": "2602.01469", "EAGLE-3": "2503.01840"}
 SOURCES = ("provenance.json", "metrics/validate.json", "metrics/acceptance.json",
            "metrics/bench.json", "metrics/train.csv")  # fmt: skip
 # The Hub refuses a card whose licence it does not know. These are the ones that targets carry;
@@ -114,7 +118,7 @@ def render(facts: Facts, options: CardOptions | None = None) -> str:
         location=drafter_location(facts, options),
         plots=plotted(facts),
         command=public(facts.environment.command),
-        paper=PAPER,
+        paper=PAPERS[facts.kind],
     )
     card = f"---\n{front_matter(facts, options).to_yaml()}\n---\n\n{body}"
     assert ModelCard(card).content == card, "the card's front matter does not survive the client"
@@ -132,8 +136,8 @@ def front_matter(facts: Facts, options: CardOptions) -> ModelCardData:
         datasets=datasets or None,
         library_name="peagle",
         pipeline_tag="text-generation",
-        tags=[*TAGS, f"arxiv:{PAPER}"],
-        model_name=f"P-EAGLE drafter for {target_name(facts)}" if results else None,
+        tags=[*TAGS[facts.kind], f"arxiv:{PAPERS[facts.kind]}"],
+        model_name=f"{facts.kind} drafter for {target_name(facts)}" if results else None,
         eval_results=results or None,
         **_license_fields(_license(facts, options)),
     )
@@ -152,7 +156,7 @@ def drafter_location(facts: Facts, options: CardOptions) -> str:
     return options.repo_id or f"./{plain(facts.drafter.folder)}"
 
 
-def speculative_config(facts: Facts, options: CardOptions) -> dict[str, str | int] | None:
+def speculative_config(facts: Facts, options: CardOptions) -> dict[str, Any] | None:
     """vLLM's setting, None while the number of depths is unknown.
 
     The method has to be named: vLLM finds it by itself only in a path that contains "eagle3".
@@ -160,12 +164,12 @@ def speculative_config(facts: Facts, options: CardOptions) -> dict[str, str | in
     """
     if facts.num_depths is None:
         return None
-    return {
+    config = {
         "method": "eagle3",
         "model": drafter_location(facts, options),
         "num_speculative_tokens": facts.num_depths,
-        "parallel_drafting": True,
     }
+    return config | ({"parallel_drafting": True} if facts.kind == "P-EAGLE" else {})
 
 
 def vllm_command(facts: Facts, options: CardOptions) -> str | None:

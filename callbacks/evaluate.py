@@ -80,17 +80,24 @@ class Evaluate(L.Callback):
         write_atomically(Path(trainer.default_root_dir) / "metrics" / name, text.encode())
 
 
+def asked(row: dict[str, Any]) -> str:
+    """How many prompts, and turns where there are more."""
+    more = row["turns"] > row["prompts"]
+    return f"{row['prompts']}, {row['turns']} turns" if more else str(row["prompts"])
+
+
 def format_acceptance(rows: list[dict[str, Any]]) -> str:
     """The acceptance table that ``test`` prints."""
-    header = ["prompts", "K", "T", "acceptance length (95%)", "by position"]
-    header += ["lossless", "tok/s", "without"]
+    header = ["prompts", "drafter", "K", "T", "acceptance length (95%)", "by position"]
+    header += ["lossless", "tok/s", "without", "drafting"]
     lines = []
     for row in rows:
         low, high = row["acceptance_length_ci95"]
-        lossless = row["lossless_prompts"]
+        lossless, milliseconds = row["lossless_prompts"], row["draft_ms_per_round"]
         lines.append(
             [
-                f"{row['prompt_set']} ({row['prompts']})",
+                f"{row['prompt_set']} ({asked(row)})",
+                row["method"],
                 str(row["k"]),
                 f"{row['temperature']:g}",
                 f"{row['acceptance_length']:.2f} ({low:.2f}-{high:.2f})",
@@ -98,6 +105,7 @@ def format_acceptance(rows: list[dict[str, Any]]) -> str:
                 "sampled" if lossless is None else f"{lossless}/{row['prompts']}",
                 f"{row['tokens_per_second']:.0f}",
                 f"{row['baseline_tokens_per_second']:.0f}",
+                "" if milliseconds is None else f"{milliseconds:.2f} ms",
             ]
         )
     return format_table(header, lines)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,6 +130,7 @@ class Drafter:
     norm_before_residual: bool | None = None
     norm_before_fc: bool | None = None
     fc_norm: bool | None = None
+    parallel_drafting: bool | None = None
     mask_token_id: int | None = None
     max_position_embeddings: int | None = None
     torch_dtype: str | None = None
@@ -171,6 +172,12 @@ class Facts:
     def num_depths(self) -> int | None:
         return self.training.num_depths or self.drafter.num_depths
 
+    @property
+    def kind(self) -> str:
+        """What the drafter is called; a folder that does not say so is of the time before EAGLE-3
+        was trained here."""
+        return "EAGLE-3" if self.drafter.parallel_drafting is False else "P-EAGLE"
+
     @classmethod
     def read(cls, run_dir: Path, drafter_dir: Path) -> "Facts":
         provenance = _document(run_dir / "provenance.json")
@@ -183,7 +190,7 @@ class Facts:
             environment=_environment(provenance.get("environment")),
             drafter=_drafter(drafter_dir),
             validate=_measured(metrics / "validate.json"),
-            acceptance=_measured(metrics / "acceptance.json"),
+            acceptance=_own_rows(_measured(metrics / "acceptance.json")),
             bench=_measured(metrics / "bench.json"),
             accuracy_curve=_accuracy_curve(metrics / "train.csv"),
         )
@@ -237,6 +244,14 @@ def _measured(path: Path) -> Measured:
     totals = {key: value for key, value in document.items() if key not in ("rows", "provenance")}
     environment = _environment(document.get("provenance"))
     return Measured(tuple(document.get("rows") or ()), totals, environment)
+
+
+def _own_rows(measured: Measured) -> Measured:
+    """Without the rows of a baseline: the run's own drafter stands first."""
+    if not measured.rows:
+        return measured
+    own = measured.rows[0].get("method")
+    return replace(measured, rows=tuple(r for r in measured.rows if r.get("method") == own))
 
 
 def _drafter(folder: Path) -> Drafter:

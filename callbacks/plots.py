@@ -123,8 +123,9 @@ def _acceptance_per_position(rows: list[Row]) -> Figure:
 
 
 def _throughput(rows: list[Row]) -> Figure:
-    series = _series([{**row, "panel": str(row.get("prompt_set")), "prompt_set": _drafted(row)}
-                      for row in rows])  # fmt: skip
+    several = len({row.get("method") for row in rows if row.get("drafter") is not None}) > 1
+    series = _series([{**row, "panel": str(row.get("prompt_set")),
+                       "prompt_set": _drafted(row, several)} for row in rows])  # fmt: skip
     sets = list(dict.fromkeys(str(row.get("prompt_set")) for row in rows))
     figure, panels = _panel("Output tokens per second over concurrent requests", len(sets))
     ticks = sorted({row["concurrency"] for row in rows})
@@ -157,8 +158,11 @@ def _throughput_styles(series: dict[str, list[Row]]) -> list[dict[str, str]]:
     return styles
 
 
-def _drafted(row: Row) -> str:
-    return "no drafter" if row.get("drafter") is None else f"K = {row.get('k')}"
+def _drafted(row: Row, several: bool) -> str:
+    """``several``: drafters of several kinds are compared."""
+    if row.get("drafter") is None:
+        return "no drafter"
+    return f"{row.get('method')}, K = {row.get('k')}" if several else f"K = {row.get('k')}"
 
 
 def _series(rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, get_session, hf_hub_url, try_to_load_from
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from callbacks.card import CardOptions, write_card
-from callbacks.facts import is_hub_id
+from peagle.data.prompts import PromptSource
 from peagle.data.store import Store, write_atomically
 from peagle.model.target import TargetSource
 from peagle.provenance import environment
@@ -142,7 +142,7 @@ def training_facts(
     optimizer = trainer.optimizers[0]
     return {
         **asdict(pl_module.cod),
-        "loss": loss_of(pl_module.mix),
+        "loss": loss_of(pl_module.mix, pl_module.depth_decay),
         "optimizer": type(optimizer).__name__,
         "lr": optimizer.param_groups[0].get("initial_lr"),
         "steps": trainer.global_step,
@@ -156,24 +156,29 @@ def training_facts(
     }
 
 
-def loss_of(mix: dict[str, float]) -> str:
-    """ "kl", or "0.5 kl + 0.5 tv"."""
+def loss_of(mix: dict[str, float], depth_decay: float) -> str:
+    """ "kl", or "0.5 kl + 0.5 tv, weighted 0.8^depth"."""
+    weighted = "" if depth_decay == 1 else f", weighted {depth_decay:g}^depth"
     if list(mix.values()) == [1.0]:
-        return next(iter(mix))
-    return " + ".join(f"{weight:g} {name}" for name, weight in mix.items())
+        return next(iter(mix)) + weighted
+    return " + ".join(f"{weight:g} {name}" for name, weight in mix.items()) + weighted
 
 
 def data_facts(store: Store) -> dict[str, Any]:
     made = json.loads((store.folder / "capture.json").read_text())
+    converted = made.get("speculators")
+    sources = [] if converted else [PromptSource(**source) for source in made["prompts"]]
+    own = not converted and made.get("regenerate", True)  # the target wrote the answers itself
     manifest = (store.folder / "manifest.json").read_bytes()
-    sources = [source["source"] for source in made["prompts"]]
+    # The name of a file, but never the path to it: the card is published.
+    names = [x.source if x.on_hub else Path(x.source).name for x in sources]
     return {
-        "prompts": ", ".join(sources),
+        "prompts": ", ".join(names) or None,
         "samples": len(store),
         "regenerated": made.get("regenerate", True),  # older stores know no other way
         "tokens": sum(entry.tokens for entry in store.entries),
         "supervised_tokens": sum(entry.supervised for entry in store.entries),
-        **{key: made[key] for key in ("greedy_share", "temperature", "max_new_tokens")},
+        **{k: made[k] for k in ("greedy_share", "temperature", "max_new_tokens") if own},
         "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
-        "datasets": [name for name in sources if is_hub_id(name) and name[-6:] != ".jsonl"],
+        "datasets": [source.address().repository for source in sources if source.on_hub],
     }

@@ -152,10 +152,11 @@ def bench(facts: Facts) -> str:
 def _bench_cells(row: Row) -> list[str]:
     drafter = row.get("drafter")
     alone = drafter is None
+    method = f" ({row['method']})" if row.get("method") else ""
     return [
         recorded(row.get("prompt_set")),
         recorded(row.get("concurrency")),
-        "none" if alone else text(PurePath(str(drafter)).name),
+        "none" if alone else text(PurePath(str(drafter)).name + method),
         NOTHING if alone else recorded(row.get("k")),
         measured(row.get("tokens_per_second"), 1),
         NOTHING if alone else measured(row.get("speedup"), 2),

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
@@ -125,6 +126,11 @@ class PEagleCLI(LightningCLI):
         config = self.config_init.fit
         store = Path(config.store)
         self.checkpoint("fit")  # what is wrong is said now, not after capture
+        if config.capture.part is not None:
+            raise ValueError(
+                "capture.part is for `peagle capture`: leave it out here, and what the parts have "
+                "not captured yet is captured now"
+            )
         if rank_zero_only.rank == 0:
             # Sampling answers must not move the seed that a drafter's weights are drawn from.
             with torch.random.fork_rng():
@@ -135,7 +141,9 @@ class PEagleCLI(LightningCLI):
     def after_fit(self) -> None:
         """Prove what was trained: the servable folder, both tables, the card."""
         trainer, run_dir = self.trainer, Path(self.config.fit.run_dir)
-        if trainer.is_global_zero:
+        if self.model.drafter.config.hidden_state != "shared":
+            print("no drafter/ is written: this hidden_state is for comparison, not for serving")
+        elif trainer.is_global_zero:
             export_drafter(self.model.drafter, run_dir / "drafter")
         trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         trainer.test(self.model, datamodule=self.datamodule, verbose=False)
@@ -207,6 +215,8 @@ def run_shape(config: Any, optimizer: str) -> RunShape:
 
 def lightning(cli: type[PEagleCLI], arguments: list[str]) -> None:
     sys.argv[1:] = arguments  # what Lightning's launcher repeats for further processes
+    # Between Lightning 2.6 and torch 2.13; nothing that a user could do about it.
+    warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec", FutureWarning)
     cli(
         PEagleModule,
         HiddenStatesDataModule,

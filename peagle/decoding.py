@@ -1,6 +1,6 @@
 """Reference speculative decoding: the target's own output, in fewer of its passes.
 
-    prefill -> [ draft K tokens in one pass -> verify them in one pass -> keep the right prefix ]*
+    prefill -> [ draft K tokens -> verify them in one pass -> keep the right prefix ]*
 
 Greedy decoding keeps drafts while they equal the target's choice, so its output is the target's
 token for token. Sampling keeps a draft with the probability that the target gives it and else
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peagle.model.drafter import PEagleDrafter
+from peagle.model.base import Drafter
 from peagle.model.drafting import draft, new_cache
 from peagle.model.slot_cache import SlotCache
 from peagle.model.target import HiddenStates, hidden_states
@@ -30,6 +30,7 @@ class Decoded(NamedTuple):
     tokens: list[list[int]]  # new tokens of each prompt, the end token included
     accepted: list[list[int]]  # drafts accepted in each verification, per prompt
     seconds: float
+    draft_seconds: list[float]  # of each round's drafting; the first also reads the prompts
 
 
 class Verified(NamedTuple):
@@ -52,9 +53,7 @@ class Decoder:
         ValueError: if the target attends in another way.
     """
 
-    def __init__(
-        self, target: PreTrainedModel, drafter: PEagleDrafter | None, *, eos_ids: set[int]
-    ):
+    def __init__(self, target: PreTrainedModel, drafter: Drafter | None, *, eos_ids: set[int]):
         self.target, self.drafter, self.eos_ids = target, drafter, eos_ids
         self.layer_ids = tuple(drafter.config.eagle_aux_hidden_state_layer_ids) if drafter else ()
         self.masks = LayerMasks(layer_windows(target))
@@ -81,7 +80,8 @@ class Decoder:
         with exact, hooks, hidden_states(self.target, self.layer_ids) as seen:
             for drafts in self.rounds(state, seen, k, temperature, max_new_tokens, generator):
                 state.count(drafts)
-        return Decoded(state.tokens, state.accepted, time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        return Decoded(state.tokens, state.accepted, seconds, state.draft_seconds)
 
     def rounds(
         self,
@@ -114,8 +114,10 @@ class Decoder:
         while not state.finished():
             drafts = ids[:, :0]
             if k:
+                begin = self.now()
                 aux = seen.aux(self.layer_ids).to(self.drafter.dtype)
                 drafts = draft(self.drafter, draft_cache, tokens, aux, start, count, num_tokens=k)
+                state.draft_seconds.append(self.now() - begin)
             position = (start + count)[:, None] + torch.arange(k + 1, device=device)
             logits = self.run_target(cache, torch.cat([pending[:, None], drafts], 1), position)
             verified = verify(logits, drafts, temperature, generator)
@@ -126,6 +128,12 @@ class Decoder:
             tokens[rows, verified.accepted] = pending
             state.append(tokens, count)
             yield verified.accepted
+
+    def now(self) -> float:
+        """The time when the device has done what it was asked so far."""
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize(self.target.device)
+        return time.perf_counter()
 
     def run_target(
         self, cache: SlotCache, ids: Int[Tensor, "B q"], position: Int[Tensor, "B q"]
@@ -144,6 +152,7 @@ class BatchState:
         self.prompts, self.max_new_tokens, self.eos_ids = prompts, max_new_tokens, eos_ids
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.accepted: list[list[int]] = [[] for _ in prompts]
+        self.draft_seconds: list[float] = []
         self.ended = [False] * len(prompts)
         self.active = list(self.ended)
 

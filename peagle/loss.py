@@ -55,6 +55,7 @@ def head_loss(
     position: Int[Tensor, " N"],
     *,
     mix: Mapping[str, float],
+    weights: Float[Tensor, " N"] | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, " N"]]:
     """Summed loss of ``N`` rows and the drafter's first choice in each.
 
@@ -65,17 +66,18 @@ def head_loss(
             the rows that guess it.
         position: which position each row guesses; rows in any order.
         mix: weights of the losses (see ``check_mix``).
+        weights: of the rows; default 1.
 
     Rows are taken by position, a chunk at a time, so that rows which guess the same token share
     the target's distribution of it. Gradients are taken in the same pass: no logits outlive their
     chunk, and memory never holds [N, W].
     """
-    return _HeadLoss.apply(hidden, weight, teacher, position, dict(mix))
+    return _HeadLoss.apply(hidden, weight, teacher, position, dict(mix), weights)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, teacher, position, mix):
+    def forward(ctx, hidden, weight, teacher, position, mix, weights):
         dtype = compute_dtype(hidden)
         needed = any(ctx.needs_input_grad[:2])
         order = torch.argsort(position)
@@ -88,11 +90,12 @@ class _HeadLoss(torch.autograd.Function):
             target, shared = target_at(teacher, position[rows], total.dtype)
             logits = plain_product(states[rows], head)
             for some in slices(len(logits), cached_rows(logits)):
-                here = logits[some].to(total.dtype)
-                first = first_choice(here)
-                guess[order[rows][some]] = first
-                asked = target.of(shared[some])
-                loss, grad = divergence(asked, here, first, mix=mix, with_grad=needed)
+                here, lines = logits[some].to(total.dtype), order[rows][some]
+                guess[lines] = first = first_choice(here)
+                share = None if weights is None else weights[lines].to(total.dtype)
+                loss, grad = divergence(
+                    target.of(shared[some]), here, first, mix=mix, weights=share, with_grad=needed
+                )
                 total += loss
                 if needed:
                     logits[some] = grad  # in place: the logits are done with
@@ -108,7 +111,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_total, _):
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_total.to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_weight * grad_total, None, None, None
+        return grad_hidden * scale, grad_weight * grad_total, None, None, None, None
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
@@ -196,9 +199,10 @@ def divergence(
     first: Int[Tensor, " C"],
     *,
     mix: Mapping[str, float],
+    weights: Float[Tensor, " C"] | None,
     with_grad: bool,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "C W"] | None]:
-    """Summed loss of a chunk and its gradient with respect to the logits.
+    """Summed loss of a chunk, each row by its weight, and its gradient with respect to the logits.
 
     For a loss ``f(q)`` the gradient is ``q * (f'(q) - sum(q * f'(q)))``; that of ``kl`` is
     ``q - p`` and that of ``tv``, where ``f'(q) = -[q < p]``, is ``q * (sum(q[q < p]) - [q < p])``.
@@ -207,28 +211,29 @@ def divergence(
     """
     p, q = target.p, torch.softmax(logits, -1)
     norm = log_sum_exp(logits, q, first)
-    kl_share = torch.full_like(norm, mix.get("kl", 0.0))
-    tv_share = torch.full_like(norm, mix.get("tv", 0.0))
+    every = torch.ones_like(norm) if weights is None else weights
+    kl_share, tv_share, ce_share = (every * mix.get(name, 0.0) for name in ("kl", "tv", "ce"))
     total, below = norm.new_zeros(()), None
     if "tv" in mix or "lk_hybrid" in mix:
         alpha = torch.minimum(p, q).sum(-1)
         if "lk_hybrid" in mix:
             blend = torch.exp(-LK_DECAY * alpha)
-            kl_share += mix["lk_hybrid"] * blend
-            tv_share += mix["lk_hybrid"] * (1 - blend)
+            kl_share += every * mix["lk_hybrid"] * blend
+            tv_share += every * mix["lk_hybrid"] * (1 - blend)
         total += (tv_share * (1 - alpha)).sum()
         below = q < p
     if "kl" in mix or "lk_hybrid" in mix:
         total += (kl_share * (target.purity - torch.linalg.vecdot(p, logits) + norm)).sum()
     if "ce" in mix:
         rows = torch.arange(len(norm), device=norm.device)
-        total += mix["ce"] * (norm - logits[rows, target.label]).sum()
+        total += (ce_share * (norm - logits[rows, target.label])).sum()
     if not with_grad:
         return total, None
     if set(mix) == {"kl"}:
         grad = q.sub_(p)
-        return total, grad if mix["kl"] == 1 else grad.mul_(mix["kl"])
-    return total, slope(target, q, below, kl_share, tv_share, mix.get("ce", 0.0))
+        plain = weights is None and mix["kl"] == 1
+        return total, grad if plain else grad.mul_(kl_share[:, None])
+    return total, slope(target, q, below, kl_share, tv_share, ce_share if "ce" in mix else None)
 
 
 def slope(
@@ -237,22 +242,23 @@ def slope(
     below: Bool[Tensor, "C W"] | None,
     kl_share: Float[Tensor, " C"],
     tv_share: Float[Tensor, " C"],
-    ce_share: float,
+    ce_share: Float[Tensor, " C"] | None,
 ) -> Float[Tensor, "C W"]:
     """Gradient of a mix with respect to the logits, in the memory of ``q``."""
-    factor = (kl_share + ce_share)[:, None]
+    factor = (kl_share if ce_share is None else kl_share + ce_share)[:, None]
     if below is not None:
         sinking = q * below
         factor = factor + tv_share[:, None] * (sinking.sum(-1, keepdim=True) - below.to(q.dtype))
     q = q.mul_(factor).sub_(target.p * kl_share[:, None])
-    if ce_share:
+    if ce_share is not None:
         rows = torch.arange(len(q), device=q.device)
         q[rows, target.label] -= ce_share
     return q
 
 
-def global_mean(total: Float[Tensor, ""], count: int) -> Float[Tensor, ""]:
-    """``total`` over the number of rows of all ranks, so that every row weighs the same.
+def global_mean(total: Float[Tensor, ""], count: int | float) -> Float[Tensor, ""]:
+    """``total`` over the number (or weight) of the rows of all ranks, so that a row counts the same
+    wherever it lies.
 
     Data-parallel training averages gradients over ranks; the factor of the world size undoes it.
     """

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -24,9 +24,10 @@ from peagle.evaluation import PromptBatch, Run, decode_batch
 from peagle.guard import StepGuard, poisoned
 from peagle.loss import check_mix, global_mean
 from peagle.metrics import DepthAccuracy
-from peagle.model.config import PEagleConfig
-from peagle.model.drafter import PEagleDrafter
+from peagle.model.base import Drafter
+from peagle.model.config import HIDDEN_STATES, PEagleConfig
 from peagle.model.initial import initialise
+from peagle.model.kinds import drafter_class
 from peagle.model.objective import objective
 from peagle.model.target import end_tokens, pick_device, refuse_other_target
 from peagle.model.target_head import TargetHead
@@ -36,6 +37,7 @@ from peagle.optimizer_options import impose, impose_schedule, options_of, schedu
 from peagle.restore import (
     refuse_differences,
     refuse_incomplete,
+    refuse_other_kind,
     refuse_other_tensors,
     refuse_unknown_fields,
     saved_config,
@@ -61,7 +63,10 @@ class PEagleModule(L.LightningModule):
 
     Args:
         mask_token_id: a token id that never occurs in text; every guess beyond the first reads it.
-        cod: depths and their thinning.
+            Only a p-eagle drafter has one.
+        cod: depths and their thinning. EAGLE-3 was published without thinning: ``keep_ratio`` 1.
+        drafter: ``p-eagle`` guesses all tokens in one pass; ``eagle3`` is the baseline, which needs
+            a pass for each token.
         num_layers: drafter layers. Four is the paper's choice; more layers guess better and
             cost latency.
         hidden_size: width of the drafter; default the target's.
@@ -73,18 +78,25 @@ class PEagleModule(L.LightningModule):
         norm_before_residual: layer 0 adds to the normed hidden state instead of the raw one.
         norm_before_fc: one norm over all captured layers before ``fc``.
         fc_norm: one norm per captured layer before ``fc``.
+        hidden_state: of rows beyond the first guess. ``shared``, one learned vector, is the
+            paper's choice and what vLLM serves; the others (``peagle/model/row_states.py``) are
+            for comparison and cannot be exported.
+        start: ``target`` lets layers start as copies of the target's where they fit; ``random``
+            never. Embedding, norm and head start as the target's either way.
         train_embeddings: the paper found training them better than freezing them.
         recompute: run depth 0 again in the backward pass: less memory for long sequences, more
             time.
         loss: weights of the losses to add up: kl, ce, tv, lk_hybrid.
+        depth_decay: a row of depth d weighs ``depth_decay ** d``. EAGLE-3 was published with 0.8.
         optimizer: called with the parameters.
         lr_scheduler: called with the optimizer and the number of steps.
     """
 
     def __init__(
         self,
-        mask_token_id: int,
+        mask_token_id: int | None = None,
         cod: Cod = Cod(),  # noqa: B008 (frozen)
+        drafter: Literal["p-eagle", "eagle3"] = "p-eagle",
         num_layers: int = 4,
         hidden_size: int | None = None,
         intermediate_size: int | None = None,
@@ -93,24 +105,37 @@ class PEagleModule(L.LightningModule):
         norm_before_residual: bool = False,
         norm_before_fc: bool = False,
         fc_norm: bool = False,
+        hidden_state: Literal[HIDDEN_STATES] = "shared",
+        start: Literal["target", "random"] = "target",
         train_embeddings: bool = True,
         recompute: bool = False,
         loss: dict[str, float] | None = None,
+        depth_decay: float = 1.0,
         optimizer: Callable[[Iterable], Optimizer] = lambda p: AdamW(p, lr=1e-4, weight_decay=0.0),
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] = LinearSchedule,
     ):
         super().__init__()
+        if drafter == "p-eagle" and mask_token_id is None:
+            raise ValueError(
+                "a p-eagle drafter needs mask_token_id: give a token id that never occurs in text"
+            )
+        if drafter == "eagle3" and hidden_state != "shared":
+            raise ValueError("hidden_state is for p-eagle drafters: an eagle3 drafter has its own")
+        if not 0 < depth_decay <= 1:
+            raise ValueError(f"depth_decay must lie in (0, 1], got {depth_decay}")
         self.cod, self.draft_vocab_size = cod, draft_vocab_size
-        self.train_embeddings, self.recompute = train_embeddings, recompute
-        self.mix = check_mix({"kl": 1.0} if loss is None else loss)
+        self.start, self.train_embeddings, self.recompute = start, train_embeddings, recompute
+        self.mix, self.depth_decay = check_mix({"kl": 1.0} if loss is None else loss), depth_decay
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.architecture: dict[str, Any] = {
+            "parallel_drafting": drafter == "p-eagle",
             "mask_token_id": mask_token_id,
             "num_depths": cod.num_depths,
             "num_hidden_layers": num_layers,
             "norm_before_residual": norm_before_residual,
             "norm_before_fc": norm_before_fc,
             "fc_norm": fc_norm,
+            "hidden_state": hidden_state,
         }
         widths = {
             "hidden_size": hidden_size,
@@ -118,10 +143,10 @@ class PEagleModule(L.LightningModule):
             "num_key_value_heads": num_key_value_heads,
         }
         self.architecture |= {key: value for key, value in widths.items() if value is not None}
-        self.drafter: PEagleDrafter | None = None
+        self.drafter: Drafter | None = None
         self.target_head: TargetHead | None = None
         self.full_head: list[TargetHead] = []
-        self.decoder: Decoder | None = None
+        self.decoders: dict[str, Decoder] = {}
         self.depths = DepthAccuracy(cod.num_depths)
         self.guard = StepGuard()
         self.rows_trained = self.tokens_trained = 0
@@ -140,7 +165,8 @@ class PEagleModule(L.LightningModule):
             softcap=manifest.softcap,
             identity=manifest.identity(),
         )
-        self.drafter = PEagleDrafter(self.drafter_config(manifest))
+        config = self.drafter_config(manifest)
+        self.drafter = drafter_class(config)(config)
         kept = torch.arange(manifest.vocab_size)
         if self.drafter.config.pruned:
             vocabulary = choose_vocabulary(data.assistant_tokens(), self.draft_vocab_size)
@@ -150,7 +176,10 @@ class PEagleModule(L.LightningModule):
             self.drafter.t2d.copy_(vocabulary.membership(manifest.vocab_size))
         self.full_head = [head]  # in a list: Lightning must neither move nor save it
         self.use_vocabulary(kept)
-        layers = TargetLayers.load(data.folder / "target_layers.safetensors", manifest.identity())
+        layers = TargetLayers({})
+        if self.start == "target":
+            path = data.folder / "target_layers.safetensors"
+            layers = TargetLayers.load(path, manifest.identity())
         copied = initialise(self.drafter, head, kept, layers)
         if copied:
             self.print(f"layers 1-{len(copied)} start from the target's layers {copied}")
@@ -186,9 +215,15 @@ class PEagleModule(L.LightningModule):
         generator = torch.Generator().manual_seed(batch.seed)
         rows = sample_rows(batch.supervised, batch.document, cod=self.cod, generator=generator)
         outcome = objective(
-            self.drafter, self.target_head, batch, rows, mix=self.mix, recompute=self.recompute
+            self.drafter,
+            self.target_head,
+            batch,
+            rows,
+            mix=self.mix,
+            depth_decay=self.depth_decay,
+            recompute=self.recompute,
         )
-        loss = global_mean(outcome.loss, len(rows.anchor))
+        loss = global_mean(outcome.loss, outcome.weight)
         self.rows_trained += len(rows.anchor)
         self.tokens_trained += len(batch.tokens)
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
@@ -250,18 +285,27 @@ class PEagleModule(L.LightningModule):
         self.depths.reset()
 
     def on_test_start(self) -> None:
-        """Load the target, and the drafter as it is served: bf16 weights."""
+        """Load the target, and the drafters as they are served: bf16 weights."""
         config, source = self.trainer.datamodule.evaluation, self.trainer.datamodule.target
         if self.drafter is None:
             raise ValueError("test needs --ckpt_path: there is no drafter to test")
-        refuse_other_target(self.drafter.config, source.config())
+        drafters = {self.drafter.config.method: copy.deepcopy(self.drafter)}
+        if config.baseline is not None:
+            baseline = load_drafter(config.baseline)
+            method = baseline.config.method
+            drafters[f"{method} (baseline)" if method in drafters else method] = baseline
+        for drafter in drafters.values():
+            refuse_other_target(drafter.config, source.config())
         dtype = getattr(torch, config.dtype)
         target = source.model(dtype=dtype, device=pick_device(config.device))
-        drafter = copy.deepcopy(self.drafter).to(torch.bfloat16).to(dtype).to(target.device)
-        self.decoder = Decoder(target, drafter.eval(), eos_ids=end_tokens(target))
+        for method, drafter in drafters.items():
+            served = drafter.to(torch.bfloat16).to(dtype).to(target.device).eval()
+            self.decoders[method] = Decoder(target, served, eos_ids=end_tokens(target))
+        self.tokenizer = source.tokenizer()
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> list[Run]:
-        return decode_batch(self.decoder, batch, self.trainer.datamodule.evaluation)
+        config = self.trainer.datamodule.evaluation
+        return decode_batch(self.decoders, batch, config, self.tokenizer)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(parameter_groups(self.drafter))
@@ -310,7 +354,8 @@ class PEagleModule(L.LightningModule):
         """Raises ``ValueError`` with the difference when the checkpoint is another drafter's."""
         saved = saved_config(checkpoint)
         if self.drafter is None:  # test needs no store
-            self.drafter = PEagleDrafter(saved)
+            self.drafter = drafter_class(saved)(saved)
+        refuse_other_kind(saved, self.drafter.config)
         ours = self.drafter.config.to_dict()
         refuse_differences(saved.to_dict(), ours, "has another architecture")
         refuse_other_tensors(checkpoint["state_dict"], self.state_dict())
@@ -324,20 +369,22 @@ class PEagleModule(L.LightningModule):
         self.trainer.datamodule.resumed = loop["epoch_loop.batch_progress"]["total"]["processed"]
 
 
-def parameter_groups(drafter: PEagleDrafter) -> list[dict[str, Any]]:
+def parameter_groups(drafter: Drafter) -> list[dict[str, Any]]:
     """Hidden matrices apart from the rest, for optimizers that tell them apart."""
     trained = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trained if p.ndim == 2 and name.startswith(("layers.", "fc."))]
+    places = ("layers.", "fc.", "row_states.project.")
+    matrices = [p for name, p in trained if p.ndim == 2 and name.startswith(places)]
     inside = {id(p) for p in matrices}
     rest = [p for _, p in trained if id(p) not in inside]
     return [{"params": matrices, MATRICES: True}, {"params": rest, MATRICES: False}]
 
 
-def load_drafter(ckpt_path: Path) -> PEagleDrafter:
+def load_drafter(ckpt_path: Path | str) -> Drafter:
     """The drafter of a checkpoint, for export and decoding; runs no code from the file."""
     checkpoint = read_checkpoint(str(ckpt_path))
     refuse_incomplete(checkpoint)
-    drafter = PEagleDrafter(saved_config(checkpoint))
+    config = saved_config(checkpoint)
+    drafter = drafter_class(config)(config)
     weights = {
         name.removeprefix("drafter."): tensor
         for name, tensor in checkpoint["state_dict"].items()

@@ -64,6 +64,15 @@ def refuse_differences(saved: Mapping[str, Any], ours: Mapping[str, Any], verdic
         raise ValueError(f"the checkpoint {verdict}: " + "; ".join(differences))
 
 
+def refuse_other_kind(saved: PEagleConfig, ours: PEagleConfig) -> None:
+    """Raise ``ValueError`` where one drafter is P-EAGLE's and the other EAGLE-3's."""
+    if saved.method != ours.method:
+        raise ValueError(
+            f"the checkpoint holds a drafter of kind {saved.method}, this run has {ours.method}: "
+            f"give --model.drafter {saved.method}, or another checkpoint"
+        )
+
+
 def refuse_other_tensors(saved: Mapping[str, Any], ours: Mapping[str, Tensor]) -> None:
     """Raise ``ValueError`` naming the tensors that are missing, too many or of another shape."""
 

@@ -163,6 +163,21 @@ def folder_run(folder):
     return make_run(folder, provenance=provenance, drafter=DRAFTER, acceptance=acceptance)
 
 
+def eagle3_run(folder):
+    """The baseline on its own, tested and benched beside a P-EAGLE drafter."""
+    drafter = {key: value for key, value in DRAFTER.items() if not key.endswith(("token", "id"))}
+    rows = [{**row, "method": "eagle3"} for row in ACCEPTANCE["rows"]]
+    beside = [{**row, "method": "p-eagle", "acceptance_length": 9.87} for row in ACCEPTANCE["rows"]]
+    bench = [
+        bench_row(1, None, 512, method=None),
+        bench_row(1, "/data/run/drafter", 700, method="eagle3"),
+        bench_row(1, "/data/other/drafter", 900, method="p-eagle"),
+    ]
+    return make_run(folder, provenance=PROVENANCE, bench={"rows": bench},
+                    drafter={**drafter, "parallel_drafting": False},
+                    acceptance={"provenance": MEASURED_ON, "rows": rows + beside})  # fmt: skip
+
+
 def empty_run(folder):
     return make_run(folder)
 

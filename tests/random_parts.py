@@ -4,8 +4,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peagle.data.store import Manifest, Sample
+from peagle.model.base import Drafter
 from peagle.model.config import PEagleConfig
-from peagle.model.drafter import PEagleDrafter
+from peagle.model.kinds import drafter_class
 from peagle.model.target_head import TargetHead
 
 WIDTH, VOCABULARY, LAYER_IDS = 32, 48, (1, 2, 3)
@@ -21,11 +22,12 @@ BLOCK = {
 }
 
 
-def make_drafter(**changes) -> PEagleDrafter:
-    """A random drafter in float64, with large weights so that errors show."""
+def make_drafter(**changes) -> Drafter:
+    """A random drafter in float64, with large weights so that errors show; EAGLE-3's where
+    drafting is not parallel."""
     settings = {"num_hidden_layers": 2, "vocab_size": VOCABULARY, "mask_token_id": 5, **BLOCK}
     config = PEagleConfig(**{**settings, "eagle_aux_hidden_state_layer_ids": LAYER_IDS, **changes})
-    drafter = PEagleDrafter(config).double()
+    drafter = drafter_class(config)(config).double()
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.4 if parameter.ndim == 2 else 1.0))

@@ -24,7 +24,17 @@ ROOT = Path(__file__).parent.parent
 PROMPTS = [PromptSource("stdlib", "test", limit=3)]
 # What design and card know of a row; the file is an interface.
 KEYS = {
-    *("prompt_set", "k", "temperature", "engine", "hardware", "dtype", "prompts", "requests"),
+    *(
+        "prompt_set",
+        "method",
+        "k",
+        "temperature",
+        "engine",
+        "hardware",
+        "dtype",
+        "prompts",
+        "requests",
+    ),
     *("tokens", "acceptance_length", "per_position", "lossless_prompts", "tokens_per_second"),
     *("baseline_tokens_per_second", "concurrency", "drafter", "latency_p50_s", "latency_p95_s"),
     *("latency_p99_s", "ttft_p50_s", "speedup"),
@@ -40,17 +50,22 @@ def keep_signals():
         signal.signal(number, handler)
 
 
-@pytest.fixture
-def drafter(tmp_path):
-    """An exported drafter for the embedded target, trained for K up to 6 as it says."""
+def exported(folder, **changes):
+    """A drafter for the embedded target, trained for K up to 6 as it says."""
     target = TargetSource("tiny").config()
     made = make_drafter(
         vocab_size=target.vocab_size,
         target_hidden_size=target.hidden_size,
         num_depths=6,
+        **changes,
     )
-    export_drafter(made.to(torch.bfloat16), tmp_path / "run" / "drafter")
-    return tmp_path / "run" / "drafter"
+    export_drafter(made.to(torch.bfloat16), folder)
+    return folder
+
+
+@pytest.fixture
+def drafter(tmp_path):
+    return exported(tmp_path / "run" / "drafter")
 
 
 @pytest.fixture
@@ -94,6 +109,33 @@ def test_every_k_and_concurrency_gets_a_row_beside_no_drafter(drafter, stand_in,
     shown = capsys.readouterr().out
     assert shown.count("best for stdlib-test with") == 2
     assert "cores\nbfloat16, temperature 0, at most 24 new tokens\n" in shown
+    assert vllm.gone()
+
+
+def test_later_turns_are_requests_of_their_own_the_same_for_every_k(drafter, stand_in, tmp_path):
+    path = tmp_path / "talks.jsonl"
+    path.write_text('{"turns": ["def a():", "def b():"]}\n{"turns": ["def c():"]}\n')
+    bench(small(drafter, stand_in(), prompts=[PromptSource(str(path))]))
+    rows = json.loads((drafter.parent / "metrics" / "bench.json").read_text())["rows"]
+    assert [(row["k"], row["prompts"]) for row in rows] == [(None, 3), (3, 3)]
+    # The stand-in's tokens depend on the prompt: equal outputs were equal prompts.
+    assert rows[1]["lossless_prompts"] == 3
+
+
+def test_a_baseline_is_served_in_its_own_way_and_gets_its_rows(drafter, stand_in, tmp_path, capsys):
+    vllm, baseline = stand_in(), exported(tmp_path / "other", parallel_drafting=False)
+    bench(small(drafter, vllm, k=(3, 5), baseline=baseline))
+    document = json.loads((drafter.parent / "metrics" / "bench.json").read_text())
+    found = [(row["method"], row["k"], row["drafter"]) for row in document["rows"]]
+    assert found == [
+        (None, None, None),
+        *(("p-eagle", k, str(drafter)) for k in (3, 5)),
+        *(("eagle3", k, str(baseline)) for k in (3, 5)),
+    ]
+    assert document["provenance"]["baseline"] == str(baseline)
+    shown = capsys.readouterr()
+    assert "eagle3, K = 5: starting the engine" in shown.err
+    assert "stdlib-test (3)        1   eagle3  3" in shown.out
     assert vllm.gone()
 
 

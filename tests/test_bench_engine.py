@@ -28,7 +28,7 @@ from peagle.model.export import export_drafter
 
 VLLM = Vllm("/env/bin/python", "0.32.0", ("LlamaForCausalLMEagle3", "LlamaForCausalLM"), "cpu",
             "cpu", False, "/env/lib/libiomp5.so")  # fmt: skip
-SERVING = Serving("/models/t", None, "/runs/drafter", 5, "bfloat16", None, True, ())
+SERVING = Serving("/models/t", None, "/runs/drafter", True, 5, "bfloat16", None, True, ())
 
 # A server with a child of its own, as vLLM has; answers /health, dies when asked anything else.
 SERVER = """
@@ -140,6 +140,10 @@ def test_the_command_asks_for_parallel_drafting_and_for_nothing_without_a_drafte
     assert command[command.index("--speculative-config") + 1] == (
         '{"method": "eagle3", "model": "/runs/drafter", "num_speculative_tokens": 5, '
         '"parallel_drafting": true}'
+    )
+    one_by_one = server_command(VLLM, SERVING._replace(parallel=False), 8000)
+    assert one_by_one[one_by_one.index("--speculative-config") + 1] == (
+        '{"method": "eagle3", "model": "/runs/drafter", "num_speculative_tokens": 5}'
     )
     assert "--enforce-eager" in command
     assert "--speculative-config" not in server_command(VLLM, SERVING._replace(drafter=None), 8000)

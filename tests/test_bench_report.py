@@ -8,6 +8,7 @@ from peagle.bench.plots import draw
 from peagle.bench.report import (
     Conditions,
     Measurement,
+    Served,
     bench_rows,
     best_k,
     format_bench,
@@ -46,21 +47,29 @@ def test_a_run_counts_only_what_came_since_its_start():
     assert Counters(30, 20, [12, 8]).since(Counters(0, 0, [])) == Counters(30, 20, [12, 8])
 
 
-def measurement(k, concurrency, seconds, tokens=((1, 2, 3), (4, 5)), prompt_set="code"):
+OURS = Served("/runs/a/drafter", "p-eagle")
+BASELINE = Served("/runs/b/drafter", "eagle3")
+
+
+def measurement(
+    k, concurrency, seconds, tokens=((1, 2, 3), (4, 5)), prompt_set="code", drafter=OURS
+):
     """Two prompts asked twice; the four answers took 1, 2, 3 and 4 seconds."""
     answers = [
         Answer(list(ids), seconds=float(i + 1), first_token_seconds=0.1 * (i + 1))
         for i, ids in enumerate([*tokens, *tokens])
     ]
     counters = Counters(10, 12, [8, 3, 1][:k]) if k else Counters(0, 0, [])
-    return Measurement(prompt_set, k, concurrency, 2, answers, seconds, counters)
+    drafter = drafter if k else None
+    return Measurement(prompt_set, drafter, k, concurrency, 2, answers, seconds, counters)
 
 
-CONDITIONS = Conditions("vLLM 0.32.0 (cpu)", "Some CPU, 2 cores", "float32", 0.0, "/runs/a/drafter")
+CONDITIONS = Conditions("vLLM 0.32.0 (cpu)", "Some CPU, 2 cores", "float32", 0.0)
 
 
 def test_a_row_states_speed_latency_and_acceptance_beside_no_drafter():
     alone, drafted = bench_rows([measurement(0, 1, 5.0), measurement(3, 1, 2.0)], CONDITIONS)
+    assert alone["method"] is None and drafted["method"] == "p-eagle"
     assert alone["k"] is alone["drafter"] is alone["speedup"] is alone["acceptance_length"] is None
     assert alone["tokens_per_second"] == drafted["baseline_tokens_per_second"] == 2.0
     assert drafted["tokens_per_second"] == 5.0 and drafted["speedup"] == 2.5
@@ -94,16 +103,31 @@ def test_the_best_k_may_be_none_where_the_machine_is_full():
     rows = bench_rows(RUNS, CONDITIONS)
     assert [(row["concurrency"], row["k"]) for row in best_k(rows)] == [(1, 2), (4, None)]
     assert format_best(rows).splitlines() == [
-        "best for code with 1 at once: K = 2 (5.0 tok/s)",
+        "best for code with 1 at once: p-eagle, K = 2 (5.0 tok/s)",
         "best for code with 4 at once: no drafter (10.0 tok/s)",
     ]
 
 
 def test_the_table_has_a_line_for_each_row_in_the_order_of_concurrency_and_k():
     lines = format_bench(bench_rows(RUNS, CONDITIONS)).splitlines()
-    found = [line.split()[2:4] for line in lines if line.startswith("code")]
-    assert found == [["1", "none"], ["1", "2"], ["1", "3"], ["4", "none"], ["4", "2"], ["4", "3"]]
+    found = [line.split()[2:5] for line in lines if line.startswith("code")]
+    assert [line[:2] for line in found[::3]] == [["1", "none"], ["4", "none"]]
+    assert found[1:3] == [["1", "p-eagle", "2"], ["1", "p-eagle", "3"]]
+    assert found[4:6] == [["4", "p-eagle", "2"], ["4", "p-eagle", "3"]]
     assert "0.80 0.30 0.10" in lines[-1] and "2.50 / 3.85 / 3.97 s" in lines[-1]
+
+
+def test_a_baseline_stands_beside_none_and_ours_and_may_be_the_best():
+    beside = [measurement(k, 1, s, drafter=BASELINE) for k, s in ((2, 1.0), (3, 4.0))]
+    rows = bench_rows([*RUNS, *beside], CONDITIONS)
+    found = [(row["method"], row["k"], row["drafter"]) for row in rows if row["concurrency"] == 1]
+    assert found == [
+        (None, None, None),
+        *(("p-eagle", k, "/runs/a/drafter") for k in (2, 3)),
+        *(("eagle3", k, "/runs/b/drafter") for k in (2, 3)),
+    ]
+    assert {row["baseline_tokens_per_second"] for row in rows if row["concurrency"] == 1} == {2.5}
+    assert format_best(rows).startswith("best for code with 1 at once: eagle3, K = 2 (10.0 tok/s)")
 
 
 def test_both_plots_are_drawn(tmp_path):

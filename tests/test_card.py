@@ -24,6 +24,7 @@ from card_runs import (
     acceptance_row,
     block,
     card,
+    eagle3_run,
     embedded_run,
     empty_run,
     folder_run,
@@ -246,6 +247,24 @@ def test_the_python_snippet_loads_a_drafter_from_the_folder_it_names(tmp_path):
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "trained for K: 3" in (tmp_path / "card/README.md").read_text()
+
+
+def test_the_card_of_an_eagle3_drafter_speaks_of_eagle3_and_of_its_own_figures():
+    page = card(eagle3_run)
+    assert page.split("---\n", 2)[2].startswith("\n# EAGLE-3 drafter for Qwen/Qwen3-8B\n")
+    parsed = ModelCard(page)
+    assert {"eagle3", "arxiv:2503.01840"} <= set(parsed.data.tags)
+    assert not {"p-eagle", "parallel-drafting"} & set(parsed.data.tags)
+    served = block(page, "bash", "vllm serve")
+    assert '"method": "eagle3"' in served and "parallel_drafting" not in served
+    assert "parallel_drafting" not in block(page, "python", "SM_VLLM")
+    assert "import Eagle3Drafter" in block(page, "python", "from_pretrained")
+    assert "Mask token id" not in page and "9.87" not in page
+    outside_the_bench = page.replace(section(page, "Throughput and latency"), "")
+    assert not re.search("p-eagle", outside_the_bench, re.IGNORECASE)
+    (table,) = tables_in(section(page, "Throughput and latency"))
+    found = [row["Drafter"] for row in table]
+    assert found == ["none", "drafter (eagle3)", "drafter (p-eagle)"]
 
 
 def test_without_a_depth_no_serving_line_is_guessed():

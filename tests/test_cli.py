@@ -125,6 +125,7 @@ def test_export_writes_both_layouts(small_run, tmp_path):
         (["--model.cod.keep_ratio", "1.5"], "keep_ratio must lie in (0, 1], got 1.5"),
         (["--ckpt_path", "nowhere.ckpt"], "checkpoint nowhere.ckpt does not exist"),
         (["--capture.layer_ids", "[5, 2]"], "layer_ids must be ascending"),
+        (["--capture.part", "0/2"], "capture.part is for `peagle capture`"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(tmp_path, arguments, words):

@@ -33,6 +33,18 @@ def test_a_configuration_starts_with_command_and_hardware(path):
     assert "Hardware:" in head and "Expected:" in head
 
 
+def test_the_baseline_trains_on_the_store_of_the_quickstart_and_is_measured_alike():
+    ours, baseline = (
+        yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+        for name in ("quickstart", "eagle3")
+    )
+    assert baseline["model"]["drafter"] == "eagle3"
+    for key in ("seed_everything", "target", "store", "capture", "data", "evaluation"):
+        assert baseline[key] == ours[key], key
+    assert baseline["model"]["cod"]["num_depths"] == ours["model"]["cod"]["num_depths"]
+    assert baseline["trainer"]["max_epochs"] == ours["trainer"]["max_epochs"]
+
+
 TARGETS = {
     "qwen3_0_6b": "Qwen/Qwen3-0.6B",
     "llama3_1_8b": "meta-llama/Llama-3.1-8B-Instruct",
@@ -46,7 +58,7 @@ TARGETS = {
 
 
 def test_there_is_a_configuration_for_every_target_that_is_promised():
-    assert {path.stem for path in CONFIGS} == {"quickstart", *TARGETS}
+    assert {path.stem for path in CONFIGS} == {"quickstart", "paper", "eagle3", *TARGETS}
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -63,3 +75,16 @@ def test_a_targets_configuration_says_what_it_costs_and_what_to_aim_at(name):
     assert 0 < written["model"]["mask_token_id"] < vocab_size
     assert written["capture"]["max_tokens"] <= written["data"]["max_tokens"]
     assert max(written["evaluation"]["k"]) <= written["model"]["cod"]["num_depths"]
+
+
+def test_the_papers_recipe_differs_from_the_quickstarts_in_training_alone():
+    paper, ours = (yaml.safe_load((ROOT / f"configs/{n}.yaml").read_text())
+                   for n in ("paper", "quickstart"))  # fmt: skip
+    for section in ("target", "store", "capture", "data", "evaluation", "seed_everything"):
+        assert paper[section] == ours[section]
+    model = paper["model"]
+    assert model["cod"] == {"num_depths": 8, "keep_ratio": 0.8, "min_keep_ratio": 0.0}
+    assert (model["num_layers"], model["start"], model["loss"]) == (4, "random", {"ce": 1.0})
+    assert model["optimizer"]["init_args"]["lr"] == 1e-4
+    assert model["lr_scheduler"]["init_args"] == {"warmup_ratio": 0.0025}
+    assert paper["trainer"]["accumulate_grad_batches"] == 8

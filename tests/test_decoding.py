@@ -10,9 +10,9 @@ from peagle.model.target import hidden_states
 PROMPTS = [[7, 9, 11, 20], [30, 8], [6, 6, 40, 12, 17, 33, 21]]
 
 
-@pytest.fixture
-def decoder():
-    return Decoder(make_target(), make_drafter(), eos_ids=set())
+@pytest.fixture(params=[True, False], ids=["p-eagle", "eagle3"])
+def decoder(request):
+    return Decoder(make_target(), make_drafter(parallel_drafting=request.param), eos_ids=set())
 
 
 def target_alone(target, prompt, count):
@@ -29,6 +29,9 @@ def test_greedy_output_is_the_targets_own_token_for_token(decoder, k):
     decoded = decoder.decode(PROMPTS, k=k, temperature=0.0, max_new_tokens=24)
     assert decoded.tokens == [target_alone(decoder.target, p, 24) for p in PROMPTS]
     assert max(map(len, decoded.tokens)) == 24
+    rounds = max(map(len, decoded.accepted))
+    assert len(decoded.draft_seconds) == (rounds if k else 0)
+    assert sum(decoded.draft_seconds) < decoded.seconds
 
 
 def test_a_drafter_that_knows_the_target_is_always_accepted(decoder, monkeypatch):

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from peagle.model.config import PEagleConfig, default_layer_ids
 from peagle.model.drafter import PEagleDrafter
+from peagle.model.eagle3 import Eagle3Drafter
 from peagle.model.export import Verifier, export_drafter
 from peagle.model.servable import check_tensors, servable_tensors
 
@@ -52,6 +53,33 @@ def test_the_speculators_layout_keeps_every_flag_inside_the_layer_configuration(
     assert config["mask_token_id"] == 5
     assert config["transformer_layer_config"]["fc_norm"] is True
     assert config["transformer_layer_config"]["num_aux_hidden_states"] == 3
+
+
+def test_an_eagle3_drafter_has_nothing_of_a_mask_token_and_loads_bit_equal(tmp_path):
+    drafter = make_drafter(parallel_drafting=False, num_hidden_layers=1).to(torch.bfloat16)
+    export_drafter(drafter, tmp_path / "drafter")
+    ours, parallel = (
+        {name for name in made.state_dict()}
+        for made in (drafter, make_drafter(num_hidden_layers=1))
+    )
+    assert parallel - ours == {"mask_hidden"} and ours < parallel
+    config = json.loads((tmp_path / "drafter" / "config.json").read_text())
+    assert config["parallel_drafting"] is False
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert not {"mask_token_id", "pard_token", "ptd_token_id"} & config.keys()
+    loaded = Eagle3Drafter.from_pretrained(tmp_path / "drafter", dtype=torch.bfloat16)
+    for name, tensor in drafter.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_the_speculators_layout_of_an_eagle3_drafter_asks_for_no_parallel_drafting(tmp_path):
+    drafter = make_drafter(parallel_drafting=False, fc_norm=True)
+    verifier = Verifier("org/target", ["LlamaForCausalLM"])
+    export_drafter(drafter, tmp_path / "d", layout="speculators", verifier=verifier, k=3)
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert config["speculators_model_type"] == "eagle3"
+    assert config["speculators_config"]["algorithm"] == "eagle3"
+    assert config["fc_norm"] is True and "mask_token_id" not in config
 
 
 def test_the_speculators_layout_without_a_target_is_refused(tmp_path):
@@ -109,11 +137,24 @@ def test_default_layer_ids_are_vllms_and_stay_inside_small_targets(layers, ids):
         ({"eagle_aux_hidden_state_layer_ids": (2, 2)}, "unique"),
         ({"mask_token_id": 48}, r"0\.\.47"),
         ({"draft_vocab_size": 49}, "exceeds"),
+        ({"hidden_state": "own"}, "shared, depth, anchor, anchor_depth, anchor_scaled, got 'own'"),
     ],
 )
 def test_a_configuration_that_cannot_be_served_is_refused(changes, words):
     with pytest.raises(Exception, match=words):
         make_drafter(**changes)
+
+
+@pytest.mark.parametrize("design", ["depth", "anchor", "anchor_depth", "anchor_scaled"])
+def test_a_hidden_state_that_no_engine_serves_is_refused_in_one_sentence(tmp_path, design):
+    with pytest.raises(ValueError, match=f"hidden_state '{design}' cannot be exported: vLLM"):
+        export_drafter(make_drafter(hidden_state=design), tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_what_is_served_does_not_name_its_hidden_state(tmp_path):
+    export_drafter(make_drafter(), tmp_path / "d")
+    assert "hidden_state" not in json.loads((tmp_path / "d" / "config.json").read_text())
 
 
 def test_rotary_tables_survive_a_reload(tmp_path):

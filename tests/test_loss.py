@@ -6,10 +6,10 @@ import torch
 from peagle.loss import LOSSES, check_mix, first_choice, global_mean, head_loss
 
 
-def reference(hidden, weight, teacher, position, mix):
+def reference(hidden, weight, teacher, position, mix, weights):
     """The definitions of the module's docstring, row by row, by autograd."""
     total = hidden.new_zeros(())
-    for state, line in zip(hidden, position.tolist(), strict=True):
+    for state, line, share_of_row in zip(hidden, position.tolist(), weights, strict=True):
         p = torch.softmax(teacher[line], -1)
         q = torch.softmax(weight @ state, -1)
         alpha = torch.minimum(p, q).sum()
@@ -21,7 +21,8 @@ def reference(hidden, weight, teacher, position, mix):
             "ce": -torch.log(q[p.argmax()]),
             "lk_hybrid": blend * kl + (1 - blend) * (1 - alpha),
         }
-        total = total + sum(share * values[name] for name, share in mix.items())
+        row = sum(share * values[name] for name, share in mix.items())
+        total = total + share_of_row * row
     return total
 
 
@@ -35,14 +36,18 @@ def inputs(rows=37, width=8, vocabulary=23, positions=11):
 MIXES = [{name: 1.0} for name in LOSSES] + [{"kl": 0.3, "tv": 2.0, "ce": 0.5, "lk_hybrid": 0.7}]
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted rows"])
 @pytest.mark.parametrize("mix", MIXES, ids=lambda m: "+".join(m))
-def test_values_and_gradients_equal_the_plain_definition(mix, monkeypatch):
+def test_values_and_gradients_equal_the_plain_definition(mix, weighted, monkeypatch):
     monkeypatch.setattr("peagle.loss.CHUNK_ROWS", 10)
     monkeypatch.setattr("peagle.loss.CACHE_BYTES", 4 * 4 * 23)  # four rows
     hidden, weight, teacher, position = inputs()
-    expected = reference(hidden, weight, teacher, position, mix)
+    weights = torch.rand(37, dtype=torch.float64) + 0.1 if weighted else None
+    expected = reference(
+        hidden, weight, teacher, position, mix, torch.ones(37) if weights is None else weights
+    )
     wanted = torch.autograd.grad(3 * expected, (hidden, weight))
-    loss, _ = head_loss(hidden, weight, teacher, position, mix=mix)
+    loss, _ = head_loss(hidden, weight, teacher, position, mix=mix, weights=weights)
     got = torch.autograd.grad(3 * loss, (hidden, weight))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     for ours, theirs in zip(got, wanted, strict=True):

@@ -11,10 +11,10 @@ from peagle.model.memory import parameters, rows_within
 SETTINGS = {"slots": 64, "rollout": 8, "element": 4, "recompute": False}
 
 
-def large():
+def large(**changes):
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
     width = {"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 8192}
-    return PEagleConfig(num_hidden_layers=4, **width, **heads)
+    return PEagleConfig(num_hidden_layers=4, **width, **heads, **changes)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 4}, {"draft_vocab_size": 20}])
@@ -34,6 +34,15 @@ def test_more_memory_means_more_rows_and_longer_sequences_leave_fewer():
     assert rows(4.0, slots=8192) < rows(4.0)
     assert rows(4.0, element=2) > rows(4.0)
     assert rows(4.0, recompute=True) > rows(4.0)
+
+
+def test_rows_of_eagle3_keep_their_attention_weights():
+    budget = {"slots": 4096, "rollout": 8, "element": 4, "recompute": False}
+    kept = {
+        parallel: rows_within(8.0, large(parallel_drafting=parallel), **budget)
+        for parallel in (True, False)
+    }
+    assert kept[False] < kept[True] / 2  # 4 layers of 8 heads over 4,096 slots: 0.5 MB a row
 
 
 def test_a_budget_below_one_segment_names_the_smallest_that_works():

@@ -12,6 +12,8 @@ from peagle.model.objective import objective
 
 COD = Cod(6, 0.8)
 
+DESIGNS = ["shared", "depth", "anchor", "anchor_depth", "anchor_scaled"]
+
 
 def make_batch(lengths=(60, 25, 41), segments=None, dtype=torch.float64):
     slots = pack([make_sample(n, seed) for seed, n in enumerate(lengths)])
@@ -25,7 +27,10 @@ def draw(batch):
     return sample_rows(batch.supervised, batch.document, cod=COD, generator=generator)
 
 
-def plain_loss(drafter, head, batch, rows):
+BOTH = pytest.mark.parametrize("parallel", [True, False], ids=["p-eagle", "eagle3"])
+
+
+def plain_loss(drafter, head, batch, rows, depth_decay=1.0):
     """No segments, no held gradients: ordinary autograd over all rows."""
     lengths = torch.bincount(batch.document).tolist()
     stream = drafter.depth_zero(batch.tokens, batch.aux, batch.position, document_lengths=lengths)
@@ -34,7 +39,8 @@ def plain_loss(drafter, head, batch, rows):
     hidden[deep] = drafter.rollouts(rows.deeper(), stream, batch.position, batch.document)
     logits = drafter.lm_head(drafter.norm(hidden))
     p = torch.softmax(head(batch.final).double(), -1)[rows.position]
-    return (p * (p.log() - torch.log_softmax(logits, -1))).sum()
+    weights = depth_decay ** rows.depth.double()
+    return (weights * (p * (p.log() - torch.log_softmax(logits, -1))).sum(-1)).sum()
 
 
 def gradients(loss, drafter):
@@ -43,21 +49,37 @@ def gradients(loss, drafter):
     return {name: p.grad.clone() for name, p in drafter.named_parameters()}
 
 
-def test_held_gradients_equal_ordinary_backward():
-    drafter, head, batch = make_drafter(), make_head(), make_batch()
+KINDS = [{"parallel_drafting": False}, *({"hidden_state": design} for design in DESIGNS)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(*kind.values()))
+@pytest.mark.parametrize("depth_decay", [1.0, 0.8])
+def test_held_gradients_equal_ordinary_backward(kind, depth_decay):
+    drafter, head, batch = make_drafter(**kind).eval(), make_head(), make_batch()
     rows = draw(batch)
-    wanted_loss = plain_loss(drafter, head, batch, rows)
+    wanted_loss = plain_loss(drafter, head, batch, rows, depth_decay)
     wanted = gradients(2 * wanted_loss / 7, drafter)
-    outcome = objective(drafter, head, batch, rows, mix={"kl": 1.0})
+    outcome = objective(drafter, head, batch, rows, mix={"kl": 1.0}, depth_decay=depth_decay)
+    assert outcome.weight == pytest.approx(sum(depth_decay**d for d in rows.depth.tolist()))
     got = gradients(2 * outcome.loss / 7, drafter)
     assert outcome.loss.item() == pytest.approx(wanted_loss.item(), rel=1e-6)
     for name, want in wanted.items():
         assert (got[name] - want).norm() <= 1e-6 * want.norm(), name
 
 
-@pytest.mark.parametrize("count", [2, 5, 16])
-def test_segments_change_neither_loss_nor_gradients_in_float32(count):
-    drafter, head = make_drafter().float(), make_head()
+@pytest.mark.parametrize(
+    ("count", "kind"),
+    [
+        (2, {}),
+        (5, {"hidden_state": "anchor_depth"}),
+        (5, {"parallel_drafting": False}),
+        (16, {}),
+        (16, {"parallel_drafting": False}),
+    ],
+    ids=str,
+)
+def test_segments_change_neither_loss_nor_gradients_in_float32(count, kind):
+    drafter, head = make_drafter(**kind).float(), make_head()
     whole = make_batch(lengths=(160, 25, 41), dtype=torch.float32)
     expected = expected_rows(whole.supervised, whole.document, cod=COD)
     segments = partition(expected, max_rows=int(expected.sum() / count) + 4)

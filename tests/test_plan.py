@@ -20,7 +20,7 @@ from peagle.model.config import PEagleConfig
 from peagle.model.target import TargetSource
 from peagle.plan.cost import Shape, cost_of
 from peagle.plan.forecast import Forecast, forecast
-from peagle.plan.report import RunShape, sequence_of, steps_of, warnings
+from peagle.plan.report import RunShape, mask_token, sequence_of, steps_of, warnings
 
 ROOT = Path(__file__).parent.parent
 TARGET = TargetSource("tiny")
@@ -134,9 +134,28 @@ def test_what_will_go_wrong_is_said_beforehand(tmp_path, data, run, evaluation, 
     assert words is None or words in found[0]
 
 
+def test_a_plan_of_eagle3_has_no_mask_token_and_fewer_weights_and_more_memory_per_row():
+    shape = Shape(512, 3000, 3000)
+    costs = [
+        cost_of(
+            make_drafter(parallel_drafting=parallel).config,
+            shape,
+            half=False,
+            muon=False,
+            train_embeddings=True,
+        )
+        for parallel in (True, False)
+    ]
+    assert costs[0].parameters - costs[1].parameters == 3 * 32  # the mask hidden state
+    scores = 2 * 4 * 512 * 4  # layers, heads, slots, bytes
+    assert costs[1].memory["segment"] - costs[0].memory["segment"] == 3000 * scores
+    assert mask_token(TargetSource("tiny"), None).startswith("none")
+
+
 def test_every_configuration_is_planned_from_its_targets_config_alone():
     """Offline: no weights, no tokenizer, no data set can be had."""
-    names = sorted(path.stem for path in ROOT.glob("configs/*.yaml") if path.stem != "quickstart")
+    shapes = {path.name for path in (ROOT / "tests" / "target_configs").iterdir()}
+    names = sorted(shapes & {path.stem for path in ROOT.glob("configs/*.yaml")})
     script = (
         "import json, sys\n"
         "from peagle.cli import run\n"

@@ -3,12 +3,14 @@
 import lightning as L
 import pytest
 import torch
+from random_parts import make_target
 from torch.optim import AdamW
 
 from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
 from peagle.cod.rollouts import Cod
 from peagle.data.datamodule import HiddenStatesDataModule
 from peagle.evaluation import EvaluationConfig
+from peagle.model.target import target_layers_of
 from peagle.module import LinearSchedule, PEagleModule, load_drafter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -57,8 +59,16 @@ class Losses(L.Callback):
         self.values.append(float(outputs["loss"]))
 
 
+BASELINE = {"drafter": "eagle3", "mask_token_id": None, "depth_decay": 0.8}
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_twenty_steps_lower_the_loss(random_store, tmp_path, precision):
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [({}, 0.8), (BASELINE, 0.9)],  # rows that read tokens at random take longer
+    ids=["p-eagle", "eagle3"],
+)
+def test_twenty_steps_lower_the_loss(random_store, tmp_path, precision, changes, left):
     losses = Losses()
     trainer = make_trainer(
         tmp_path,
@@ -67,9 +77,9 @@ def test_twenty_steps_lower_the_loss(random_store, tmp_path, precision):
         gradient_clip_val=1.0,
         callbacks=[losses, Checkpoint(every_n_steps=100)],
     )
-    trainer.fit(make_module(), datamodule=make_data(random_store))
+    trainer.fit(make_module(**changes), datamodule=make_data(random_store))
     assert len(losses.values) == 20
-    assert sum(losses.values[-4:]) < 0.8 * sum(losses.values[:4])
+    assert sum(losses.values[-4:]) < left * sum(losses.values[:4])
 
 
 def test_a_checkpoint_brings_back_the_drafter_and_refuses_another_architecture(
@@ -88,6 +98,49 @@ def test_a_checkpoint_brings_back_the_drafter_and_refuses_another_architecture(
             ckpt_path=str(last),
             weights_only=True,
         )
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "words"),
+    [
+        (
+            {},
+            BASELINE,
+            "holds a drafter of kind p-eagle, this run has eagle3: give --model.drafter",
+        ),
+        (
+            BASELINE,
+            {"num_layers": 1},
+            "kind eagle3, this run has p-eagle: .* --model.drafter eagle3",
+        ),
+    ],
+    ids=["p-eagle", "eagle3"],
+)
+def test_a_checkpoint_of_the_other_kind_is_refused(random_store, tmp_path, trained, given, words):
+    module = make_module(**trained)
+    make_trainer(tmp_path, 1).fit(module, datamodule=make_data(random_store))
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert type(load_drafter(last)) is type(module.drafter)
+    with pytest.raises(ValueError, match=words):
+        make_trainer(tmp_path, 2).fit(
+            make_module(**given),
+            datamodule=make_data(random_store),
+            ckpt_path=str(last),
+            weights_only=True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mask_token_id": None}, "a p-eagle drafter needs mask_token_id"),
+        ({"depth_decay": 0.0}, r"depth_decay must lie in \(0, 1\], got 0"),
+        ({"depth_decay": 1.1}, "depth_decay must lie in"),
+    ],
+)
+def test_a_model_that_makes_no_sense_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        make_module(**changes)
 
 
 def test_validation_counts_every_supervised_row_of_every_depth(random_store, tmp_path):
@@ -121,6 +174,46 @@ def test_frozen_embeddings_stay_the_targets(random_store, tmp_path):
     module = make_module(train_embeddings=False)
     make_trainer(tmp_path, 2).fit(module, datamodule=make_data(random_store))
     assert torch.equal(module.drafter.embed_tokens.weight, module.full_head[0].embedding.float())
+
+
+@pytest.mark.parametrize("start", ["target", "random"])
+def test_a_random_start_copies_no_layer_of_the_target(random_store, tmp_path, start):
+    target = make_target()
+    layers = target_layers_of(target, target.config, (0, 3))
+    layers.save(random_store / "target_layers.safetensors")
+    module = make_module(num_layers=3, num_key_value_heads=4, start=start)
+    trainer = make_trainer(tmp_path, 1, limit_train_batches=0)
+    trainer.fit(module, datamodule=make_data(random_store))
+    ours = module.drafter.layers[2].mlp.up_proj.weight
+    copied = torch.allclose(ours, layers.layers[3]["mlp.up_proj.weight"].float())
+    assert copied == (start == "target")
+    assert torch.equal(module.drafter.embed_tokens.weight, module.full_head[0].embedding.float())
+
+
+@pytest.mark.parametrize("design", ["depth", "anchor", "anchor_depth", "anchor_scaled"])
+def test_every_hidden_state_learns_and_comes_back_from_its_checkpoint(
+    random_store, tmp_path, design
+):
+    module, before = make_module(hidden_state=design), {}
+
+    class Before(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            before.update({n: p.clone() for n, p in pl_module.drafter.named_parameters()})
+
+    callbacks = [Before(), Checkpoint(every_n_steps=10)]
+    trainer = make_trainer(tmp_path, 3, callbacks=callbacks)
+    trainer.fit(module, datamodule=make_data(random_store))
+    drafter = load_drafter(tmp_path / "checkpoints" / "last.ckpt")
+    added = [name for name in before if name.startswith("row_states.")]
+    assert len(added) == {"depth": 1, "anchor": 1, "anchor_depth": 2, "anchor_scaled": 2}[design]
+    for name in added:
+        assert not torch.equal(before[name], drafter.get_parameter(name)), name
+        assert torch.equal(module.drafter.get_parameter(name), drafter.get_parameter(name)), name
+
+
+def test_a_hidden_state_for_rows_of_another_kind_of_drafter_is_refused():
+    with pytest.raises(ValueError, match="hidden_state is for p-eagle drafters"):
+        make_module(drafter="eagle3", hidden_state="depth")
 
 
 def test_accumulated_steps_equal_lightnings_mean_of_their_gradients(random_store, tmp_path):

@@ -119,6 +119,7 @@ class Serving(NamedTuple):
     target: str
     revision: str | None
     drafter: str | None
+    parallel: bool  # the drafter's way: P-EAGLE's, or EAGLE-3's
     k: int
     dtype: str
     max_model_len: int | None
@@ -147,19 +148,17 @@ def server_command(vllm: Vllm, serving: Serving, port: int) -> list[str]:
     if serving.enforce_eager:
         command += ["--enforce-eager"]
     if serving.drafter is not None:
-        command += ["--speculative-config", speculative_config(serving.drafter, serving.k)]
+        command += ["--speculative-config", speculative_config(serving)]
     return [*command, *serving.arguments]
 
 
-def speculative_config(drafter: str, k: int) -> str:
-    return json.dumps(
-        {
-            "method": "eagle3",
-            "model": drafter,
-            "num_speculative_tokens": k,
-            "parallel_drafting": True,
-        }
-    )
+def speculative_config(serving: Serving) -> str:
+    settings = {
+        "method": "eagle3",
+        "model": serving.drafter,
+        "num_speculative_tokens": serving.k,
+    }
+    return json.dumps(settings | ({"parallel_drafting": True} if serving.parallel else {}))
 
 
 def server_environment(vllm: Vllm, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -32,8 +32,9 @@ def draw(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def throughput(axes: Axes, rows: list[Row]) -> None:
-    for (prompt_set, prompts, k), line in grouped(rows, "prompt_set", "prompts", "k").items():
-        drafting = "no drafter" if k is None else f"K = {k}"
+    keys = ("prompt_set", "prompts", "drafter", "method", "k")
+    for (prompt_set, prompts, _, method, k), line in grouped(rows, *keys).items():
+        drafting = "no drafter" if k is None else f"{method}, K = {k}"
         label = f"{prompt_set} ({prompts} prompts), {drafting}"
         style = "x--" if k is None else "o-"
         line = sorted(line, key=lambda row: row["concurrency"])
@@ -47,11 +48,11 @@ def throughput(axes: Axes, rows: list[Row]) -> None:
 
 def acceptance(axes: Axes, rows: list[Row]) -> None:
     drafted = [row for row in rows if row["drafter"] is not None]
-    keys = ("prompt_set", "prompts", "concurrency")
-    for (prompt_set, prompts, concurrency), line in grouped(drafted, *keys).items():
+    keys = ("prompt_set", "prompts", "drafter", "method", "concurrency")
+    for (prompt_set, prompts, _, method, concurrency), line in grouped(drafted, *keys).items():
         line = sorted(line, key=lambda row: row["k"])
         x, y = zip(*((row["k"], row["acceptance_length"]) for row in line), strict=True)
-        label = f"{prompt_set} ({prompts} prompts), {concurrency} at once"
+        label = f"{prompt_set} ({prompts} prompts), {method}, {concurrency} at once"
         axes.plot(x, y, "o-", label=label)
     axes.set_xticks(sorted({row["k"] for row in drafted}))
     axes.set(xlabel="K, drafts per round", ylabel="tokens per verification", ylim=(1, None))

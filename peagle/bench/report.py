@@ -10,10 +10,18 @@ from peagle.metrics import format_table
 Row = dict[str, Any]
 
 
+class Served(NamedTuple):
+    """A drafter in the engine."""
+
+    folder: str
+    method: str
+
+
 class Measurement(NamedTuple):
     """One prompt set asked at one concurrency, with K drafts per round (0: no drafter)."""
 
     prompt_set: str
+    drafter: Served | None
     k: int
     concurrency: int
     prompts: int  # different ones; each is asked equally often
@@ -33,13 +41,19 @@ class Conditions(NamedTuple):
     hardware: str
     dtype: str
     temperature: float
-    drafter: str
 
 
 def bench_rows(measurements: list[Measurement], conditions: Conditions) -> list[Row]:
-    """One row per measurement; those with a drafter are compared with the one without."""
+    """One row per measurement; those with a drafter are compared with the one without.
+
+    Drafters keep the order in which they were measured.
+    """
     alone = {(m.prompt_set, m.concurrency): m for m in measurements if m.k == 0}
-    order = sorted(measurements, key=lambda m: (m.prompt_set, m.concurrency, m.k))
+    drafters = list(dict.fromkeys(m.drafter for m in measurements))
+    order = sorted(
+        measurements,
+        key=lambda m: (m.prompt_set, m.concurrency, drafters.index(m.drafter), m.k),
+    )
     return [bench_row(m, alone[m.prompt_set, m.concurrency], conditions) for m in order]
 
 
@@ -48,6 +62,7 @@ def bench_row(m: Measurement, alone: Measurement, conditions: Conditions) -> Row
     latency = [answer.seconds for answer in m.answers]
     return {
         "prompt_set": m.prompt_set,
+        "method": m.drafter.method if m.drafter else None,
         "k": m.k or None,
         "temperature": conditions.temperature,
         "engine": conditions.engine,
@@ -60,7 +75,7 @@ def bench_row(m: Measurement, alone: Measurement, conditions: Conditions) -> Row
         "tokens_per_second": speed,
         "baseline_tokens_per_second": baseline,
         "concurrency": m.concurrency,
-        "drafter": conditions.drafter if m.k else None,
+        "drafter": m.drafter.folder if m.drafter else None,
         "latency_p50_s": quantile(latency, 0.50),
         "latency_p95_s": quantile(latency, 0.95),
         "latency_p99_s": quantile(latency, 0.99),
@@ -99,7 +114,7 @@ def best_k(rows: list[Row]) -> list[Row]:
 
 
 def format_bench(rows: list[Row]) -> str:
-    header = ["prompts", "at once", "K", "tok/s", "speed-up", "accepted", "by position"]
+    header = ["prompts", "at once", "drafter", "K", "tok/s", "speed-up", "accepted", "by position"]
     header += ["same output", "latency p50/p95/p99", "first token"]
     lines = []
     for row in rows:
@@ -110,7 +125,8 @@ def format_bench(rows: list[Row]) -> str:
             [
                 f"{row['prompt_set']} ({row['prompts']})",
                 str(row["concurrency"]),
-                str(row["k"]) if drafted else "none",
+                row["method"] or "none",
+                str(row["k"]) if drafted else "",
                 f"{row['tokens_per_second']:.1f}",
                 f"{row['speedup']:.2f}" if drafted else "",
                 f"{row['acceptance_length']:.2f}" if drafted else "",
@@ -126,7 +142,7 @@ def format_bench(rows: list[Row]) -> str:
 def format_best(rows: list[Row]) -> str:
     return "\n".join(
         f"best for {row['prompt_set']} with {row['concurrency']} at once: "
-        + ("no drafter" if row["k"] is None else f"K = {row['k']}")
+        + ("no drafter" if row["k"] is None else f"{row['method']}, K = {row['k']}")
         + f" ({row['tokens_per_second']:.1f} tok/s)"
         for row in best_k(rows)
     )

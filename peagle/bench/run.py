@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +19,19 @@ from peagle.bench.engine import (
     serve,
 )
 from peagle.bench.plots import draw
-from peagle.bench.report import Conditions, Measurement, Row, bench_rows, format_bench, format_best
+from peagle.bench.report import (
+    Conditions,
+    Measurement,
+    Row,
+    Served,
+    bench_rows,
+    format_bench,
+    format_best,
+)
 from peagle.data.chat import prompt_ids
-from peagle.data.prompts import PromptSource, load_prompts
+from peagle.data.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
 from peagle.data.store import write_atomically
+from peagle.data.talks import words
 from peagle.model.config import PEagleConfig
 from peagle.model.servable import check_folder
 from peagle.model.target import TargetSource, refuse_other_target
@@ -34,6 +44,8 @@ class BenchConfig:
 
     Args:
         drafter: folder that ``fit`` or ``export`` wrote.
+        baseline: folder of another drafter for this target, such as an EAGLE-3 one, to be served at
+            the same K and shown beside.
         target: ``tiny`` (embedded), a folder, or a Hub id.
         revision: of the Hub id.
         vllm_python: interpreter of the environment that has vLLM; default the running one.
@@ -52,6 +64,7 @@ class BenchConfig:
 
     drafter: Path
     target: str
+    baseline: Path | None = None
     revision: str | None = None
     vllm_python: str | None = None
     prompts: list[PromptSource] = field(
@@ -69,6 +82,7 @@ class BenchConfig:
     vllm_args: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        refuse_equal_names(self.prompts)
         for name in ("k", "concurrency"):
             numbers = getattr(self, name)
             if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
@@ -81,7 +95,8 @@ class PromptSet(NamedTuple):
     """Prompts of one set, rendered by the target's chat template."""
 
     name: str
-    ids: list[list[int]]
+    ids: list[list[int]]  # of the first turns; once the target has answered them, of all
+    prompts: list[Prompt]
 
 
 def bench(config: BenchConfig) -> None:
@@ -92,22 +107,24 @@ def bench(config: BenchConfig) -> None:
     """
     end_by_signals()
     target = TargetSource(config.target, config.revision)
-    drafter = check_folder(config.drafter)
     text = target.config()
-    refuse_other_target(drafter, text)
-    warn_beyond_training(drafter, config.k)
+    folders = [folder for folder in (config.drafter, config.baseline) if folder is not None]
+    drafters = {folder: check_folder(folder) for folder in folders}
+    for drafter in drafters.values():
+        refuse_other_target(drafter, text)
+        warn_beyond_training(drafter, config.k)
     vllm = find_vllm(config.vllm_python)
-    require_parallel_drafting(vllm, [*drafter.architectures, *(text.architectures or ())])
+    known = {name for drafter in drafters.values() for name in drafter.architectures}
+    require_parallel_drafting(vllm, [*sorted(known), *(text.architectures or ())])
     prompt_sets = rendered_prompts(config, target)
 
     folder = (config.run_dir or config.drafter.resolve().parent) / "metrics"
-    conditions = Conditions(
-        vllm.name, hardware(vllm), config.dtype, config.temperature, str(config.drafter)
-    )
+    conditions = Conditions(vllm.name, hardware(vllm), config.dtype, config.temperature)
     print(f"{describe(vllm)}; {config.dtype}, temperature {config.temperature:g}", file=sys.stderr)
     measurements: list[Measurement] = []
-    for k in (0, *config.k):
-        measurements += measure(config, target, vllm, prompt_sets, k)
+    served = [Served(str(folder), drafter.method) for folder, drafter in drafters.items()]
+    for drafter, k in [(None, 0), *product(served, config.k)]:
+        measurements += measure(config, target, vllm, prompt_sets, drafter, k)
         rows = bench_rows(measurements, conditions)
         write(folder / "bench.json", config, vllm, rows)
     print(f"\n{describe(vllm)}\n{config.dtype}, temperature {config.temperature:g}, at most "
@@ -150,37 +167,62 @@ def hardware(vllm: Vllm) -> str:
 
 
 def rendered_prompts(config: BenchConfig, target: TargetSource) -> list[PromptSet]:
-    tokenizer = target.tokenizer()
-    return [
-        PromptSet(
-            source.name,
-            [prompt_ids(tokenizer, prompt.opening()) for prompt in load_prompts(source)],
-        )
-        for source in config.prompts
-    ]
+    tokenizer, sets = target.tokenizer(), []
+    for source in config.prompts:
+        prompts = load_prompts(source)
+        ids = [prompt_ids(tokenizer, p.opening(), p.options(None)) for p in prompts]
+        sets.append(PromptSet(source.name, ids, prompts))
+    return sets
+
+
+def add_later_turns(
+    port: int, config: BenchConfig, target: TargetSource, prompt_set: PromptSet
+) -> None:
+    """Later turns become requests too, in the context of what this engine answers greedily."""
+    prompts, latest, turn = prompt_set.prompts, list(prompt_set.ids), 1
+    talks, tokenizer = [prompt.opening() for prompt in prompts], target.tokenizer()
+    while going_on := [i for i, prompt in enumerate(prompts) if len(prompt.turns) > turn]:
+        questions = [Question(latest[i], config.max_new_tokens, 0.0) for i in going_on]
+        answers = closed_loop(port, questions, max(config.concurrency)).answers
+        for i, answer in zip(going_on, answers, strict=True):
+            talks[i] += [
+                {"role": "assistant", "content": words(tokenizer, answer.tokens)},
+                {"role": "user", "content": prompts[i].turns[turn]},
+            ]
+            latest[i] = prompt_ids(tokenizer, talks[i], prompts[i].options(None))
+            prompt_set.ids.append(latest[i])
+        turn += 1
 
 
 def measure(
-    config: BenchConfig, target: TargetSource, vllm: Vllm, prompt_sets: list[PromptSet], k: int
+    config: BenchConfig,
+    target: TargetSource,
+    vllm: Vllm,
+    prompt_sets: list[PromptSet],
+    drafter: Served | None,
+    k: int,
 ) -> Iterator[Measurement]:
     """Start one engine and ask it every prompt set at every concurrency."""
     eager = vllm.device == "cpu" if config.enforce_eager is None else config.enforce_eager
     serving = Serving(
         target=absolute(target.path),
         revision=target.revision,
-        drafter=str(config.drafter.resolve()) if k else None,
+        drafter=str(Path(drafter.folder).resolve()) if drafter else None,
+        parallel=drafter is not None and drafter.method == "p-eagle",
         k=k,
         dtype=config.dtype,
         max_model_len=config.max_model_len,
         enforce_eager=eager,
         arguments=tuple(config.vllm_args),
     )
-    name = f"K = {k}" if k else "no drafter"
+    name = f"{drafter.method}, K = {k}" if drafter else "no drafter"
     print(f"{name}: starting the engine", file=sys.stderr)
     with serve(vllm, serving, timeout_s=config.start_timeout_s) as server:
         for prompt_set in prompt_sets:
+            if k == 0:  # the first engine, without drafter: all others are asked the same
+                add_later_turns(server.port, config, target, prompt_set)
             for concurrency in config.concurrency:
-                measurement = ask_all(server.port, config, prompt_set, k, concurrency)
+                measurement = ask_all(server.port, config, prompt_set, drafter, k, concurrency)
                 speed = measurement.tokens / measurement.seconds
                 print(
                     f"{name}: {prompt_set.name}, {concurrency} at once: {speed:.1f} tok/s",
@@ -190,7 +232,12 @@ def measure(
 
 
 def ask_all(
-    port: int, config: BenchConfig, prompt_set: PromptSet, k: int, concurrency: int
+    port: int,
+    config: BenchConfig,
+    prompt_set: PromptSet,
+    drafter: Served | None,
+    k: int,
+    concurrency: int,
 ) -> Measurement:
     """Every prompt equally often, so often that the last round is a small part of the run."""
     questions = [Question(ids, config.max_new_tokens, config.temperature) for ids in prompt_set.ids]
@@ -203,7 +250,14 @@ def ask_all(
     if k and not counters.drafts:
         raise OSError("the engine counted no drafts: it served without the drafter")
     return Measurement(
-        prompt_set.name, k, concurrency, len(questions), load.answers, load.seconds, counters
+        prompt_set.name,
+        drafter,
+        k,
+        concurrency,
+        len(questions),
+        load.answers,
+        load.seconds,
+        counters,
     )
 
 
@@ -212,6 +266,7 @@ def write(path: Path, config: BenchConfig, vllm: Vllm, rows: list[Row]) -> None:
         "target": config.target,
         "revision": config.revision,
         "drafter": str(config.drafter),
+        "baseline": None if config.baseline is None else str(config.baseline),
         "vllm": vllm.version,
         "max_new_tokens": config.max_new_tokens,
         **environment(),

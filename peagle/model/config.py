@@ -1,7 +1,12 @@
 """The drafter's configuration: a Llama block config with the fields that vLLM reads for EAGLE-3."""
 
+from typing import Literal
+
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
+
+HIDDEN_STATES = ("shared", "depth", "anchor", "anchor_depth", "anchor_scaled")
+Method = Literal["p-eagle", "eagle3"]
 
 
 def default_layer_ids(num_layers: int) -> tuple[int, ...]:
@@ -15,14 +20,15 @@ def default_layer_ids(num_layers: int) -> tuple[int, ...]:
 
 @strict
 class PEagleConfig(LlamaConfig):
-    """Everything a P-EAGLE drafter is, in the names of vLLM's plain EAGLE-3 format.
+    """Everything a drafter is, in the names of vLLM's plain EAGLE-3 format.
 
     ``model_type`` stays ``llama`` and the architecture ``LlamaForCausalLMEagle3``, because that is
     what the engine's registry knows; a name of our own would not load.
 
     Raises:
         ValueError: if the layer ids are not ascending and unique, the mask token is outside the
-            vocabulary, or the draft vocabulary is larger than the target's.
+            vocabulary, the draft vocabulary is larger than the target's, or ``hidden_state`` is
+            unknown.
     """
 
     # jaxtyping's import hook would check __init__ against the fields and refuse transformers' rest.
@@ -31,11 +37,13 @@ class PEagleConfig(LlamaConfig):
     target_hidden_size: int | None = None  # None: as wide as the drafter
     draft_vocab_size: int | None = None  # None: the target's whole vocabulary
     eagle_aux_hidden_state_layer_ids: list[int] | tuple[int, ...] = (2, 3, 5)
-    mask_token_id: int = 0
+    parallel_drafting: bool = True  # P-EAGLE; False: EAGLE-3, one token after the other
+    mask_token_id: int | None = 0  # None where drafting is not parallel
     num_depths: int = 8  # trained depth; drafting further is possible but untrained
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
+    hidden_state: str = "shared"  # of rows without one (row_states.py); no other can be served
 
     def __post_init__(self, **kwargs):
         ids = list(self.eagle_aux_hidden_state_layer_ids)
@@ -48,12 +56,23 @@ class PEagleConfig(LlamaConfig):
             raise ValueError(
                 f"draft_vocab_size {self.draft_vocab_size} exceeds the target's {self.vocab_size}"
             )
-        if not 0 <= self.mask_token_id < self.vocab_size:
+        if not self.parallel_drafting:
+            self.mask_token_id = None
+        elif self.mask_token_id is None or not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
                 f"mask_token_id must lie in 0..{self.vocab_size - 1}, got {self.mask_token_id}"
             )
+        if self.hidden_state not in HIDDEN_STATES:
+            raise ValueError(
+                f"hidden_state must be one of {', '.join(HIDDEN_STATES)}, got {self.hidden_state!r}"
+            )
         kwargs.setdefault("architectures", ["LlamaForCausalLMEagle3"])
         super().__post_init__(**kwargs)
+
+    @property
+    def method(self) -> Method:
+        """The kind of drafter, as ``model.drafter`` names it."""
+        return "p-eagle" if self.parallel_drafting else "eagle3"
 
     @property
     def num_aux(self) -> int:

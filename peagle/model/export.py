@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
+from peagle.model.base import Drafter
 from peagle.model.config import PEagleConfig
-from peagle.model.drafter import PEagleDrafter
 from peagle.model.servable import (
     Layout,
     check_folder,
     check_tensors,
     plain_config,
+    refuse_unservable,
     servable_tensors,
 )
 
@@ -29,7 +30,7 @@ class Verifier(NamedTuple):
 
 
 def export_drafter(
-    drafter: PEagleDrafter,
+    drafter: Drafter,
     folder: Path,
     *,
     layout: Layout = "eagle3",
@@ -45,8 +46,10 @@ def export_drafter(
         k: drafts per round that the speculators layout asks for; default the trained depth.
 
     Raises:
-        ValueError: naming the tensor that is missing, unexpected, misshapen or not finite.
+        ValueError: naming the tensor that is missing, unexpected, misshapen or not finite, or the
+            setting that no engine serves.
     """
+    refuse_unservable(drafter.config)
     tensors = servable_tensors(drafter)
     check_tensors(tensors, drafter.config)
     config = plain_config(drafter.config)
@@ -73,18 +76,21 @@ def speculators_config(config: PEagleConfig, verifier: Verifier, k: int) -> dict
     configuration but drops unknown fields beside it, so ``fc_norm`` and the like go inside."""
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    algorithm, name = ("peagle", "PEagle") if config.parallel_drafting else ("eagle3", "Eagle3")
+    mask = {"mask_token_id": config.mask_token_id} if config.parallel_drafting else {}
     return {
-        "speculators_model_type": "peagle",
-        "architectures": ["PEagleSpeculator"],
+        "speculators_model_type": algorithm,
+        "architectures": [f"{name}Speculator"],
         "draft_vocab_size": config.draft_vocab_size,
-        "mask_token_id": config.mask_token_id,
+        **mask,
         "norm_before_residual": config.norm_before_residual,
         "norm_before_fc": config.norm_before_fc,
+        "fc_norm": config.fc_norm,  # read here for eagle3, and inside for peagle
         "target_hidden_size": config.target_hidden_size,
         "eagle_aux_hidden_state_layer_ids": config.eagle_aux_hidden_state_layer_ids,
         "transformer_layer_config": plain_config(config),
         "speculators_config": {
-            "algorithm": "peagle",
+            "algorithm": algorithm,
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": k}],
             "verifier": {"name_or_path": verifier.name, "architectures": verifier.architectures},

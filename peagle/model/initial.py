@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from peagle.model.base import Drafter
 from peagle.model.drafter import PEagleDrafter
 from peagle.model.layers import DrafterLayer
 from peagle.model.target_head import TargetHead
@@ -24,7 +25,7 @@ QUIET = 0.002  # standard deviation of what starts out of the way but must learn
 
 @torch.no_grad()
 def initialise(
-    drafter: PEagleDrafter, target: TargetHead, kept: Int[Tensor, " W"], layers: TargetLayers
+    drafter: Drafter, target: TargetHead, kept: Int[Tensor, " W"], layers: TargetLayers
 ) -> list[int]:
     """Copy what fits; ``kept`` are the target ids of the draft vocabulary.
 
@@ -36,7 +37,8 @@ def initialise(
         The target layers that the drafter's layers 1, 2, ... start from.
     """
     config = drafter.config
-    drafter.mask_hidden.normal_(std=config.initializer_range)
+    if isinstance(drafter, PEagleDrafter):
+        drafter.mask_hidden.normal_(std=config.initializer_range)
     if config.hidden_size != config.target_hidden_size:
         return []
     drafter.embed_tokens.weight.copy_(target.embedding)
@@ -53,7 +55,7 @@ def initialise(
     return chosen
 
 
-def carries_embedding(drafter: PEagleDrafter) -> bool:
+def carries_embedding(drafter: Drafter) -> bool:
     """Whether layer 0 can be an entrance: wide enough, and its residual starts near zero.
 
     ``norm_before_residual`` scales even a small residual up, and the embedding would drown in it.
@@ -63,7 +65,7 @@ def carries_embedding(drafter: PEagleDrafter) -> bool:
     return wide and not config.norm_before_residual
 
 
-def fits(drafter: PEagleDrafter, layers: TargetLayers) -> bool:
+def fits(drafter: Drafter, layers: TargetLayers) -> bool:
     """Whether the target's layers have the shapes of the drafter's, but for shared keys."""
     if len(drafter.layers) < 2 or not layers.layers:
         return False

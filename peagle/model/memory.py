@@ -35,7 +35,7 @@ def rows_within(
         ValueError: naming the smallest budget that holds a segment of one rollout.
     """
     fixed = fixed_bytes(config, slots=slots, element=element, recompute=recompute)
-    row = row_bytes(config, element, config.num_hidden_layers)
+    row = row_bytes(config, element, config.num_hidden_layers) + score_bytes(config, slots)
     rows = int((memory_gb * 1e9 / SLACK - fixed) / row)
     if rows < rollout:
         least = math.ceil((fixed + rollout * row) * SLACK / 1e7) / 100
@@ -71,6 +71,12 @@ def row_bytes(config: PEagleConfig, element: int, layers: int) -> int:
     backward = 3 * element * wide + 4 * 2 * (query + 2 * pair)
     ends = 5 * element * width
     return layers * layer + backward + ends
+
+
+def score_bytes(config: PEagleConfig, slots: int) -> int:
+    """Attention weights that a row of an EAGLE-3 rollout keeps (``eagle3.py``), at most."""
+    heads = 0 if config.parallel_drafting else config.num_attention_heads
+    return config.num_hidden_layers * heads * slots * 4
 
 
 def parameters(config: PEagleConfig) -> int:

@@ -18,30 +18,33 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from peagle.cod.rollouts import Rows
 from peagle.data.batch import Batch
 from peagle.loss import head_loss
-from peagle.model.drafter import PEagleDrafter, Stream
+from peagle.model.base import Drafter, Stream
 from peagle.model.target_head import TargetHead
 
 
 class Outcome(NamedTuple):
-    """Summed loss over ``rows``, and which of them the drafter guessed right."""
+    """Summed loss over ``rows``, what they weigh together, and which the drafter guessed right."""
 
     loss: Float[Tensor, ""]
+    weight: float
     rows: Rows
     correct: Bool[Tensor, " N"]
 
 
 def objective(
-    drafter: PEagleDrafter,
+    drafter: Drafter,
     target_head: TargetHead,
     batch: Batch,
     rows: Rows,
     *,
     mix: Mapping[str, float],
+    depth_decay: float = 1.0,
     recompute: bool = False,
 ) -> Outcome:
     """Loss of all ``rows``, with gradients held per segment when gradients are enabled.
 
-    ``recompute`` runs depth 0 again in the backward pass instead of keeping its activations.
+    A row of depth ``d`` weighs ``depth_decay ** d``. ``recompute`` runs depth 0 again in the
+    backward pass instead of keeping its activations.
     """
     stream = drafter.depth_zero(
         batch.tokens,
@@ -54,7 +57,9 @@ def objective(
 
     def part(segment_rows: Rows) -> Callable[[Stream], Tensor]:
         def run(local: Stream) -> Tensor:
-            loss, hits = segment_loss(drafter, target_head, batch, segment_rows, local, mix=mix)
+            loss, hits = segment_loss(
+                drafter, target_head, batch, segment_rows, local, mix=mix, depth_decay=depth_decay
+            )
             correct.append(hits)
             return loss
 
@@ -67,17 +72,19 @@ def objective(
     else:
         loss = sum((run(stream) for run in parts), stream.hidden.new_zeros((), dtype=torch.float32))
     hits = torch.cat(correct) if correct else torch.zeros(0, dtype=torch.bool)
-    return Outcome(loss, rows, hits)
+    weight = float((depth_decay ** rows.depth.double()).sum())
+    return Outcome(loss, weight, rows, hits)
 
 
 def segment_loss(
-    drafter: PEagleDrafter,
+    drafter: Drafter,
     target_head: TargetHead,
     batch: Batch,
     rows: Rows,
     stream: Stream,
     *,
     mix: Mapping[str, float],
+    depth_decay: float,
 ) -> tuple[Float[Tensor, ""], Bool[Tensor, " N"]]:
     """Summed loss of the rows of one segment, all depths, and whether each guess is right."""
     deep = rows.depth > 0
@@ -89,8 +96,16 @@ def segment_loss(
     order = torch.cat([known, guessed])
     position = rows.position[order].to(hidden.device)
     teacher = TargetLogits(target_head, batch.final)
+    weights = None
+    if depth_decay != 1:
+        weights = (depth_decay ** rows.depth[order]).to(hidden.device, torch.float32)
     loss, guess = head_loss(
-        drafter.norm(hidden), drafter.lm_head.weight, teacher, position, mix=mix
+        drafter.norm(hidden),
+        drafter.lm_head.weight,
+        teacher,
+        position,
+        mix=mix,
+        weights=weights,
     )
     right = drafter.target_ids(guess) == batch.labels[position]
     return loss, torch.empty_like(right).index_copy_(0, order.to(right.device), right)

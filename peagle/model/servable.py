@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from peagle.model.base import Drafter
 from peagle.model.config import PEagleConfig
-from peagle.model.drafter import PEagleDrafter
 
 Layout = Literal["eagle3", "speculators"]
 
 
-def servable_tensors(drafter: PEagleDrafter) -> dict[str, Tensor]:
+def servable_tensors(drafter: Drafter) -> dict[str, Tensor]:
     """The state dict in bf16; id maps keep their integer types."""
     return {
         name: (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
@@ -36,11 +36,12 @@ def expected_tensors(config: PEagleConfig) -> dict[str, tuple[tuple[int, ...], t
     shapes: dict[str, tuple[int, ...]] = {
         "embed_tokens.weight": (config.vocab_size, width),
         "fc.weight": (width, aux),
-        "mask_hidden": (1, 1, aux),
         "norm.weight": (width,),
         "lm_head.weight": (config.draft_vocab_size, width),
         "layers.0.hidden_norm.weight": (width,),
     }
+    if config.parallel_drafting:
+        shapes["mask_hidden"] = (1, 1, aux)
     if config.norm_before_fc:
         shapes["input_norm.weight"] = (aux,)
     if config.fc_norm:
@@ -81,6 +82,15 @@ def layer_shapes(config: PEagleConfig, entering: int) -> dict[str, tuple[int, ..
     return shapes
 
 
+def refuse_unservable(config: PEagleConfig) -> None:
+    """Raise ``ValueError`` for a design that exists for an ablation only."""
+    if config.hidden_state != "shared":
+        raise ValueError(
+            f"a drafter with hidden_state {config.hidden_state!r} cannot be exported: vLLM serves "
+            "the shared one only, so train with model.hidden_state: shared"
+        )
+
+
 def check_tensors(tensors: dict[str, Tensor], config: PEagleConfig) -> None:
     """Raise ``ValueError`` unless the tensors are exactly the contract's, finite and in range."""
     expected = expected_tensors(config)
@@ -113,16 +123,19 @@ def plain_config(config: PEagleConfig) -> dict[str, Any]:
     rope = dict(config.rope_parameters)
     fields = config.to_dict()
     fields.pop("_name_or_path", None)  # a path of the machine it was once loaded on
+    fields.pop("hidden_state")  # of what is served always the same
     plain = {
         **fields,
         "rope_theta": rope.pop("rope_theta"),  # transformers 4 reads this, 5 rope_parameters
         "num_aux_hidden_states": config.num_aux,  # else vLLM sizes fc for three layers
-        "pard_token": config.mask_token_id,  # read by vLLM before 0.20
-        "ptd_token_id": config.mask_token_id,
-        "parallel_drafting": True,
         "torch_dtype": "bfloat16",
         "dtype": "bfloat16",
     }
+    if config.parallel_drafting:
+        # Read by vLLM before 0.20.
+        plain |= {"pard_token": config.mask_token_id, "ptd_token_id": config.mask_token_id}
+    else:
+        plain.pop("mask_token_id", None)
     if rope.get("rope_type", "default") != "default":
         plain["rope_scaling"] = rope  # transformers 4
     return plain
@@ -147,9 +160,9 @@ def read_config(folder: Path) -> PEagleConfig:
         raise ValueError(f"{path} is not the configuration of a drafter: {error}") from error
     for name in FIELDS:
         for place in (plain, found):
-            if (place is plain or name in found) and place.get(name) != wanted[name]:
+            if (place is plain or name in found) and place.get(name) != wanted.get(name):
                 raise ValueError(
-                    f"{path}: {name} is {place.get(name)!r}, must be {wanted[name]!r}; "
+                    f"{path}: {name} is {place.get(name)!r}, must be {wanted.get(name)!r}; "
                     "export the checkpoint again"
                 )
     return config

@@ -8,8 +8,8 @@ import torch
 
 from peagle.loss import CHUNK_ROWS
 from peagle.model.config import PEagleConfig
-from peagle.model.drafter import PEagleDrafter
-from peagle.model.memory import CHUNKS, SLACK, fixed_bytes, row_bytes
+from peagle.model.kinds import drafter_class
+from peagle.model.memory import CHUNKS, SLACK, fixed_bytes, row_bytes, score_bytes
 
 
 class Shape(NamedTuple):
@@ -41,7 +41,7 @@ def cost_of(
     activations bf16 when ``half``. ``muon`` keeps one moment of matrices where AdamW keeps two.
     """
     with torch.device("meta"):
-        drafter = PEagleDrafter(config)
+        drafter = drafter_class(config)(config)
     total = sum(p.numel() for p in drafter.parameters())
     trained = total - (0 if train_embeddings else drafter.embed_tokens.weight.numel())
     matrices = sum(
@@ -58,7 +58,8 @@ def cost_of(
         "optimizer": (4 if muon else 8) * matrices + 8 * (trained - matrices),
         "target head": 2 * config.draft_vocab_size * config.target_hidden_size,
         "sequence": full - empty,
-        "segment": shape.segment_rows * row_bytes(config, element, config.num_hidden_layers),
+        "segment": shape.segment_rows
+        * (row_bytes(config, element, config.num_hidden_layers) + score_bytes(config, shape.slots)),
         "logits": CHUNKS * 4 * CHUNK_ROWS * config.draft_vocab_size,
     }
     memory["slack"] = round((SLACK - 1) * sum(memory.values()))

@@ -109,8 +109,10 @@ def sequence_of(run: RunShape, data: Forecast, config: PEagleConfig) -> Shape:
     return Shape(run.max_tokens, rows, math.ceil(rows / segments))
 
 
-def mask_token(target: TargetSource, mask: int) -> str:
+def mask_token(target: TargetSource, mask: int | None) -> str:
     """Which token of the target's vocabulary stands for a guess."""
+    if mask is None:
+        return "none: an eagle3 drafter reads its own guesses"
     tokenizer = tokenizer_of(target)
     if tokenizer is None:
         return f"{mask}; without the tokenizer its name is unknown"

@@ -32,6 +32,7 @@ class Case(NamedTuple):
     target: str
     pruned: bool
     options: dict[str, object]
+    parallel: bool = True  # P-EAGLE's way of drafting; else EAGLE-3's
 
 
 CASES = {
@@ -49,6 +50,18 @@ CASES = {
     ),
     "tiny target, 2 layers, pruned, fc_norm": Case(
         "tiny", True, {"model.num_layers": 2, "model.fc_norm": "true"}
+    ),
+    "tiny target, autoregressive": Case(
+        "tiny",
+        False,
+        {
+            "model.drafter": "eagle3",
+            "model.num_layers": 1,
+            "model.cod.keep_ratio": 1.0,
+            "model.depth_decay": 0.8,
+            "model.fc_norm": "true",
+        },
+        parallel=False,
     ),
 }
 
@@ -177,17 +190,18 @@ class Engines:
             if LAYOUT[k] == "speculators":  # the folder names target and K itself
                 served = {"model": str(self.lab.run(name) / "speculators")}
             else:
-                served = self.plain(target, self.lab.run(name) / "drafter", k)
+                folder = self.lab.run(name) / "drafter"
+                served = self.plain(target, folder, k, parallel=CASES[name].parallel)
             self.known[name, k] = self.ask(target, served)
         return self.known[name, k]
 
-    def plain(self, target, drafter, k):
+    def plain(self, target, drafter, k, parallel=True):
         """Settings of an engine for a folder in the plain layout."""
         config = {
             "method": "eagle3",
             "model": str(drafter),
             "num_speculative_tokens": k,
-            "parallel_drafting": True,
+            "parallel_drafting": parallel,
         }
         return {"model": self.lab.target(target), "speculative_config": config}
 
