@@ -93,13 +93,13 @@ def write_store(folder: Path, manifest: Manifest, samples: int, length: int) -> 
     manifest.write(folder)
 
 
-def loader_of(folder: Path) -> ReadAhead:
+def loader_of(folder: Path, max_tokens: int) -> ReadAhead:
     """All batches, read as in training."""
     store = Store(folder)
     samples = store.split("train")
     lengths = [store.entries[i].tokens - 2 for i in samples]
     sampler = PackSampler(
-        samples, lengths, max_tokens=2048, seed=0, rank=0, world_size=1, done=lambda: 0
+        samples, lengths, max_tokens=max_tokens, seed=0, rank=0, world_size=1, done=lambda: 0
     )
     data = PackedSequences(
         store, cod=Cod(4, 0.8), max_rows=10**6, mask_token_id=5, buffers=Buffers()
@@ -113,7 +113,7 @@ def read_epoch(loader: ReadAhead) -> int:
 
 
 def peak_of_epoch(folder: Path) -> int:
-    assert read_epoch(loader_of(folder)) > 0
+    assert read_epoch(loader_of(folder, 1024)) > 0
     return peak_bytes()
 
 
@@ -135,8 +135,8 @@ def read_raw(folder: Path) -> int:
 
 
 def speeds(folder: Path) -> tuple[float, float]:
-    """Bytes per second of the disk and of the loader from a cold cache, in turn, the best of five."""
-    loader, rates = loader_of(folder), []
+    """Bytes per second of disk and loader from a cold cache, in turn, the best of five each."""
+    loader, rates = loader_of(folder, 4096), []
     for read, source in [(read_raw, folder), (read_epoch, loader)] * 5:
         drop_from_cache(folder)
         begin = time.monotonic()
