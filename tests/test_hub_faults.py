@@ -20,7 +20,7 @@ from hub_server import TOKEN, Hub
 
 from callbacks.publish import PublishResult
 
-ENDLESS_S = 3.0  # patience where all of it is used up; elsewhere it is only a bound
+ENDLESS_S = 6.0  # patience where all of it is used up; elsewhere it is only a bound
 
 
 @dataclass(frozen=True)
