@@ -4,16 +4,20 @@
 
 Files are dropped from the page cache before each reading. ``raw`` reads the shards one after the
 other in pieces of 8 MB; ``loader`` is what training iterates over: lazy reads through the index in
-the order of an epoch, hashes checked, documents packed, segments cut.
+the order of an epoch, hashes checked, documents packed, segments cut. They are read in turn, and
+the best of three rates counts. The memory is the most during equally many batches of both stores,
+that is, ten epochs of the smaller one.
 """
 
 import argparse
+import gc
 import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from report import machine, save, table
@@ -21,6 +25,7 @@ from report import machine, save, table
 from peagle.cod.rollouts import Cod
 from peagle.data.datamodule import HiddenStatesDataModule
 from peagle.data.order import fill_packs, shuffle_packs
+from peagle.data.read_ahead import ReadAhead
 from peagle.data.store import Manifest, Sample, Store, StoreWriter
 from peagle.evaluation import EvaluationConfig
 
@@ -67,34 +72,47 @@ def read_raw(folder: Path) -> Iterable[int]:
                 yield count
 
 
-def read_batches(folder: Path, workers: int) -> Iterable[int]:
+def loader_of(folder: Path, workers: int) -> ReadAhead:
     data = HiddenStatesDataModule(
         target="random", revision=None, store=str(folder), cod=Cod(), mask_token_id=0,
-        evaluation=EvaluationConfig(), num_workers=workers,
+        evaluation=EvaluationConfig(), num_workers=workers, max_tokens=2 * LENGTH,
     )  # fmt: skip
     data.store = Store(folder)
     numbers = data.store.split("train")
     lengths = [data.slots(i) for i in numbers]
     packs = fill_packs(numbers, lengths, max_tokens=data.max_tokens, seed=0)
-    for batch in data.loader(shuffle_packs(packs, seed=0, epoch=0), data.cod):
-        yield sum(t.nbytes for t in batch if isinstance(t, torch.Tensor))
+    return data.loader(shuffle_packs(packs, seed=0, epoch=0), data.cod)
 
 
-def timed(folder: Path, pieces: Iterable[int]) -> tuple[float, float]:
-    """Bytes of the store per second, and the most memory of this process and its workers."""
-    size, start, most = drop(folder), time.perf_counter(), 0
+def timed(folder: Path, pieces: Iterable[Any]) -> float:
+    """Bytes of the store per second."""
+    size, start = drop(folder), time.perf_counter()
     for _ in pieces:
-        most = max(most, resident())
-    return size / (time.perf_counter() - start), most / 1e9
+        pass
+    return size / (time.perf_counter() - start)
+
+
+def measured(folder: Path, gigabytes: float, workers: int, epochs: int) -> dict[str, float]:
+    gc.collect()  # the buffers of the loader before this one
+    loader = loader_of(folder, workers)
+    raw, rate = zip(
+        *((timed(folder, read_raw(folder)), timed(folder, loader)) for _ in range(3)), strict=True
+    )
+    return {
+        "store_gb": gigabytes,
+        "workers": workers,
+        "raw_mb_per_second": max(raw) / 1e6,
+        "loader_mb_per_second": max(rate) / 1e6,
+        "share_of_raw": max(rate) / max(raw),
+        "memory_gb": max(resident() for _ in range(epochs) for _ in loader) / 1e9,
+    }
 
 
 def resident() -> int:
-    """Memory of this process and its workers; cached pages of files, which can be had back, not."""
-    processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    """Memory of this process; cached pages of files, which can be had back, do not count."""
     return sum(
         int(line.split()[1]) * 1024
-        for number in processes
-        for line in Path(f"/proc/{number}/status").read_text().splitlines()
+        for line in Path("/proc/self/status").read_text().splitlines()
         if line.startswith(("RssAnon:", "RssShmem:"))
     )
 
@@ -107,25 +125,16 @@ def main() -> None:
     args = parser.parse_args()
     facts = {"machine": machine()}
     rows = []
-    for gigabytes in (args.gigabytes / 10, args.gigabytes):
+    for gigabytes, epochs in ((args.gigabytes / 10, 10), (args.gigabytes, 1)):
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
             folder = Path(name)
-            make_store(folder, gigabytes=gigabytes)
-            raw, _ = timed(folder, read_raw(folder))
-            for workers in args.workers:
-                rate, memory = timed(folder, read_batches(folder, workers))
-                again, _ = timed(folder, read_raw(folder))
-                rows.append(
-                    {
-                        "store_gb": gigabytes,
-                        "workers": workers,
-                        "raw_mb_per_second": (raw + again) / 2e6,
-                        "loader_mb_per_second": rate / 1e6,
-                        "share_of_raw": 2 * rate / (raw + again),
-                        "memory_gb": memory,
-                    }
-                )
-                raw = again
+            # In a process of its own, so that its memory is not counted.
+            writer = multiprocessing.get_context("spawn").Process(
+                target=make_store, args=(folder,), kwargs={"gigabytes": gigabytes}
+            )
+            writer.start()
+            writer.join()
+            rows += [measured(folder, gigabytes, workers, epochs) for workers in args.workers]
     print(table(rows))
     print(f"written to {save('loader', rows, keys=('store_gb', 'workers'), **facts)}")
 

@@ -1,12 +1,17 @@
 """Time and memory of one step in this process. Needs torch only: the peer's environment uses it."""
 
+import argparse
+import contextlib
 import gc
+import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from shapes import Shape
 
 
 class Measured(NamedTuple):
@@ -60,3 +65,21 @@ def matrix_rate(dtype: torch.dtype, device: torch.device, *, size: int | None = 
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     a @ b  # the first call sets the library up
     return 2 * size**3 / measure(lambda: a @ b, steps=8, device=device).seconds
+
+
+def autocast(shape: Shape, device: torch.device) -> contextlib.AbstractContextManager:
+    """The precision that a step of this shape computes in."""
+    half = shape.dtype == "bf16"
+    return torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
+
+
+def step_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("shape", help="JSON of the fields of Shape that differ from the default")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def print_result(shape: Shape, result: dict[str, Any]) -> None:
+    print(json.dumps({"shape": asdict(shape), **result}))

@@ -1,12 +1,9 @@
 """One measurement of this package's training step, in a process of its own; prints JSON."""
 
-import argparse
-import contextlib
 import json
-from dataclasses import asdict
 
 import torch
-from measure import measure
+from measure import autocast, measure, print_result, step_parser
 from shapes import Shape
 
 from peagle.cod.rollouts import Cod, expected_rows, sample_rows
@@ -22,16 +19,9 @@ from peagle.model.target_head import TargetHead
 def drafter_of(shape: Shape) -> PEagleDrafter:
     return PEagleDrafter(
         PEagleConfig(
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.groups,
-            head_dim=shape.head_dim,
-            num_hidden_layers=shape.layers,
-            vocab_size=shape.vocab,
+            **shape.block(),
             draft_vocab_size=shape.draft_vocab,
             eagle_aux_hidden_state_layer_ids=list(range(1, shape.captured + 1)),
-            max_position_embeddings=max(shape.n, 2048),
         )
     )
 
@@ -72,9 +62,6 @@ def run(shape: Shape, *, max_rows: int, steps: int, device: torch.device) -> dic
     kept = {"document": batch.document, "supervised": batch.supervised}
     moved = {k: v.to(device) for k, v in batch._asdict().items() if isinstance(v, torch.Tensor)}
     batch = batch._replace(**{**moved, **kept})
-    autocast = contextlib.nullcontext()
-    if shape.dtype == "bf16":
-        autocast = torch.autocast(device.type, torch.bfloat16)
 
     def step() -> None:
         drafter.zero_grad(set_to_none=True)
@@ -84,7 +71,7 @@ def run(shape: Shape, *, max_rows: int, steps: int, device: torch.device) -> dic
             cod=cod,
             generator=torch.Generator().manual_seed(batch.seed),
         )
-        with autocast:
+        with autocast(shape, device):
             outcome = objective(drafter, head, batch, rows, mix={"kl": 1.0})
         global_mean(outcome.loss, len(rows.anchor)).backward()
 
@@ -94,15 +81,12 @@ def run(shape: Shape, *, max_rows: int, steps: int, device: torch.device) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shape", help="JSON of the fields of Shape that differ from the default")
+    parser = step_parser(__doc__)
     parser.add_argument("--max_rows", type=int, required=True)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     shape = Shape(**json.loads(args.shape))
     result = run(shape, max_rows=args.max_rows, steps=args.steps, device=torch.device(args.device))
-    print(json.dumps({"shape": asdict(shape), **result}))
+    print_result(shape, result)
 
 
 if __name__ == "__main__":

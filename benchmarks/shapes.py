@@ -1,6 +1,7 @@
 """What is measured: a drafter's shape, a sequence, and the work that a training step must do."""
 
 from dataclasses import dataclass
+from typing import Any
 
 SHAPES = {
     "small": {},
@@ -35,6 +36,19 @@ class Shape:
     captured: int = 3  # layers of the target
     vocab: int = 8192
     draft_vocab: int = 8192
+
+    def block(self) -> dict[str, Any]:
+        """The layers, in the names of transformers' configurations."""
+        return {
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.groups,
+            "head_dim": self.head_dim,
+            "num_hidden_layers": self.layers,
+            "vocab_size": self.vocab,
+            "max_position_embeddings": max(self.n, 2048),
+        }
 
     @property
     def deeper_rows(self) -> float:

@@ -6,13 +6,10 @@ path is attention ``sdpa`` with the ``eager`` losses; on CUDA its own default is
 FlexAttention and fused losses.
 """
 
-import argparse
-import contextlib
 import json
-from dataclasses import asdict
 
 import torch
-from measure import measure
+from measure import autocast, measure, print_result, step_parser
 from shapes import Shape
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.losses import resolve_loss_config
@@ -22,16 +19,7 @@ from transformers import LlamaConfig
 
 
 def model_of(shape: Shape, attention: str) -> PEagleDraftModel:
-    layer = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.groups,
-        head_dim=shape.head_dim,
-        num_hidden_layers=shape.layers,
-        vocab_size=shape.vocab,
-        max_position_embeddings=max(shape.n, 2048),
-    )
+    layer = LlamaConfig(**shape.block())
     layer._attn_implementation = attention
     config = PEagleSpeculatorConfig(
         transformer_layer_config=layer,
@@ -67,13 +55,10 @@ def run(shape: Shape, *, steps: int, device: torch.device) -> dict:
     }
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     loss_config = resolve_loss_config("kl_div", "fused" if on_gpu else "eager")
-    autocast = contextlib.nullcontext()
-    if shape.dtype == "bf16":
-        autocast = torch.autocast(device.type, torch.bfloat16)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        with autocast:
+        with autocast(shape, device):
             _, loss, _ = model(
                 **inputs,
                 loss_config=loss_config,
@@ -87,14 +72,11 @@ def run(shape: Shape, *, steps: int, device: torch.device) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shape", help="JSON of the fields of Shape that differ from the default")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = step_parser(__doc__)
     args = parser.parse_args()
     shape = Shape(**json.loads(args.shape))
     result = run(shape, steps=args.steps, device=torch.device(args.device))
-    print(json.dumps({"shape": asdict(shape), **result}))
+    print_result(shape, result)
 
 
 if __name__ == "__main__":

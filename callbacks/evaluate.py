@@ -80,6 +80,12 @@ class Evaluate(L.Callback):
         write_atomically(Path(trainer.default_root_dir) / "metrics" / name, text.encode())
 
 
+def asked(row: dict[str, Any]) -> str:
+    """How many prompts, and turns where there are more."""
+    more = row["turns"] > row["prompts"]
+    return f"{row['prompts']}, {row['turns']} turns" if more else str(row["prompts"])
+
+
 def format_acceptance(rows: list[dict[str, Any]]) -> str:
     """The acceptance table that ``test`` prints."""
     header = ["prompts", "drafter", "K", "T", "acceptance length (95%)", "by position"]
@@ -90,7 +96,7 @@ def format_acceptance(rows: list[dict[str, Any]]) -> str:
         lossless, milliseconds = row["lossless_prompts"], row["draft_ms_per_round"]
         lines.append(
             [
-                f"{row['prompt_set']} ({row['prompts']})",
+                f"{row['prompt_set']} ({asked(row)})",
                 row["method"],
                 str(row["k"]),
                 f"{row['temperature']:g}",

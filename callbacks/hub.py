@@ -20,6 +20,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.card import CardOptions, write_card
+from callbacks.checkpoint import keep
 from callbacks.publish import (
     DRY_RUN,
     SPOOL,
@@ -230,7 +231,7 @@ class HubPublisher(L.Callback):
             write_entry(spool, collect(stage), **name, channel=MAIN, final=False, place=os.replace)
 
     def _spool_checkpoint(self) -> None:
-        """Link the file that was just finished: checkpoints are replaced, never written into."""
+        """Under a second name: a finished checkpoint is replaced, never written into."""
         (step, since), self._awaited = self._awaited, None
         with _never_failing(f"the checkpoint of step {step} was not published"):
             files = (self.run_dir / "checkpoints").glob("*.ckpt")
@@ -246,7 +247,7 @@ class HubPublisher(L.Callback):
                 step=step,
                 channel=CHECKPOINTS,
                 final=False,
-                place=os.link,
+                place=keep,
             )
             self._send()
 

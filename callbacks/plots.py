@@ -59,7 +59,7 @@ def _accuracy_over_steps(curve: dict[int, list[tuple[int, float]]]) -> Figure:
         # The far end of viridis is too pale for a light panel.
         colour = shades(0.82 * depth / last)
         axes.plot(steps, accuracy, "o-", color=colour, ms=3.5, lw=1.8, label=f"depth {depth}")
-    axes.set(xlabel="optimizer step", ylabel="top-1 accuracy", ylim=(0, None))
+    axes.set(xlabel="optimizer step", ylabel="top-1 accuracy", xlim=(0, None), ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(figure, axes)
     return figure
@@ -185,7 +185,7 @@ def _panel(title: str, count: int = 1) -> tuple[Figure, list[Axes]]:
     width, height = 7.6, 0.6 + 3.0 * lines
     figure = Figure(figsize=(width, height), dpi=160, facecolor="none")
     FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained", w_pad=0.2, h_pad=0.2, wspace=0, hspace=0)
+    figure.set_layout_engine("constrained", w_pad=0.2, h_pad=0.17, wspace=0, hspace=0)
     figure.add_artist(
         FancyBboxPatch(
             (0.03, 0.03),
@@ -215,11 +215,18 @@ def _panel(title: str, count: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def _legend(figure: Figure, *panels: Axes) -> None:
-    """One legend beside the axes: above it would meet the title, inside it would hide a line."""
+    """One legend beside the axes: above it would meet the title, inside it would hide a line.
+
+    The name of a single series stands under the title instead.
+    """
     named = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         named |= {label: handle for handle, label in zip(handles, labels, strict=True)}
+    if len(named) == 1:
+        (label,) = named
+        panels[0].set_title(label, loc="left", fontsize=10, color=SOFT, parse_math=False)
+        return
     legend = figure.legend(
         named.values(),
         named,

@@ -37,12 +37,12 @@ class TrainCsv(Logger):
     A resumed run keeps the lines up to its checkpoint and goes on from there.
 
     Args:
-        path: the file, ``<run_dir>/metrics/train.csv``.
+        run_dir: the run's folder, given by ``--run_dir``; the file is its ``metrics/train.csv``.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, run_dir: str):
         super().__init__()
-        self.path = Path(path)
+        self.path = Path(run_dir) / "metrics" / "train.csv"
         self.lines: dict[int, dict[str, float]] = {}
         self.unsaved = 0
 

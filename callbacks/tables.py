@@ -81,6 +81,11 @@ def by_reference(facts: Facts) -> bool:
     return any(str(row.get("engine")).startswith("peagle") for row in facts.acceptance.rows)
 
 
+def on_stdlib(facts: Facts) -> bool:
+    """Whether a row was measured on the prompts that ship with peagle."""
+    return any(str(row.get("prompt_set")).startswith("stdlib") for row in facts.acceptance.rows)
+
+
 def acceptance(facts: Facts) -> str:
     """Acceptance length, one table for each engine, dtype and temperature."""
     header = ("Prompt set", "K", "Acceptance length", "95% interval", "Prompts", "Tokens",

@@ -1,8 +1,9 @@
 """Send the entries of a spool to the Hub, each in at most one commit.
 
-Sending is a process of its own, ``python -m callbacks.upload``: the client has no timeout and joins
-its upload threads at exit, so only the end of a process ends a request that hangs. That process
-imports neither Lightning nor torch, and ends by itself when its time is up or its parent is gone.
+Sending is a process of its own, in which ``callbacks/publish.py`` starts ``main``: the client has
+no timeout and joins its upload threads at exit, so only the end of a process ends a request that
+hangs. That process imports neither Lightning nor torch, and ends by itself when its time is up or
+its parent is gone.
 """
 
 import contextlib
@@ -89,8 +90,8 @@ def flush(
     """Send every entry, oldest first, until ``deadline`` (of ``time.monotonic``)."""
     api = HfApi(endpoint=destination.endpoint)
     tried: set[Path] = set()
-    while todo := [entry for entry in pending(spool) if entry.folder not in tried]:
-        entry = todo[0]
+    while waiting := [entry for entry in pending(spool) if entry.folder not in tried]:
+        entry = waiting[0]
         tried.add(entry.folder)
         try:
             report(send_until(api, entry, destination, deadline))
@@ -240,8 +241,8 @@ def _retry_after(error: Exception) -> float:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return SECRET.sub("hf_***", text.splitlines()[0])[:200]
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return SECRET.sub("***", text.replace(get_token() or "\n", "***"))[:200]
 
 
 def _watch(parent: int, deadline: float) -> None:
@@ -262,7 +263,6 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     deadline = time.monotonic() + task["seconds"]
     threading.Thread(target=_watch, args=(task["parent"], deadline), daemon=True).start()
-    os.nice(10)  # the trainer's processors are the trainer's
     _use_timeouts(min(60.0, max(1.0, task["seconds"] / 4)))
     destination = Destination(**task["destination"])
 
@@ -274,7 +274,3 @@ def main() -> None:
     else:
         flush(Path(task["spool"]), destination, deadline=deadline, report=report)
     os._exit(0)  # the client's threads would be waited for
-
-
-if __name__ == "__main__":
-    main()

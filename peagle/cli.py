@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
@@ -29,17 +30,28 @@ from peagle.plan.report import RunShape, plan
 
 
 class RunConfig(SaveConfigCallback):
-    """Keeps the configuration of ``fit`` in the run's folder; no other command touches it."""
+    """Keeps the configuration of ``fit`` in the run's folder; no other command touches it.
+
+    A new run replaces what an earlier one has left there; a run that is continued with other
+    settings keeps both.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.is_global_zero:
+        """Too early: whether a checkpoint is loaded is known when training starts."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
         content = self.parser.dump(self.config, skip_none=False).encode()
         path, number = folder / "config.yaml", 1
-        while path.exists() and path.read_bytes() != content:
-            number += 1  # a run that is continued with other settings keeps both
-            path = folder / f"config.resume-{number}.yaml"
+        if trainer.global_step == 0:
+            for resumed in folder.glob("config.resume-*.yaml"):
+                resumed.unlink()
+        else:
+            while path.exists() and path.read_bytes() != content:
+                number += 1
+                path = folder / f"config.resume-{number}.yaml"
         write_atomically(path, content)
 
 
@@ -67,6 +79,7 @@ class PEagleCLI(LightningCLI):
             ("revision", "data.revision"),
             ("store", "data.store"),
             ("run_dir", "trainer.default_root_dir"),
+            ("run_dir", "trainer.logger.init_args.run_dir"),
             ("model.cod.num_depths", "data.cod.num_depths"),
             ("model.cod.keep_ratio", "data.cod.keep_ratio"),
             ("model.cod.min_keep_ratio", "data.cod.min_keep_ratio"),
@@ -113,6 +126,11 @@ class PEagleCLI(LightningCLI):
         config = self.config_init.fit
         store = Path(config.store)
         self.checkpoint("fit")  # what is wrong is said now, not after capture
+        if config.capture.part is not None:
+            raise ValueError(
+                "capture.part is for `peagle capture`: leave it out here, and what the parts have "
+                "not captured yet is captured now"
+            )
         if rank_zero_only.rank == 0:
             # Sampling answers must not move the seed that a drafter's weights are drawn from.
             with torch.random.fork_rng():
@@ -123,7 +141,9 @@ class PEagleCLI(LightningCLI):
     def after_fit(self) -> None:
         """Prove what was trained: the servable folder, both tables, the card."""
         trainer, run_dir = self.trainer, Path(self.config.fit.run_dir)
-        if trainer.is_global_zero:
+        if self.model.drafter.config.hidden_state != "shared":
+            print("no drafter/ is written: this hidden_state is for comparison, not for serving")
+        elif trainer.is_global_zero:
             export_drafter(self.model.drafter, run_dir / "drafter")
         trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         trainer.test(self.model, datamodule=self.datamodule, verbose=False)
@@ -195,6 +215,8 @@ def run_shape(config: Any, optimizer: str) -> RunShape:
 
 def lightning(cli: type[PEagleCLI], arguments: list[str]) -> None:
     sys.argv[1:] = arguments  # what Lightning's launcher repeats for further processes
+    # Between Lightning 2.6 and torch 2.13; nothing that a user could do about it.
+    warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec", FutureWarning)
     cli(
         PEagleModule,
         HiddenStatesDataModule,

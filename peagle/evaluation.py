@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from peagle.checkpoint import check_address
 from peagle.data.capture_config import DTYPES
 from peagle.data.chat import prompt_ids
-from peagle.data.prompts import PromptSource, load_prompts
+from peagle.data.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
+from peagle.data.talks import words
 from peagle.decoding import Decoded, Decoder
 
 
@@ -48,6 +50,7 @@ class EvaluationConfig:
     baseline: str | None = None
 
     def __post_init__(self) -> None:
+        refuse_equal_names(self.prompts)
         if not self.k or min(self.k) < 1:
             raise ValueError(f"k must list numbers of drafts, each at least 1, got {self.k}")
         if not self.temperatures or min(self.temperatures) < 0:
@@ -62,7 +65,7 @@ class PromptBatch(NamedTuple):
     """Prompts of one set, decoded together."""
 
     prompt_set: str
-    ids: list[list[int]]
+    prompts: list[Prompt]
 
 
 class Run(NamedTuple):
@@ -73,50 +76,106 @@ class Run(NamedTuple):
     k: int
     temperature: float
     decoded: Decoded
+    turns: int  # answers that were given
 
 
-def prompt_batches(
-    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
-) -> list[PromptBatch]:
-    """Every prompt set, rendered by the target's chat template.
-
-    Of a conversation with several turns the first is asked; later turns depend on its answer.
-    """
+def prompt_batches(config: EvaluationConfig) -> list[PromptBatch]:
+    """Every prompt set, in batches."""
     batches = []
     for source in config.prompts:
-        ids = [
-            prompt_ids(tokenizer, prompt.opening(), config.template_options)
-            for prompt in load_prompts(source)
-        ]
+        prompts = load_prompts(source)
         batches += [
-            PromptBatch(source.name, ids[start : start + config.batch_size])
-            for start in range(0, len(ids), config.batch_size)
+            PromptBatch(source.name, prompts[start : start + config.batch_size])
+            for start in range(0, len(prompts), config.batch_size)
         ]
     return batches
 
 
+class Setting(NamedTuple):
+    """One way to answer: without drafter, or with one of them and K."""
+
+    method: str | None
+    k: int
+    temperature: float
+
+
+OWN = Setting(None, 0, 0.0)  # what the target says by itself
+
+
+class Turn(NamedTuple):
+    """The answers to one user's turn, of those conversations of a batch that have so many."""
+
+    members: list[int]
+    decoded: Decoded
+
+
 def decode_batch(
-    decoders: Mapping[str, Decoder], batch: PromptBatch, config: EvaluationConfig
+    decoders: Mapping[str, Decoder],
+    batch: PromptBatch,
+    config: EvaluationConfig,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[Run]:
-    """Without drafter and with every drafter and K, at every temperature.
+    """Without drafter and with every drafter and K, at every temperature, turn by turn.
 
     ``decoders`` have one target and a drafter each; their names are what rows call the method.
+    Later turns are asked in the context of what the target says to the earlier ones greedily and
+    by itself, so that every drafter and K answers the same prompts.
     """
-    runs = []
-    alone = (None, next(iter(decoders.values())), 0)
-    drafted = [(name, decoder, k) for name, decoder in decoders.items() for k in config.k]
-    for temperature in config.temperatures:
-        for name, decoder, k in (alone, *drafted):
-            generator = torch.Generator(decoder.target.device).manual_seed(config.seed)
-            decoded = decoder.decode(
-                batch.ids,
-                k=k,
-                temperature=temperature,
-                max_new_tokens=config.max_new_tokens,
-                generator=generator,
-            )
-            runs.append(Run(batch.prompt_set, name, k, temperature, decoded))
-    return runs
+    ways = ((None, 0), *product(decoders, config.k))
+    settings = [Setting(*way, t) for t in config.temperatures for way in ways]
+    found: dict[Setting, list[Turn]] = {setting: [] for setting in settings}
+    talks = [prompt.opening() for prompt in batch.prompts]
+    members, number = list(range(len(talks))), 0
+    while members:
+        ids = [
+            prompt_ids(tokenizer, talks[i], batch.prompts[i].options(config.template_options))
+            for i in members
+        ]
+        for setting in settings:
+            found[setting].append(Turn(members, decode(decoders, ids, config, setting)))
+        number += 1
+        going_on = [i for i in members if len(batch.prompts[i].turns) > number]
+        if going_on:
+            own = found[OWN][-1].decoded if OWN in found else decode(decoders, ids, config, OWN)
+            said = dict(zip(members, own.tokens, strict=True))
+            for i in going_on:
+                talks[i].append({"role": "assistant", "content": words(tokenizer, said[i])})
+                talks[i].append({"role": "user", "content": batch.prompts[i].turns[number]})
+        members = going_on
+    return [run_of(batch, setting, turns) for setting, turns in found.items()]
+
+
+def decode(
+    decoders: Mapping[str, Decoder],
+    ids: list[list[int]],
+    config: EvaluationConfig,
+    setting: Setting,
+) -> Decoded:
+    decoder = decoders[setting.method or next(iter(decoders))]
+    return decoder.decode(
+        ids,
+        k=setting.k,
+        temperature=setting.temperature,
+        max_new_tokens=config.max_new_tokens,
+        generator=torch.Generator(decoder.target.device).manual_seed(config.seed),
+    )
+
+
+def run_of(batch: PromptBatch, setting: Setting, turns: list[Turn]) -> Run:
+    """The turns of every conversation as one answer."""
+    tokens: list[list[int]] = [[] for _ in batch.prompts]
+    accepted: list[list[int]] = [[] for _ in batch.prompts]
+    for members, decoded in turns:
+        for row, i in enumerate(members):
+            tokens[i] += decoded.tokens[row]
+            accepted[i] += decoded.accepted[row]
+    drafting = [turn.decoded.draft_seconds for turn in turns]
+    # Of later turns without the first round, which reads the prompts.
+    rounds = sum((seconds[1:] for seconds in drafting[1:]), drafting[0])
+    seconds = sum(turn.decoded.seconds for turn in turns)
+    answers = sum(len(turn.members) for turn in turns)
+    together = Decoded(tokens, accepted, seconds, rounds)
+    return Run(batch.prompt_set, *setting, together, answers)
 
 
 def acceptance_rows(runs: list[Run], *, engine: str, dtype: str) -> list[dict[str, Any]]:
@@ -131,8 +190,9 @@ def acceptance_rows(runs: list[Run], *, engine: str, dtype: str) -> list[dict[st
     rows = []
     for prompt_set, temperature, k, index in keys:
         method = methods[index]
-        ours = selected(runs, prompt_set, temperature, method, k)
-        alone = selected(runs, prompt_set, temperature, None, 0)
+        found = selected(runs, prompt_set, temperature, method, k)
+        ours = [run.decoded for run in found]
+        alone = [run.decoded for run in selected(runs, prompt_set, temperature, None, 0)]
         accepted = [per_prompt for decoded in ours for per_prompt in decoded.accepted]
         rows.append(
             {
@@ -143,10 +203,13 @@ def acceptance_rows(runs: list[Run], *, engine: str, dtype: str) -> list[dict[st
                 "engine": engine,
                 "dtype": dtype,
                 "prompts": len(accepted),
+                "turns": sum(run.turns for run in found),
                 "tokens": token_count(ours),
                 "acceptance_length": acceptance_length(accepted),
                 "acceptance_length_ci95": confidence_interval(accepted),
                 "per_position": per_position(accepted, k),
+                "accepted_by_prompt": [sum(per_prompt) for per_prompt in accepted],
+                "rounds_by_prompt": [len(per_prompt) for per_prompt in accepted],
                 "lossless_prompts": identical(ours, alone) if temperature == 0 else None,
                 "tokens_per_second": speed(ours),
                 "baseline_tokens_per_second": speed(alone),
@@ -158,9 +221,9 @@ def acceptance_rows(runs: list[Run], *, engine: str, dtype: str) -> list[dict[st
 
 def selected(
     runs: list[Run], prompt_set: str, temperature: float, method: str | None, k: int
-) -> list[Decoded]:
-    wanted = (prompt_set, temperature, method, k)
-    return [r.decoded for r in runs if (r.prompt_set, r.temperature, r.method, r.k) == wanted]
+) -> list[Run]:
+    wanted = (prompt_set, method, k, temperature)
+    return [r for r in runs if (r.prompt_set, r.method, r.k, r.temperature) == wanted]
 
 
 def token_count(decoded: list[Decoded]) -> int:

@@ -10,18 +10,20 @@
                lambda = exp(-3 * alpha), held constant        kl early, acceptance late
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional as F
+
+from peagle.model.products import plain_product
 
 LOSSES = ("kl", "ce", "tv", "lk_hybrid")
 LK_DECAY = 3.0
 CHUNK_ROWS = 512  # logits exist for this many rows at a time
+CACHE_BYTES = 2**21  # of float32 logits that the many passes over them find in a CPU's cache
 BLOCK = 128  # tokens per block in the search for the first choice
 
 
@@ -84,19 +86,22 @@ class _HeadLoss(torch.autograd.Function):
         guess = torch.empty_like(position)
         grad_hidden = torch.empty_like(hidden) if needed else None
         grad_weight = torch.zeros_like(weight) if needed else None
-        for start in range(0, len(states), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            target = target_at(teacher, position[rows], total.dtype)
-            logits = F.linear(states[rows], head).to(total.dtype)
-            first = first_choice(logits)
-            guess[order[rows]] = first
-            share = None if weights is None else weights[order[rows]].to(total.dtype)
-            loss, grad = divergence(target, logits, first, mix=mix, weights=share, with_grad=needed)
-            total += loss
+        for rows in slices(len(states), CHUNK_ROWS):
+            target, shared = target_at(teacher, position[rows], total.dtype)
+            logits = plain_product(states[rows], head)
+            for some in slices(len(logits), cached_rows(logits)):
+                here, lines = logits[some].to(total.dtype), order[rows][some]
+                guess[lines] = first = first_choice(here)
+                share = None if weights is None else weights[lines].to(total.dtype)
+                loss, grad = divergence(
+                    target.of(shared[some]), here, first, mix=mix, weights=share, with_grad=needed
+                )
+                total += loss
+                if needed:
+                    logits[some] = grad  # in place: the logits are done with
             if needed:
-                grad = grad.to(dtype)
-                grad_hidden[order[rows]] = (grad @ head).to(hidden.dtype)
-                add_product(grad_weight, grad.T, states[rows])
+                grad_hidden[order[rows]] = plain_product(logits, head.T).to(hidden.dtype)
+                add_product(grad_weight, logits.T, states[rows])
         ctx.mark_non_differentiable(guess)
         if needed:
             ctx.save_for_backward(grad_hidden, grad_weight)
@@ -107,6 +112,18 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_total.to(grad_hidden.dtype)
         return grad_hidden * scale, grad_weight * grad_total, None, None, None, None
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def cached_rows(logits: Float[Tensor, "C W"]) -> int:
+    """How many rows to finish at a time: on a CPU what its cache holds, else all."""
+    if logits.device.type != "cpu":
+        return len(logits)
+    return max(1, CACHE_BYTES // (4 * logits.shape[-1]))
 
 
 def compute_dtype(x: Float[Tensor, "..."]) -> torch.dtype:
@@ -144,24 +161,28 @@ def first_choice(logits: Float[Tensor, "C W"]) -> Int[Tensor, " C"]:
 
 
 class Target(NamedTuple):
-    """The target's distribution for each row of a chunk."""
+    """The target's distribution at some positions."""
 
-    p: Float[Tensor, "C W"]
-    purity: Float[Tensor, " C"]  # sum(p * log(p))
-    label: Int[Tensor, " C"]  # argmax p
+    p: Float[Tensor, "P W"]
+    purity: Float[Tensor, " P"]  # sum(p * log(p))
+    label: Int[Tensor, " P"]  # argmax p
+
+    def of(self, which: Int[Tensor, " C"]) -> "Target":
+        """One entry for each row that guesses one of the positions."""
+        return Target(*(x.index_select(0, which) for x in self))
 
 
 def target_at(
     teacher: Teacher,
     position: Int[Tensor, " C"],
     dtype: torch.dtype,
-) -> Target:
-    """Ask for each position once and share the answer among the rows that guess it."""
+) -> tuple[Target, Int[Tensor, " C"]]:
+    """Each position once, and which of them every row guesses."""
     distinct, shared = torch.unique_consecutive(position, return_inverse=True)
     logits = teacher[distinct].to(dtype)
     p, label = torch.softmax(logits, -1), first_choice(logits)
     purity = torch.linalg.vecdot(p, logits) - log_sum_exp(logits, p, label)
-    return Target(p.index_select(0, shared), purity[shared], label[shared])
+    return Target(p, purity, label), shared
 
 
 def log_sum_exp(

@@ -25,7 +25,7 @@ from peagle.guard import StepGuard, poisoned
 from peagle.loss import check_mix, global_mean
 from peagle.metrics import DepthAccuracy
 from peagle.model.base import Drafter
-from peagle.model.config import PEagleConfig
+from peagle.model.config import HIDDEN_STATES, PEagleConfig
 from peagle.model.initial import initialise
 from peagle.model.kinds import drafter_class
 from peagle.model.objective import objective
@@ -78,6 +78,11 @@ class PEagleModule(L.LightningModule):
         norm_before_residual: layer 0 adds to the normed hidden state instead of the raw one.
         norm_before_fc: one norm over all captured layers before ``fc``.
         fc_norm: one norm per captured layer before ``fc``.
+        hidden_state: of rows beyond the first guess. ``shared``, one learned vector, is the
+            paper's choice and what vLLM serves; the others (``peagle/model/row_states.py``) are
+            for comparison and cannot be exported.
+        start: ``target`` lets layers start as copies of the target's where they fit; ``random``
+            never. Embedding, norm and head start as the target's either way.
         train_embeddings: the paper found training them better than freezing them.
         recompute: run depth 0 again in the backward pass: less memory for long sequences, more
             time.
@@ -100,6 +105,8 @@ class PEagleModule(L.LightningModule):
         norm_before_residual: bool = False,
         norm_before_fc: bool = False,
         fc_norm: bool = False,
+        hidden_state: Literal[HIDDEN_STATES] = "shared",
+        start: Literal["target", "random"] = "target",
         train_embeddings: bool = True,
         recompute: bool = False,
         loss: dict[str, float] | None = None,
@@ -112,10 +119,12 @@ class PEagleModule(L.LightningModule):
             raise ValueError(
                 "a p-eagle drafter needs mask_token_id: give a token id that never occurs in text"
             )
+        if drafter == "eagle3" and hidden_state != "shared":
+            raise ValueError("hidden_state is for p-eagle drafters: an eagle3 drafter has its own")
         if not 0 < depth_decay <= 1:
             raise ValueError(f"depth_decay must lie in (0, 1], got {depth_decay}")
         self.cod, self.draft_vocab_size = cod, draft_vocab_size
-        self.train_embeddings, self.recompute = train_embeddings, recompute
+        self.start, self.train_embeddings, self.recompute = start, train_embeddings, recompute
         self.mix, self.depth_decay = check_mix({"kl": 1.0} if loss is None else loss), depth_decay
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.architecture: dict[str, Any] = {
@@ -126,6 +135,7 @@ class PEagleModule(L.LightningModule):
             "norm_before_residual": norm_before_residual,
             "norm_before_fc": norm_before_fc,
             "fc_norm": fc_norm,
+            "hidden_state": hidden_state,
         }
         widths = {
             "hidden_size": hidden_size,
@@ -166,10 +176,24 @@ class PEagleModule(L.LightningModule):
             self.drafter.t2d.copy_(vocabulary.membership(manifest.vocab_size))
         self.full_head = [head]  # in a list: Lightning must neither move nor save it
         self.use_vocabulary(kept)
-        layers = TargetLayers.load(data.folder / "target_layers.safetensors", manifest.identity())
+        layers = TargetLayers({})
+        if self.start == "target":
+            path = data.folder / "target_layers.safetensors"
+            layers = TargetLayers.load(path, manifest.identity())
         copied = initialise(self.drafter, head, kept, layers)
         if copied:
             self.print(f"layers 1-{len(copied)} start from the target's layers {copied}")
+        self.freeze_embeddings()
+
+    def freeze_embeddings(self) -> None:
+        """Raises ``ValueError`` where they start from random values."""
+        config = self.drafter.config
+        if not self.train_embeddings and config.hidden_size != config.target_hidden_size:
+            raise ValueError(
+                f"train_embeddings: false needs the target's own embeddings, and a drafter of "
+                f"width {config.hidden_size} cannot take those of width "
+                f"{config.target_hidden_size}: leave out hidden_size, or train them"
+            )
         self.drafter.embed_tokens.requires_grad_(self.train_embeddings)
 
     def use_vocabulary(self, kept: Int[Tensor, " W"]) -> None:
@@ -277,14 +301,16 @@ class PEagleModule(L.LightningModule):
         for method, drafter in drafters.items():
             served = drafter.to(torch.bfloat16).to(dtype).to(target.device).eval()
             self.decoders[method] = Decoder(target, served, eos_ids=end_tokens(target))
+        self.tokenizer = source.tokenizer()
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> list[Run]:
-        return decode_batch(self.decoders, batch, self.trainer.datamodule.evaluation)
+        config = self.trainer.datamodule.evaluation
+        return decode_batch(self.decoders, batch, config, self.tokenizer)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(parameter_groups(self.drafter))
         self.configured = options_of(optimizer)
-        scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        scheduler = self.lr_scheduler(optimizer, self.total_steps())
         self.configured_schedule = schedule_options_of(scheduler)
         self.classes = {
             "optimizer": type(optimizer).__name__,
@@ -295,6 +321,13 @@ class PEagleModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def total_steps(self) -> int:
+        """Raises ``ValueError`` for a run without an end: its learning rate could never fall."""
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("training needs an end: set trainer.max_epochs or trainer.max_steps")
+        return int(steps)
 
     def on_train_start(self) -> None:
         """The configuration decides the learning rate, also of a resumed run."""
@@ -339,7 +372,8 @@ class PEagleModule(L.LightningModule):
 def parameter_groups(drafter: Drafter) -> list[dict[str, Any]]:
     """Hidden matrices apart from the rest, for optimizers that tell them apart."""
     trained = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trained if p.ndim == 2 and name.startswith(("layers.", "fc."))]
+    places = ("layers.", "fc.", "row_states.project.")
+    matrices = [p for name, p in trained if p.ndim == 2 and name.startswith(places)]
     inside = {id(p) for p in matrices}
     rest = [p for _, p in trained if id(p) not in inside]
     return [{"params": matrices, MATRICES: True}, {"params": rest, MATRICES: False}]

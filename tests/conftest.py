@@ -1,7 +1,8 @@
-"""Fixtures: seeded tests, and a store made of random hidden states."""
+"""Fixtures: seeded tests, a store made of random hidden states, and a Hub to publish on."""
 
 import pytest
 import torch
+from hub_server import TOKEN, Hub
 from random_parts import make_head, make_manifest, make_sample
 
 from peagle.data.store import StoreWriter
@@ -27,3 +28,12 @@ def random_store(tmp_path):
     TargetLayers({}).save(folder / "target_layers.safetensors")
     make_manifest().write(folder)
     return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub on loopback, and a login to it."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    with Hub() as hub:
+        yield hub

@@ -38,9 +38,7 @@ def write_config(run_dir: Path, store: Path, every_n_steps: int = 2, **publisher
     for section, values in SMALL.items():
         config[section] = merged(config[section], values)
     config |= {"run_dir": str(run_dir), "store": str(store)}
-    trainer = config["trainer"]
-    trainer["logger"]["init_args"]["path"] = str(run_dir / "metrics/train.csv")
-    *others, hub = trainer["callbacks"]
+    *others, hub = config["trainer"]["callbacks"]
     assert hub["class_path"] == "callbacks.hub.HubPublisher"
     for callback in others:
         if callback["class_path"] == "callbacks.checkpoint.Checkpoint":

@@ -1,10 +1,14 @@
 """From samples to slots: shifts, masks and packing, written out by hand."""
 
+from contextlib import suppress
+
+import pytest
 import torch
 from random_parts import make_sample
 
-from peagle.data.batch import pack, slots_of
-from peagle.data.store import Sample
+from peagle.data.batch import StatesInPlace, joined, pack, slots_of
+from peagle.data.buffers import Buffers
+from peagle.data.store import BadSample, Sample, Store
 
 
 def numbered_sample(mask):
@@ -45,3 +49,44 @@ def test_packed_documents_start_again_at_position_zero():
     assert packed["document"].tolist() == [0, 0, 0, 1, 1]
     assert packed["position"].tolist() == [0, 1, 2, 0, 1]
     assert len(packed["aux"]) == 5
+
+
+@pytest.mark.parametrize("members", [(4,), (0, 1), (3, 0, 5, 1), (2, 5)])
+def test_samples_read_in_place_are_packed_as_copies_are_and_not_copied(random_store, members):
+    store = Store(random_store)
+    copies = pack([store.read(i) for i in members])
+    slots = sum(store.entries[i].tokens - 2 for i in members)
+    states = StatesInPlace(slots, store.manifest, Buffers())
+    packed = pack([states.read(store, i) for i in members])
+    assert packed.keys() == copies.keys()
+    assert all(torch.equal(packed[name], copies[name]) for name in copies)
+    assert packed["aux"].data_ptr() == states.aux.data_ptr()
+    assert packed["final"].data_ptr() == states.final[1].data_ptr()
+
+
+@pytest.mark.parametrize("bad", range(4))
+def test_a_bad_sample_leaves_no_trace_in_its_neighbours(random_store, bad):
+    store = Store(random_store)
+    members = [3, 0, 5, 1]
+    good = [i for i in members if i != members[bad]]
+    copies = pack([store.read(i) for i in good])
+    entry = store.entries[members[bad]]
+    store.entries[members[bad]] = entry._replace(hashes=(*entry.hashes[:3], "0" * 16))
+    states = StatesInPlace(
+        sum(store.entries[i].tokens - 2 for i in members), store.manifest, Buffers()
+    )
+    samples = []
+    for i in members:
+        with suppress(BadSample):
+            samples.append(states.read(store, i))
+    assert len(samples) == 3
+    packed = pack(samples)
+    assert all(torch.equal(packed[name], copies[name]) for name in copies)
+
+
+def test_parts_with_something_between_them_are_copied_together():
+    memory = torch.arange(12).view(6, 2)
+    assert joined([memory[1:3], memory[3:6]]).data_ptr() == memory[1:].data_ptr()
+    assert joined([memory[0:2], memory[3:4]]).tolist() == [[0, 1], [2, 3], [6, 7]]
+    assert joined([memory[2:3], memory[0:2]]).tolist() == [[4, 5], [0, 1], [2, 3]]
+    assert joined([memory[0:2, 0], memory[1:3, 0]]).tolist() == [0, 2, 2, 4]

@@ -112,6 +112,16 @@ def test_every_k_and_concurrency_gets_a_row_beside_no_drafter(drafter, stand_in,
     assert vllm.gone()
 
 
+def test_later_turns_are_requests_of_their_own_the_same_for_every_k(drafter, stand_in, tmp_path):
+    path = tmp_path / "talks.jsonl"
+    path.write_text('{"turns": ["def a():", "def b():"]}\n{"turns": ["def c():"]}\n')
+    bench(small(drafter, stand_in(), prompts=[PromptSource(str(path))]))
+    rows = json.loads((drafter.parent / "metrics" / "bench.json").read_text())["rows"]
+    assert [(row["k"], row["prompts"]) for row in rows] == [(None, 3), (3, 3)]
+    # The stand-in's tokens depend on the prompt: equal outputs were equal prompts.
+    assert rows[1]["lossless_prompts"] == 3
+
+
 def test_a_baseline_is_served_in_its_own_way_and_gets_its_rows(drafter, stand_in, tmp_path, capsys):
     vllm, baseline = stand_in(), exported(tmp_path / "other", parallel_drafting=False)
     bench(small(drafter, vllm, k=(3, 5), baseline=baseline))

@@ -1,6 +1,7 @@
 """Capture with the real embedded target: what is stored is what the target computes."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +9,14 @@ import pytest
 import torch
 from random_parts import make_target
 
-from peagle.data import capture as capture_module
-from peagle.data.answers import generate, read_answers
+from peagle.data import states as states_module
+from peagle.data.answers import read_answers, refuse_other_prompts
 from peagle.data.capture import capture, wanted_manifest
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import prompt_ids
-from peagle.data.prompts import PromptSource
+from peagle.data.prompts import Prompt, PromptSource
 from peagle.data.store import Store
+from peagle.data.talks import Answer, generate
 from peagle.model.target import TargetSource, target_head_of
 from peagle.model.target_head import TargetHead
 
@@ -70,7 +72,7 @@ def test_an_interrupted_capture_goes_on_and_ends_with_the_same_store(folder, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(capture_module, "run_batch", killed)
+        patch.setattr(states_module, "run_batch", killed)
         with pytest.raises(KeyboardInterrupt):
             capture(TARGET, CONFIG, tmp_path)
     with open(tmp_path / "answers.jsonl", "a") as file:
@@ -85,13 +87,71 @@ def test_an_interrupted_capture_goes_on_and_ends_with_the_same_store(folder, tmp
     assert hashes[0] == hashes[1]
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [({"layer_ids": [2, 5]}, "layer_ids"), ({"max_new_tokens": 25}, "answers")],
-)
-def test_a_store_made_otherwise_is_refused_by_field(folder, change, field):
-    with pytest.raises(ValueError, match=f"captured with {field}"):
-        capture(TARGET, replace(CONFIG, **change), folder)
+OTHER_SETTINGS = {
+    "max_new_tokens": 25,
+    "val_share": 0.31,
+    "dtype": "bfloat16",
+    "start_layers": [0],
+    "seed": 1,
+    "regenerate": False,
+    "reasoning": "mask",
+    "template_options": {"enable_thinking": False},
+}
+
+
+@pytest.mark.parametrize("setting", OTHER_SETTINGS)
+def test_a_store_made_with_other_settings_is_refused_by_name(folder, setting):
+    value = OTHER_SETTINGS[setting]
+    words = f"made with {setting} = .*, and this run asks for {re.escape(repr(value))}: capture"
+    with pytest.raises(ValueError, match=words):
+        capture(TARGET, replace(CONFIG, **{setting: value}), folder)
+
+
+def test_a_store_of_other_layers_is_refused_by_field(folder):
+    with pytest.raises(ValueError, match="captured with layer_ids"):
+        capture(TARGET, replace(CONFIG, layer_ids=[2, 5]), folder)
+
+
+def own_prompts(path, *texts):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return replace(CONFIG, prompts=[PromptSource(str(path))], max_new_tokens=4)
+
+
+def test_an_edited_prompt_file_is_another_one_and_a_moved_one_is_not(tmp_path):
+    texts, store = ["def a():", "def b():"], tmp_path / "store"
+    capture(TARGET, own_prompts(tmp_path / "mine.jsonl", *texts), store)
+    kept = (store / "answers.jsonl").read_bytes()
+    capture(TARGET, own_prompts(tmp_path / "elsewhere" / "mine.jsonl", *texts), store)
+    edited = own_prompts(tmp_path / "mine.jsonl", "def c():", "def b():")
+    with pytest.raises(ValueError, match="made from other prompts: what is in 'mine' has changed"):
+        capture(TARGET, edited, store)
+    other = own_prompts(tmp_path / "other.jsonl", *texts)
+    with pytest.raises(ValueError, match="prompt sets mine, and this run asks for other: capture"):
+        capture(TARGET, other, store)
+    assert (store / "answers.jsonl").read_bytes() == kept
+
+
+def test_prompts_edited_while_their_capture_was_interrupted_are_refused(tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    config = own_prompts(tmp_path / "mine.jsonl", "def a():", "def b():")
+    with monkeypatch.context() as patch:
+        patch.setattr(states_module, "run_batch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            capture(TARGET, config, tmp_path / "store")
+    edited = own_prompts(tmp_path / "mine.jsonl", "def b():", "def a():")
+    with pytest.raises(ValueError, match="'mine' has changed: capture into another --store"):
+        capture(TARGET, edited, tmp_path / "store")
+
+
+def test_answers_to_rows_that_changed_on_the_hub_are_refused(tmp_path):
+    said = Answer("set/0", [{"role": "user", "content": "Hi"}], True, True, [])
+    same, other = Prompt("set/0", None, ("Hi", "And?")), Prompt("set/0", None, ("Bye",))
+    refuse_other_prompts([said], [same], tmp_path)
+    with pytest.raises(ValueError, match="set/0 has changed since"):
+        refuse_other_prompts([said], [other], tmp_path)
 
 
 def test_a_moved_target_is_still_the_same_target(folder, tmp_path):

@@ -141,6 +141,13 @@ def test_a_fact_that_was_not_recorded_says_so():
     assert {cell for row in facts for cell in list(row.values())[1:]} == {"not recorded"}
 
 
+def test_the_folders_of_the_machine_stay_off_the_page(tmp_path):
+    data = PROVENANCE["data"] | {"prompts": "stdlib, /home/someone/secret/own.jsonl"}
+    run = make_run(tmp_path, provenance=PROVENANCE | {"data": data})
+    page = render(Facts.read(run, run / "drafter"))
+    assert "| Prompts | stdlib, own.jsonl |" in page and "/home" not in page
+
+
 def test_no_gpu_and_no_record_of_one_are_told_apart():
     without = card(embedded_run)
     assert "| Hardware | EPYC 9R14, 16 cores · no GPU |" in without
@@ -305,7 +312,21 @@ def test_the_options_override_the_licence_and_the_relation():
     page = card(full_run, options)
     data = ModelCard(page).data
     assert (data.license, data["base_model_relation"]) == ("mit", "finetune")
-    assert "Licence of the target: apache-2.0. Licence of this repository: mit." in page
+    said = section(page, "Licence")
+    assert "Licence of the target: apache-2.0." in said
+    assert "Licence of this repository: mit." in said
+
+
+def test_a_licence_that_nobody_knows_is_said_to_be_unknown_wherever_it_is_asked_for():
+    page = card(folder_run)
+    assert "license" not in ModelCard(page).data.to_dict()
+    assert "- **Licence:** unknown: none was found for the target, and none was given\n" in page
+    said = section(page, "Licence")
+    assert "Licence of the target: unknown." in said
+    assert "Licence of this repository: unknown." in said and "ask whoever made the target" in said
+    given = section(card(folder_run, CardOptions(license="mit")), "Licence")
+    assert "Licence of the target: unknown." in given
+    assert "Licence of this repository: mit." in given
 
 
 @pytest.mark.parametrize(

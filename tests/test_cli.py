@@ -52,7 +52,6 @@ def small_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     overrides = [
         *("--run_dir", folder / "run", "--store", folder / "store"),
-        *("--trainer.logger.init_args.path", folder / "run" / "metrics" / "train.csv"),
         *("--capture.prompts", "[{source: stdlib, split: train, limit: 40}]"),
         *("--capture.max_new_tokens", 32, "--trainer.max_steps", 6),
         *("--model.num_layers", 1, "--evaluation.max_new_tokens", 16),
@@ -126,6 +125,7 @@ def test_export_writes_both_layouts(small_run, tmp_path):
         (["--model.cod.keep_ratio", "1.5"], "keep_ratio must lie in (0, 1], got 1.5"),
         (["--ckpt_path", "nowhere.ckpt"], "checkpoint nowhere.ckpt does not exist"),
         (["--capture.layer_ids", "[5, 2]"], "layer_ids must be ascending"),
+        (["--capture.part", "0/2"], "capture.part is for `peagle capture`"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(tmp_path, arguments, words):

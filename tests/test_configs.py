@@ -58,7 +58,7 @@ TARGETS = {
 
 
 def test_there_is_a_configuration_for_every_target_that_is_promised():
-    assert {path.stem for path in CONFIGS} == {"quickstart", "eagle3", *TARGETS}
+    assert {path.stem for path in CONFIGS} == {"quickstart", "paper", "eagle3", *TARGETS}
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -69,10 +69,22 @@ def test_a_targets_configuration_says_what_it_costs_and_what_to_aim_at(name):
     written = yaml.safe_load(text)
     assert written["target"] == TARGETS[name]
     assert written["run_dir"] == f"outputs/{name}"
-    log = written["trainer"]["logger"]["init_args"]["path"]
-    assert log == f"outputs/{name}/metrics/train.csv"
+    assert written["trainer"]["logger"] == {"class_path": "callbacks.progress.TrainCsv"}
     shape = json.loads((ROOT / "tests" / "target_configs" / name / "config.json").read_text())
     vocab_size = shape.get("text_config", shape)["vocab_size"]
     assert 0 < written["model"]["mask_token_id"] < vocab_size
     assert written["capture"]["max_tokens"] <= written["data"]["max_tokens"]
     assert max(written["evaluation"]["k"]) <= written["model"]["cod"]["num_depths"]
+
+
+def test_the_papers_recipe_differs_from_the_quickstarts_in_training_alone():
+    paper, ours = (yaml.safe_load((ROOT / f"configs/{n}.yaml").read_text())
+                   for n in ("paper", "quickstart"))  # fmt: skip
+    for section in ("target", "store", "capture", "data", "evaluation", "seed_everything"):
+        assert paper[section] == ours[section]
+    model = paper["model"]
+    assert model["cod"] == {"num_depths": 8, "keep_ratio": 0.8, "min_keep_ratio": 0.0}
+    assert (model["num_layers"], model["start"], model["loss"]) == (4, "random", {"ce": 1.0})
+    assert model["optimizer"]["init_args"]["lr"] == 1e-4
+    assert model["lr_scheduler"]["init_args"] == {"warmup_ratio": 0.0025}
+    assert paper["trainer"]["accumulate_grad_batches"] == 8

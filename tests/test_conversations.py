@@ -1,16 +1,15 @@
 """Chat data of several turns through capture, with the real embedded target."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from chat_templates import HARMONY, QWEN3, tokenizer_with
 
-from peagle.data.answers import Talk, words
 from peagle.data.capture import capture
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.prompts import Prompt, PromptSource, load_prompts
 from peagle.data.store import Store
+from peagle.data.talks import Talk, words
 from peagle.model.target import TargetSource
 
 TARGET = TargetSource("tiny")
@@ -157,13 +156,3 @@ def test_a_message_that_is_none_is_refused_by_row(tmp_path, message, problem):
 def test_the_history_holds_what_was_said_without_the_reasoning(template, said):
     tokenizer = tokenizer_with(template)
     assert words(tokenizer, tokenizer(said, add_special_tokens=False)["input_ids"]) == "It is 4"
-
-
-def test_stores_of_earlier_versions_keep_their_identity():
-    """New settings count only where they are used."""
-    config = CaptureConfig(prompts=[PromptSource("stdlib")])
-    assert config.answers_hash() == "fd08c652509aa996"
-    for change in ({"reasoning": "mask"}, {"regenerate": False}, {"template_options": {"a": 1}}):
-        assert replace(config, **change).answers_hash() != config.answers_hash()
-    subset = CaptureConfig(prompts=[PromptSource("stdlib", subset="main")])
-    assert subset.answers_hash() != config.answers_hash()

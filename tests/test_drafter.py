@@ -27,7 +27,8 @@ def flat_form(drafter, rows, document, position, tokens, aux):
     """Every row, all depths at once, in one sequence under the dense mask of the one rule."""
     known = rows.depth == 0
     mask_state, mask_embedding = drafter.mask_inputs()
-    hidden = torch.where(known[:, None], drafter.combine(aux)[rows.anchor], mask_state)
+    anchor = drafter.combine(aux)[rows.anchor]
+    hidden = torch.where(known[:, None], anchor, mask_state + added(drafter, anchor, rows.depth))
     embedding = torch.where(
         known[:, None], drafter.embed_tokens(tokens)[rows.anchor], mask_embedding
     )
@@ -44,6 +45,18 @@ def flat_form(drafter, rows, document, position, tokens, aux):
         context = torch.einsum("hqk,khe->qhe", weights, value)
         hidden, embedding = layer.leave(residual, context), None
     return hidden
+
+
+def added(drafter, anchor, depth):
+    """The formulas of the paper's appendix B.2, row by row, without dropout."""
+    design, extra = drafter.config.hidden_state, torch.zeros_like(anchor)
+    for row, (state, d) in enumerate(zip(anchor, depth.tolist(), strict=True)):
+        if "anchor" in design:
+            factor = drafter.row_states.scale if design == "anchor_scaled" else 1
+            extra[row] += factor * drafter.row_states.project.weight @ state
+        if "depth" in design:
+            extra[row] += drafter.row_states.by_depth.weight[d]
+    return extra
 
 
 def all_rows(document, cod):
@@ -66,13 +79,17 @@ def all_rows(document, cod):
         {"norm_before_fc": True},
         {"fc_norm": True},
         {"draft_vocab_size": 20},
+        {"hidden_state": "depth"},
+        {"hidden_state": "anchor"},
+        {"hidden_state": "anchor_depth"},
+        {"hidden_state": "anchor_scaled"},
     ],
-    ids=lambda changes: "+".join(changes) or "plain",
+    ids=lambda changes: "+".join(f"{key} {value}" for key, value in changes.items()) or "plain",
 )
 def test_two_streams_equal_the_flat_masked_form(lengths, changes, monkeypatch):
     monkeypatch.setattr(flash, "LEAF_ROWS", 16)  # several parts, also within a document
     monkeypatch.setattr(flash, "LEAF_SLOTS", 4)
-    drafter = make_drafter(**changes)
+    drafter = make_drafter(**changes).eval()
     document, position, tokens, aux = documents(*lengths)
     rows = all_rows(document, Cod(5, 0.8))
     deep = rows.depth > 0
@@ -103,9 +120,10 @@ def test_a_segment_may_hold_a_single_rollout_of_many_rows():
     assert torch.allclose(drafter.rollouts(rollout, stream, position, document), expected)
 
 
-def test_training_rows_equal_a_drafting_pass_in_vllms_slot_layout():
+@pytest.mark.parametrize("design", ["shared", "anchor_depth", "anchor_scaled"])
+def test_training_rows_equal_a_drafting_pass_in_vllms_slot_layout(design):
     """For every anchor, drafting with a cache gives what training computes for its rollout."""
-    drafter, depths = make_drafter(num_hidden_layers=3), 4
+    drafter, depths = make_drafter(num_hidden_layers=3, hidden_state=design).eval(), 4
     document, position, tokens, aux = documents(12)
     rows = sample_rows(
         torch.ones(12, dtype=torch.bool), document, cod=Cod(depths, 1.0), generator=None

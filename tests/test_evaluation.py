@@ -26,12 +26,12 @@ def decoded(accepted, seconds, draft_seconds):
 
 def test_every_drafter_has_rows_beside_none_and_our_own_comes_first():
     runs = [
-        Run("code", None, 0, 0.0, decoded([[0, 0, 0, 0]], 2.0, [])),
-        Run("code", "p-eagle", 3, 0.0, decoded([[2, 0]], 1.0, [0.5, 0.004])),
-        Run("code", "eagle3", 3, 0.0, decoded([[1, 1]], 4.0, [0.9, 0.010])),
-        Run("code", None, 0, 0.0, decoded([[0, 0]], 1.0, [])),
-        Run("code", "p-eagle", 3, 0.0, decoded([[1]], 1.0, [0.5])),
-        Run("code", "eagle3", 3, 0.0, decoded([[1]], 1.0, [0.5, 0.012, 0.020])),
+        Run("code", None, 0, 0.0, decoded([[0, 0, 0, 0]], 2.0, []), 1),
+        Run("code", "p-eagle", 3, 0.0, decoded([[2, 0]], 1.0, [0.5, 0.004]), 1),
+        Run("code", "eagle3", 3, 0.0, decoded([[1, 1]], 4.0, [0.9, 0.010]), 1),
+        Run("code", None, 0, 0.0, decoded([[0, 0]], 1.0, []), 1),
+        Run("code", "p-eagle", 3, 0.0, decoded([[1]], 1.0, [0.5]), 1),
+        Run("code", "eagle3", 3, 0.0, decoded([[1]], 1.0, [0.5, 0.012, 0.020]), 1),
     ]
     ours, baseline = acceptance_rows(runs, engine="loop", dtype="float32")
     assert (ours["method"], baseline["method"]) == ("p-eagle", "eagle3")
@@ -48,8 +48,8 @@ def test_every_drafter_has_rows_beside_none_and_our_own_comes_first():
 
 def test_a_drafter_that_never_came_to_a_second_round_has_no_latency():
     runs = [
-        Run("code", None, 0, 0.0, decoded([[0]], 1.0, [])),
-        Run("code", "eagle3", 5, 0.0, decoded([[1]], 1.0, [0.5])),
+        Run("code", None, 0, 0.0, decoded([[0]], 1.0, []), 1),
+        Run("code", "eagle3", 5, 0.0, decoded([[1]], 1.0, [0.5]), 1),
     ]
     (row,) = acceptance_rows(runs, engine="loop", dtype="float32")
     assert row["draft_ms_per_round"] is None

@@ -137,11 +137,24 @@ def test_default_layer_ids_are_vllms_and_stay_inside_small_targets(layers, ids):
         ({"eagle_aux_hidden_state_layer_ids": (2, 2)}, "unique"),
         ({"mask_token_id": 48}, r"0\.\.47"),
         ({"draft_vocab_size": 49}, "exceeds"),
+        ({"hidden_state": "own"}, "shared, depth, anchor, anchor_depth, anchor_scaled, got 'own'"),
     ],
 )
 def test_a_configuration_that_cannot_be_served_is_refused(changes, words):
     with pytest.raises(Exception, match=words):
         make_drafter(**changes)
+
+
+@pytest.mark.parametrize("design", ["depth", "anchor", "anchor_depth", "anchor_scaled"])
+def test_a_hidden_state_that_no_engine_serves_is_refused_in_one_sentence(tmp_path, design):
+    with pytest.raises(ValueError, match=f"hidden_state '{design}' cannot be exported: vLLM"):
+        export_drafter(make_drafter(hidden_state=design), tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_what_is_served_does_not_name_its_hidden_state(tmp_path):
+    export_drafter(make_drafter(), tmp_path / "d")
+    assert "hidden_state" not in json.loads((tmp_path / "d" / "config.json").read_text())
 
 
 def test_rotary_tables_survive_a_reload(tmp_path):

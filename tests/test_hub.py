@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from card_runs import full_run
 from hub_runs import PUBLISHED, REPO, finish_run, publish, spooled
-from hub_server import TOKEN, Hub
+from hub_server import TOKEN
 from huggingface_hub import ModelCard, snapshot_download
 
 from callbacks import command
@@ -19,14 +19,6 @@ from callbacks.hub import HubPublisher
 from callbacks.publish import Sender, deliver
 from callbacks.spool import MAIN, collect, write_entry
 from callbacks.upload import Destination
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    with Hub() as hub:
-        yield hub
 
 
 @pytest.mark.parametrize("part_size", [None, pytest.param(3000, marks=pytest.mark.slow)])
@@ -48,6 +40,15 @@ def test_a_published_run_comes_back_byte_for_byte(hub, tmp_path, part_size):
     for name in PUBLISHED - {"accuracy.png"}:
         source = tmp_path / "run" / places.get(name, ".") / name
         assert (Path(folder) / name).read_bytes() == source.read_bytes()
+
+
+def test_what_a_library_prints_in_the_sending_process_is_no_event(hub, tmp_path, monkeypatch):
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library/sitecustomize.py").write_text("print('welcome')\nprint('{...}')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "library"))
+    finish_run(tmp_path / "run", step=1)
+    result = publish(tmp_path / "run", hub.url)
+    assert result.complete and [commit["step"] for commit in result.sent] == [1]
 
 
 def test_only_listed_regular_files_reach_the_hub(hub, tmp_path):

@@ -63,14 +63,6 @@ RARE_FAULTS = {
 }
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    with Hub() as hub:
-        yield hub
-
-
 @dataclass
 class Outcome:
     """What a fault left after the first attempt, and after another with a healthy Hub."""

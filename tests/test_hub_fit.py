@@ -30,14 +30,6 @@ STEPS = 6
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    with Hub() as hub:
-        yield hub
-
-
-@pytest.fixture
 def said():
     """The lines that the publisher says to the user."""
     lines = []

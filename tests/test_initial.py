@@ -54,9 +54,14 @@ def test_query_heads_that_share_keys_pass_the_embedding_on_once():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_key_value_heads": 2}, {"intermediate_size": 48, "num_key_value_heads": 4}]
+    "changes",
+    [
+        {"num_key_value_heads": 2},
+        {"intermediate_size": 48, "num_key_value_heads": 4},
+        {"norm_before_residual": True, "num_key_value_heads": 4},
+    ],
 )
-def test_where_the_target_layers_do_not_fit_the_deepest_state_is_passed_on(changes):
+def test_where_the_target_layers_cannot_serve_the_deepest_state_is_passed_on(changes):
     drafter, copied = start(even_target(), (0, 1, 2), **changes)
     assert copied == []
     assert (drafter.fc.weight[:, -WIDTH:].diagonal() - 1).abs().mean() < 0.5

@@ -40,6 +40,7 @@ MIXES = [{name: 1.0} for name in LOSSES] + [{"kl": 0.3, "tv": 2.0, "ce": 0.5, "l
 @pytest.mark.parametrize("mix", MIXES, ids=lambda m: "+".join(m))
 def test_values_and_gradients_equal_the_plain_definition(mix, weighted, monkeypatch):
     monkeypatch.setattr("peagle.loss.CHUNK_ROWS", 10)
+    monkeypatch.setattr("peagle.loss.CACHE_BYTES", 4 * 4 * 23)  # four rows
     hidden, weight, teacher, position = inputs()
     weights = torch.rand(37, dtype=torch.float64) + 0.1 if weighted else None
     expected = reference(

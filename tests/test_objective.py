@@ -12,6 +12,8 @@ from peagle.model.objective import objective
 
 COD = Cod(6, 0.8)
 
+DESIGNS = ["shared", "depth", "anchor", "anchor_depth", "anchor_scaled"]
+
 
 def make_batch(lengths=(60, 25, 41), segments=None, dtype=torch.float64):
     slots = pack([make_sample(n, seed) for seed, n in enumerate(lengths)])
@@ -47,10 +49,13 @@ def gradients(loss, drafter):
     return {name: p.grad.clone() for name, p in drafter.named_parameters()}
 
 
-@BOTH
+KINDS = [{"parallel_drafting": False}, *({"hidden_state": design} for design in DESIGNS)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(*kind.values()))
 @pytest.mark.parametrize("depth_decay", [1.0, 0.8])
-def test_held_gradients_equal_ordinary_backward(parallel, depth_decay):
-    drafter, head, batch = make_drafter(parallel_drafting=parallel), make_head(), make_batch()
+def test_held_gradients_equal_ordinary_backward(kind, depth_decay):
+    drafter, head, batch = make_drafter(**kind).eval(), make_head(), make_batch()
     rows = draw(batch)
     wanted_loss = plain_loss(drafter, head, batch, rows, depth_decay)
     wanted = gradients(2 * wanted_loss / 7, drafter)
@@ -62,10 +67,19 @@ def test_held_gradients_equal_ordinary_backward(parallel, depth_decay):
         assert (got[name] - want).norm() <= 1e-6 * want.norm(), name
 
 
-@BOTH
-@pytest.mark.parametrize("count", [2, 5, 16])
-def test_segments_change_neither_loss_nor_gradients_in_float32(count, parallel):
-    drafter, head = make_drafter(parallel_drafting=parallel).float(), make_head()
+@pytest.mark.parametrize(
+    ("count", "kind"),
+    [
+        (2, {}),
+        (5, {"hidden_state": "anchor_depth"}),
+        (5, {"parallel_drafting": False}),
+        (16, {}),
+        (16, {"parallel_drafting": False}),
+    ],
+    ids=str,
+)
+def test_segments_change_neither_loss_nor_gradients_in_float32(count, kind):
+    drafter, head = make_drafter(**kind).float(), make_head()
     whole = make_batch(lengths=(160, 25, 41), dtype=torch.float32)
     expected = expected_rows(whole.supervised, whole.document, cod=COD)
     segments = partition(expected, max_rows=int(expected.sum() / count) + 4)

@@ -3,12 +3,14 @@
 import lightning as L
 import pytest
 import torch
+from random_parts import make_target
 from torch.optim import AdamW
 
 from callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
 from peagle.cod.rollouts import Cod
 from peagle.data.datamodule import HiddenStatesDataModule
 from peagle.evaluation import EvaluationConfig
+from peagle.model.target import target_layers_of
 from peagle.module import LinearSchedule, PEagleModule, load_drafter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -174,6 +176,46 @@ def test_frozen_embeddings_stay_the_targets(random_store, tmp_path):
     assert torch.equal(module.drafter.embed_tokens.weight, module.full_head[0].embedding.float())
 
 
+@pytest.mark.parametrize("start", ["target", "random"])
+def test_a_random_start_copies_no_layer_of_the_target(random_store, tmp_path, start):
+    target = make_target()
+    layers = target_layers_of(target, target.config, (0, 3))
+    layers.save(random_store / "target_layers.safetensors")
+    module = make_module(num_layers=3, num_key_value_heads=4, start=start)
+    trainer = make_trainer(tmp_path, 1, limit_train_batches=0)
+    trainer.fit(module, datamodule=make_data(random_store))
+    ours = module.drafter.layers[2].mlp.up_proj.weight
+    copied = torch.allclose(ours, layers.layers[3]["mlp.up_proj.weight"].float())
+    assert copied == (start == "target")
+    assert torch.equal(module.drafter.embed_tokens.weight, module.full_head[0].embedding.float())
+
+
+@pytest.mark.parametrize("design", ["depth", "anchor", "anchor_depth", "anchor_scaled"])
+def test_every_hidden_state_learns_and_comes_back_from_its_checkpoint(
+    random_store, tmp_path, design
+):
+    module, before = make_module(hidden_state=design), {}
+
+    class Before(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            before.update({n: p.clone() for n, p in pl_module.drafter.named_parameters()})
+
+    callbacks = [Before(), Checkpoint(every_n_steps=10)]
+    trainer = make_trainer(tmp_path, 3, callbacks=callbacks)
+    trainer.fit(module, datamodule=make_data(random_store))
+    drafter = load_drafter(tmp_path / "checkpoints" / "last.ckpt")
+    added = [name for name in before if name.startswith("row_states.")]
+    assert len(added) == {"depth": 1, "anchor": 1, "anchor_depth": 2, "anchor_scaled": 2}[design]
+    for name in added:
+        assert not torch.equal(before[name], drafter.get_parameter(name)), name
+        assert torch.equal(module.drafter.get_parameter(name), drafter.get_parameter(name)), name
+
+
+def test_a_hidden_state_for_rows_of_another_kind_of_drafter_is_refused():
+    with pytest.raises(ValueError, match="hidden_state is for p-eagle drafters"):
+        make_module(drafter="eagle3", hidden_state="depth")
+
+
 def test_accumulated_steps_equal_lightnings_mean_of_their_gradients(random_store, tmp_path):
     trainer = make_trainer(tmp_path, 3, accumulate_grad_batches=2)
     trainer.fit(make_module(), datamodule=make_data(random_store))
@@ -192,6 +234,19 @@ def test_accumulated_steps_equal_lightnings_mean_of_their_gradients(random_store
 def test_settings_that_fit_no_sample_are_refused(random_store, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         make_trainer(tmp_path, 2).fit(make_module(), datamodule=make_data(random_store, **changes))
+
+
+def test_a_run_without_an_end_is_refused(random_store, tmp_path):
+    with pytest.raises(ValueError, match=r"set trainer\.max_epochs or trainer\.max_steps"):
+        make_trainer(tmp_path, -1, max_epochs=-1).fit(
+            make_module(), datamodule=make_data(random_store)
+        )
+
+
+def test_random_embeddings_of_another_width_cannot_be_frozen(random_store, tmp_path):
+    module = make_module(train_embeddings=False, hidden_size=16)
+    with pytest.raises(ValueError, match="a drafter of width 16 cannot take those of width 32"):
+        make_trainer(tmp_path, 2).fit(module, datamodule=make_data(random_store))
 
 
 def test_a_memory_budget_decides_the_rows_per_segment(random_store, tmp_path):

@@ -29,8 +29,9 @@ from peagle.bench.report import (
     format_best,
 )
 from peagle.data.chat import prompt_ids
-from peagle.data.prompts import PromptSource, load_prompts
+from peagle.data.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
 from peagle.data.store import write_atomically
+from peagle.data.talks import words
 from peagle.model.config import PEagleConfig
 from peagle.model.servable import check_folder
 from peagle.model.target import TargetSource, refuse_other_target
@@ -81,6 +82,7 @@ class BenchConfig:
     vllm_args: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        refuse_equal_names(self.prompts)
         for name in ("k", "concurrency"):
             numbers = getattr(self, name)
             if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
@@ -93,7 +95,8 @@ class PromptSet(NamedTuple):
     """Prompts of one set, rendered by the target's chat template."""
 
     name: str
-    ids: list[list[int]]
+    ids: list[list[int]]  # of the first turns; once the target has answered them, of all
+    prompts: list[Prompt]
 
 
 def bench(config: BenchConfig) -> None:
@@ -164,14 +167,31 @@ def hardware(vllm: Vllm) -> str:
 
 
 def rendered_prompts(config: BenchConfig, target: TargetSource) -> list[PromptSet]:
-    tokenizer = target.tokenizer()
-    return [
-        PromptSet(
-            source.name,
-            [prompt_ids(tokenizer, prompt.opening()) for prompt in load_prompts(source)],
-        )
-        for source in config.prompts
-    ]
+    tokenizer, sets = target.tokenizer(), []
+    for source in config.prompts:
+        prompts = load_prompts(source)
+        ids = [prompt_ids(tokenizer, p.opening(), p.options(None)) for p in prompts]
+        sets.append(PromptSet(source.name, ids, prompts))
+    return sets
+
+
+def add_later_turns(
+    port: int, config: BenchConfig, target: TargetSource, prompt_set: PromptSet
+) -> None:
+    """Later turns become requests too, in the context of what this engine answers greedily."""
+    prompts, latest, turn = prompt_set.prompts, list(prompt_set.ids), 1
+    talks, tokenizer = [prompt.opening() for prompt in prompts], target.tokenizer()
+    while going_on := [i for i, prompt in enumerate(prompts) if len(prompt.turns) > turn]:
+        questions = [Question(latest[i], config.max_new_tokens, 0.0) for i in going_on]
+        answers = closed_loop(port, questions, max(config.concurrency)).answers
+        for i, answer in zip(going_on, answers, strict=True):
+            talks[i] += [
+                {"role": "assistant", "content": words(tokenizer, answer.tokens)},
+                {"role": "user", "content": prompts[i].turns[turn]},
+            ]
+            latest[i] = prompt_ids(tokenizer, talks[i], prompts[i].options(None))
+            prompt_set.ids.append(latest[i])
+        turn += 1
 
 
 def measure(
@@ -199,6 +219,8 @@ def measure(
     print(f"{name}: starting the engine", file=sys.stderr)
     with serve(vllm, serving, timeout_s=config.start_timeout_s) as server:
         for prompt_set in prompt_sets:
+            if k == 0:  # the first engine, without drafter: all others are asked the same
+                add_later_turns(server.port, config, target, prompt_set)
             for concurrency in config.concurrency:
                 measurement = ask_all(server.port, config, prompt_set, drafter, k, concurrency)
                 speed = measurement.tokens / measurement.seconds

@@ -1,5 +1,6 @@
 """What the loader hands to the module: one packed sequence of slots, and how to segment it."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from peagle.cod.segments import Segment
-from peagle.data.store import Manifest, Sample
+from peagle.data.buffers import Buffers
+from peagle.data.store import Manifest, Sample, Store
 
 
 class Batch(NamedTuple):
@@ -51,10 +53,46 @@ def slots_of(sample: Sample) -> dict[str, Tensor]:
 def pack(samples: list[Sample]) -> dict[str, Tensor]:
     """Several documents one after the other, numbered in ``document``."""
     parts = [slots_of(sample) for sample in samples]
-    packed = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    lengths = torch.tensor([len(part["tokens"]) for part in parts])
-    packed["document"] = torch.repeat_interleave(lengths)
+    packed = {name: joined([part[name] for part in parts]) for name in parts[0]}
+    numbers = [torch.full_like(part["tokens"], number) for number, part in enumerate(parts)]
+    packed["document"] = torch.cat(numbers)
     return packed
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """``torch.cat`` that copies nothing where the parts lie one behind the other already."""
+    first, storages = parts[0], {part.untyped_storage().data_ptr() for part in parts}
+    behind = all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(parts))
+    if len(storages) == 1 and behind and all(part.is_contiguous() for part in parts):
+        return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+    return torch.cat(parts)
+
+
+class StatesInPlace:
+    """The hidden states of one packed sequence: samples are read right to where their slots are.
+
+    A sample of ``n`` tokens fills ``n - 2`` slots, but all its states are read, to be verified.
+    Those of ``aux`` that no slot needs come last, and the next sample is read over them. ``final``
+    begins with one, which falls on the last slot of the sample before; that one is put back.
+    """
+
+    def __init__(self, slots: int, manifest: Manifest, buffers: Buffers):
+        rows, layers = slots + 2, len(manifest.layer_ids)
+        memory = buffers.take(2 * rows * (layers + 1) * manifest.hidden_size)
+        states = memory.view(torch.bfloat16).view(layers + 1, rows, manifest.hidden_size)
+        self.aux, self.final = states[:-1].view(rows, -1), states[-1]
+        self.filled = 0
+
+    def read(self, store: Store, index: int) -> Sample:
+        """The next sample. A bad one leaves its place to the one after it."""
+        rows = slice(self.filled, self.filled + store.entries[index].tokens)
+        before = self.final[self.filled].clone()
+        try:
+            sample = store.read(index, (self.aux[rows], self.final[rows]))
+        finally:
+            self.final[self.filled] = before
+        self.filled = rows.stop - 2
+        return sample
 
 
 def unsupervised(manifest: Manifest) -> Sample:

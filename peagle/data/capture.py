@@ -1,39 +1,33 @@
 """Make a hidden-state store: the target answers the prompts, then its hidden states are read.
 
-Both halves resume after a kill: answers are appended to ``answers.jsonl`` batch by batch, and the
-store keeps every finished shard.
+Both halves resume after a kill: answers are appended to ``answers.jsonl`` unit by unit, and the
+store keeps every finished shard. Several processes may share the work (``peagle/data/parts.py``).
 """
 
 import json
 import os
-import sys
-from collections.abc import Iterator
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from peagle.data.answers import Answer, given, regenerate
+from peagle.data.answers import Unit, different, given, regenerate, too_small, units_of
 from peagle.data.capture_config import CaptureConfig
-from peagle.data.chat import Rendered, conversation_id, documents, without_reasoning
-from peagle.data.prompts import load_prompts
-from peagle.data.store import (
-    Manifest,
-    Sample,
-    StoreWriter,
-    require_disk,
-    split_of,
-    write_atomically,
-)
+from peagle.data.chat import conversation_id, documents, without_reasoning
+from peagle.data.converted import convert
+from peagle.data.parts import Part, alone, locked
+from peagle.data.prompts import Prompt, load_prompts
+from peagle.data.states import Document, read_hidden_states, sample_bytes_per_token
+from peagle.data.store import Manifest, require_disk, write_atomically
+from peagle.data.talks import Answer
 from peagle.model.config import default_layer_ids
 from peagle.model.target import (
     TargetSource,
     check_head,
     end_tokens,
-    hidden_states,
     pick_device,
     target_head_of,
     target_layers_of,
@@ -41,6 +35,8 @@ from peagle.model.target import (
 )
 from peagle.model.target_layers import default_start_layers
 
+PARTIAL = "partial"  # folder of a store that is being made
+DOCUMENTS = 2**20  # more than one conversation ever makes
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
@@ -115,139 +111,136 @@ def rope_of(text: PretrainedConfig) -> dict[str, Any]:
 def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manifest:
     """Make the store in ``folder``, or finish one that was interrupted; a full one is left as is.
 
+    With ``config.part`` only that part; whoever comes last completes the store.
+
     Raises:
         ValueError: if the folder holds a store of another identity, if the disk is too small, or
             for anything wrong with target and prompts.
     """
-    wanted = wanted_manifest(target, config)
-    folder = Path(folder)
-    partial = folder / "partial"
-    if (folder / "manifest.json").exists():
-        Manifest.read(folder).check(wanted)
+    wanted, made = wanted_manifest(target, config), config.made_with()
+    part, folder = Part.parse(config.part), Path(folder)
+    if finished(folder, wanted, made):
         return wanted
-    if (partial / "manifest.json").exists():
-        Manifest.read(partial).check(wanted)
-    prompts = [prompt for source in config.prompts for prompt in load_prompts(source)]
-    conversation_bytes = config.max_tokens * sample_bytes_per_token(wanted)
-    require_disk(folder, conversation_bytes)
-    wanted.write(partial)
-    write_atomically(folder / "capture.json", json.dumps(asdict(config), indent=2).encode())
-
-    text, device = target.config(), pick_device(config.device)
-    model = target.model(dtype=getattr(torch, config.dtype), device=device)
-    tokenizer = target.tokenizer()
-    ends = end_tokens(model)
-    if config.regenerate:
-        answers = regenerate(model, tokenizer, prompts, config, folder / "answers.jsonl")
-    else:
-        answers = given(tokenizer, prompts, config, ends)
-    samples = samples_of(answers, tokenizer, ends, config)
-    head = target_head_of(model, text)
-    check_head(model, head, next(iter(samples.values())).input_ids[:64])
-    head.save(folder / "target.safetensors", wanted.identity())
-    start = tuple(config.start_layers or default_start_layers(text.num_hidden_layers))
-    layers = target_layers_of(model, text, start)
-    layers.save(folder / "target_layers.safetensors", wanted.identity())
-    read_hidden_states(model, wanted, samples, config, folder)
-    os.replace(partial / "manifest.json", folder / "manifest.json")
-    partial.rmdir()
+    with alone(folder / PARTIAL, part):
+        if not begin(folder, wanted, made, config):
+            capture_part(target, wanted, config, folder, part)
     return wanted
 
 
-def samples_of(
-    answers: list[Answer],
-    tokenizer: PreTrainedTokenizerBase,
-    ends: set[int],
-    config: CaptureConfig,
-) -> dict[str, Rendered]:
-    """Documents by name. Those of one conversation share the hash that decides their split.
+def finished(folder: Path, wanted: Manifest, made: dict[str, Any]) -> bool:
+    """Whether the store is there; raises ``ValueError`` when it, or its beginning, is another."""
+    for place in (folder, folder / PARTIAL):
+        if (place / "manifest.json").exists():
+            refuse_other_settings(folder, made)
+            Manifest.read(place).check(wanted)
+    return (folder / "manifest.json").exists()
 
-    Raises:
-        ValueError: if nothing at all would be trained.
-    """
-    samples, silent = {}, 0
-    for answer in answers:
+
+def begin(folder: Path, wanted: Manifest, made: dict[str, Any], config: CaptureConfig) -> bool:
+    """Say whose store this is going to be, unless another process just completed it: true."""
+    with locked(folder / PARTIAL / "setup.lock"):
+        if finished(folder, wanted, made):
+            return True
+        require_disk(folder, config.max_tokens * sample_bytes_per_token(wanted))
+        wanted.write(folder / PARTIAL)
+        record = json.dumps({**asdict(config), "part": None, "made_with": made}, indent=2)
+        write_atomically(folder / "capture.json", record.encode())
+    return False
+
+
+def capture_part(
+    target: TargetSource, wanted: Manifest, config: CaptureConfig, folder: Path, part: Part
+) -> None:
+    """Write this part's samples and then, if no other part is missing, the rest of the store."""
+    text, device = target.config(), pick_device(config.device)
+    sources = [] if config.speculators is not None else config.prompts
+    prompts = different([p for source in sources for p in load_prompts(source)], config)
+    model = target.model(dtype=getattr(torch, config.dtype), device=device)
+    head = target_head_of(model, text)
+    if config.speculators is not None:
+        check_head(model, head, convert(model, wanted, config, folder, part).input_ids[:64])
+    else:
+        documents = answered(model, target.tokenizer(), prompts, config, folder, part)
+        first = next((document for unit in documents for document in unit), None)
+        if first is not None:  # else others have all the work
+            check_head(model, head, first.content.input_ids[:64])
+        read_hidden_states(model, wanted, documents, config, folder, first_shard=part.first_shard)
+    start = tuple(config.start_layers or default_start_layers(text.num_hidden_layers))
+    with locked(folder / PARTIAL / "setup.lock"):
+        if not part.mark(folder / PARTIAL, config.batch_size):
+            print(f"part {config.part} is done; the others complete the store, or `capture` does")
+            return
+        head.save(folder / "target.safetensors", wanted.identity())
+        layers = target_layers_of(model, text, start)
+        layers.save(folder / "target_layers.safetensors", wanted.identity())
+        for leftover in folder.glob("*.tmp"):
+            leftover.unlink()
+        os.replace(folder / PARTIAL / "manifest.json", folder / "manifest.json")
+        shutil.rmtree(folder / PARTIAL)
+
+
+def answered(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    config: CaptureConfig,
+    folder: Path,
+    part: Part,
+) -> list[list[Document]]:
+    """The documents of this part's units. Raises ``ValueError`` if there is nothing to train."""
+    places = {prompt.id: number for number, prompt in enumerate(prompts)}
+    units = part.of(units_of(prompts, config))
+    if config.regenerate:
+        path = folder / part.own_name("answers.jsonl")
+        answers = regenerate(model, tokenizer, units, config, path)
+    else:
+        mine = [prompt for unit in units for prompt in unit.prompts]
+        answers = given(tokenizer, mine, config, end_tokens(model))
+    if not answers and part.count == 1:
+        raise too_small(config)
+    found = [documents_of(unit, answers, places, tokenizer, config) for unit in units]
+    if not any(found) and part.count == 1:
+        raise ValueError("no answer has supervised tokens: check chat template and max_new_tokens")
+    return found
+
+
+def refuse_other_settings(folder: Path, made: dict[str, Any]) -> None:
+    """Raise ``ValueError`` with the first thing that another store in ``folder`` was made with."""
+    path = folder / "capture.json"
+    found = json.loads(path.read_text()).get("made_with", {}) if path.exists() else {}
+    wanted = json.loads(json.dumps(made))  # as it looks when it was written
+    mend = "capture into another --store, or delete this one"
+    for key in (key for key, value in wanted.items() if key in found and found[key] != value):
+        if key != "prompts":
+            what = f"made with {key} = {found[key]!r}, and this run asks for {wanted[key]!r}"
+        elif found[key].keys() != wanted[key].keys():
+            sets = [", ".join(sorted(names[key])) for names in (found, wanted)]
+            what = f"made from the prompt sets {sets[0]}, and this run asks for {sets[1]}"
+        else:
+            names = [repr(n) for n, digest in wanted[key].items() if found[key][n] != digest]
+            what = f"made from other prompts: what is in {', '.join(names)} has changed"
+        raise ValueError(f"the store in {folder} was {what}: {mend}")
+
+
+def documents_of(
+    unit: Unit,
+    answers: dict[str, Answer],
+    places: dict[str, int],
+    tokenizer: PreTrainedTokenizerBase,
+    config: CaptureConfig,
+) -> list[Document]:
+    """What a unit's prompts and answers make; one conversation's share the hash for their split."""
+    found, silent = [], 0
+    for answer in (answers[prompt.id] for prompt in unit.prompts if prompt.id in answers):
         name = conversation_id(answer.messages)
-        turns = answer.said(tokenizer, ends, config.template_options)
-        for number, document in enumerate(documents(turns)):
+        for number, document in enumerate(documents(answer.turns)):
             if config.reasoning == "mask":
                 document = without_reasoning(document, tokenizer)
             if document.loss_mask.any():
-                samples[f"{name}-{number}" if number else name] = document
+                place = places[answer.id] * DOCUMENTS + number
+                found.append(Document(f"{name}-{number}" if number else name, place, document))
             else:  # reasoning that hit the length limit, and is masked
                 silent += 1
     if silent:
         print(f"{silent} answers have nothing to train on and were left out")
-    if not samples:
-        raise ValueError("no answer has supervised tokens: check chat template and max_new_tokens")
-    return samples
-
-
-def sample_bytes_per_token(manifest: Manifest) -> int:
-    """Bytes of a stored token: the layers and ``final`` in bf16, id and mask."""
-    return (len(manifest.layer_ids) + 1) * manifest.hidden_size * 2 + 9
-
-
-def read_hidden_states(
-    model: PreTrainedModel,
-    manifest: Manifest,
-    samples: dict[str, Rendered],
-    config: CaptureConfig,
-    folder: Path,
-) -> None:
-    """Run the target over every conversation once and store what the drafter will read."""
-    writer = StoreWriter(
-        folder, shard_bytes=config.shard_mb * 1_000_000, identity=manifest.identity()
-    )
-    todo = {name: samples[name] for name in samples if name not in writer.done}
-    tokens = sum(len(sample.input_ids) for sample in todo.values())
-    needed = tokens * sample_bytes_per_token(manifest)
-    require_disk(folder, needed)
-    print(
-        f"capturing {len(todo)} documents, {tokens} tokens, {needed / 1e9:.2f} GB in {folder}",
-        file=sys.stderr,
-    )
-    with tqdm(total=tokens, desc="hidden states", unit="tok", disable=None) as bar:
-        for batch in batches_by_tokens(todo, config.batch_tokens):
-            states = run_batch(model, manifest, [todo[name] for name in batch])
-            for name, sample in zip(batch, states, strict=True):
-                writer.append(name, split_of(name, config.val_share), sample)
-                bar.update(len(sample.input_ids))
-    writer.flush()
-
-
-def batches_by_tokens(todo: dict[str, Rendered], limit: int) -> Iterator[list[str]]:
-    """Documents of similar length together, ``limit`` padded tokens at most."""
-    batch: list[str] = []
-    for name in sorted(todo, key=lambda n: len(todo[n].input_ids)):
-        width = len(todo[name].input_ids)  # ascending: the newest is the widest
-        if batch and width * (len(batch) + 1) > limit:
-            yield batch
-            batch = []
-        batch.append(name)
-    if batch:
-        yield batch
-
-
-@torch.no_grad()
-def run_batch(
-    model: PreTrainedModel, manifest: Manifest, conversations: list[Rendered]
-) -> list[Sample]:
-    """Hidden states of a right-padded batch; causal attention never sees the padding."""
-    width = max(len(c.input_ids) for c in conversations)
-    ids = torch.zeros(len(conversations), width, dtype=torch.long)
-    for row, conversation in enumerate(conversations):
-        ids[row, : len(conversation.input_ids)] = conversation.input_ids
-    with hidden_states(model, manifest.layer_ids) as seen:
-        model.get_decoder()(input_ids=ids.to(model.device), use_cache=False)
-    aux = seen.aux(manifest.layer_ids).to(torch.bfloat16).cpu()
-    final = seen.entering[manifest.num_layers].to(torch.bfloat16).cpu()
-    return [
-        Sample(
-            conversation.input_ids,
-            conversation.loss_mask,
-            aux[row, : len(conversation.input_ids)].clone(),
-            final[row, : len(conversation.input_ids)].clone(),
-        )
-        for row, conversation in enumerate(conversations)
-    ]
+    return found

@@ -2,12 +2,25 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from peagle.data.prompts import PromptSource
+from peagle.data.prompts import PromptSource, digest_of, refuse_equal_names
 
 DTYPES = ("float32", "bfloat16", "float16")
+SETTINGS = (
+    "max_new_tokens",
+    "max_tokens",
+    "greedy_share",
+    "temperature",
+    "seed",
+    "regenerate",
+    "reasoning",
+    "template_options",
+    "dtype",
+    "val_share",
+    "start_layers",
+)  # of a CaptureConfig, without which a store would be another one
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,10 @@ class CaptureConfig:
         reasoning: ``keep`` trains on the target's reasoning too; ``mask`` leaves it out of the
             loss, for targets that are served without it.
         template_options: for the chat template (``enable_thinking``, ``reasoning_effort``).
+        part: of several processes that capture into one store: ``0/2`` and ``1/2`` for two.
+            Each resumes by itself; the last one, or a capture without parts, completes the store.
+        speculators: folder of a data set that speculators prepared and whose hidden states it
+            captured: they are taken instead of prompts and answers.
     """
 
     prompts: list[PromptSource]
@@ -55,10 +72,13 @@ class CaptureConfig:
     regenerate: bool = True
     reasoning: Literal["keep", "mask"] = "keep"
     template_options: dict[str, Any] | None = None
+    part: str | None = None
+    speculators: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("capture.prompts names no prompt set")
+        refuse_equal_names(self.prompts)
         if not 0 <= self.greedy_share <= 1:
             raise ValueError(f"greedy_share must lie in 0..1, got {self.greedy_share}")
         if self.dtype not in DTYPES:
@@ -66,17 +86,19 @@ class CaptureConfig:
         if not 0 < self.val_share < 1:
             raise ValueError(f"val_share must lie between 0 and 1, got {self.val_share}")
 
+    def made_with(self) -> dict[str, Any]:
+        """What the conversations and states of a store depend on, besides its target.
+
+        Prompt sets by their content, so that an edited file is another one and a moved one is not.
+        Batch sizes, device and shards are left out: they change no more than rounding.
+        """
+        own = {key: getattr(self, key) for key in SETTINGS}
+        if self.speculators is not None:
+            kept = {key: own[key] for key in ("val_share", "start_layers")}
+            return {"speculators": self.speculators, **kept, "prompts": {}}
+        return {**own, "prompts": {source.name: digest_of(source) for source in self.prompts}}
+
     def answers_hash(self) -> str:
-        """Identity of the conversations: the prompts and how they are answered."""
-        keys = ("prompts", "max_new_tokens", "max_tokens", "greedy_share", "temperature", "seed")
-        later = ("regenerate", "reasoning", "template_options")  # stores made before have none
-        usual = {field.name: field.default for field in fields(self)}
-        made = {
-            key: value
-            for key, value in asdict(self).items()
-            if key in keys or (key in later and value != usual[key])
-        }
-        for source in made["prompts"]:
-            if source["subset"] is None:
-                del source["subset"]
-        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
+        """Identity of ``made_with``."""
+        made = json.dumps(self.made_with(), sort_keys=True)
+        return hashlib.sha256(made.encode()).hexdigest()[:16]

@@ -6,7 +6,6 @@ Nothing random is stored: the order of an epoch and the seed of every COD draw f
 (seed, epoch, pack), so a run resumes at any step by counting (``peagle/data/order.py``).
 """
 
-import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,14 +16,16 @@ import lightning as L
 import torch
 import xxhash
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from peagle.cod.rollouts import Cod, expected_rows
 from peagle.cod.segments import partition
 from peagle.data.bad_samples import BadSamples
-from peagle.data.batch import Batch, pack, unsupervised
+from peagle.data.batch import Batch, StatesInPlace, pack, unsupervised
+from peagle.data.buffers import Buffers
 from peagle.data.order import Pack, PackSampler, fill_packs
+from peagle.data.read_ahead import ReadAhead
 from peagle.data.store import BadSample, Sample, Store, token_counts
 from peagle.evaluation import EvaluationConfig, PromptBatch, prompt_batches
 from peagle.model.memory import rows_within
@@ -34,12 +35,20 @@ DEFAULT_ROWS = 8192  # per segment
 ON_CPU = ("document", "supervised")  # the draw is made on the CPU, the same on every device
 
 
-class PackedSequences(Dataset[Batch]):
+class PackedSequences:
     """Reads packs from a store and segments them."""
 
-    def __init__(self, store: Store, *, cod: Cod, max_rows: int, mask_token_id: int | None):
+    def __init__(
+        self,
+        store: Store,
+        *,
+        cod: Cod,
+        max_rows: int,
+        mask_token_id: int | None,
+        buffers: Buffers,
+    ):
         self.store, self.cod, self.max_rows = store, cod, max_rows
-        self.mask_token_id = mask_token_id
+        self.mask_token_id, self.buffers = mask_token_id, buffers
 
     def __getitem__(self, pack_: Pack) -> Batch:
         """What is wrong with a sample travels in ``bad``; nothing is trained in its place.
@@ -47,25 +56,29 @@ class PackedSequences(Dataset[Batch]):
         Raises:
             ValueError: naming the sample that holds the mask token.
         """
+        slots = sum(self.store.entries[i].tokens - 2 for i in pack_.samples)
+        states = StatesInPlace(slots, self.store.manifest, self.buffers)
         samples, bad = [], []
         for index in pack_.samples:
             try:
-                samples.append(self.sample(index))
+                samples.append(states.read(self.store, index))
             except BadSample as error:
                 bad.append(str(error))
-        slots = pack(samples or [unsupervised(self.store.manifest)])
-        expected = expected_rows(slots["supervised"], slots["document"], cod=self.cod)
+            else:
+                self.refuse_mask_token(samples[-1], index)
+        packed = pack(samples or [unsupervised(self.store.manifest)])
+        expected = expected_rows(packed["supervised"], packed["document"], cod=self.cod)
         segments = partition(expected, max_rows=self.max_rows)
-        return Batch(**slots, segments=segments, seed=pack_.seed, bad=tuple(bad))
+        if self.buffers.pinned:
+            packed = {name: tensor.pin_memory() for name, tensor in packed.items()}
+        return Batch(**packed, segments=segments, seed=pack_.seed, bad=tuple(bad))
 
-    def sample(self, index: int) -> Sample:
-        sample = self.store.read(index)
+    def refuse_mask_token(self, sample: Sample, index: int) -> None:
         if self.mask_token_id is not None and (sample.input_ids == self.mask_token_id).any():
             raise ValueError(
                 f"sample {self.store.entries[index].sample} contains the mask token "
                 f"{self.mask_token_id}: choose a token id that never occurs"
             )
-        return sample
 
 
 class HiddenStatesDataModule(L.LightningDataModule):
@@ -83,7 +96,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
             what ``memory_gb`` allows, or 8192.
         memory_gb: gigabytes that training may take beside the interpreter and its libraries;
             decides ``max_rows`` where that is not given.
-        num_workers: processes that read ahead; 0 reads in the training process.
+        num_workers: threads that read ahead, one packed sequence each; 0 reads when asked.
         seed: decides the order of every epoch and every COD draw.
         on_bad_sample: ``error`` stops at a damaged sample; ``skip`` leaves it out, counted and
             named. No other sample ever takes its place.
@@ -113,6 +126,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
         self.max_tokens, self.max_rows, self.memory_gb = max_tokens, max_rows, memory_gb
         self.num_workers, self.seed = num_workers, seed
         self.bad = BadSamples(skip=on_bad_sample == "skip", budget=bad_sample_budget)
+        self.buffers = Buffers(pinned=torch.cuda.is_available())
         self.store: Store | None = None
         self.resumed = 0  # batches that the run had finished when its checkpoint was written
         self.order: dict[str, Any] = {}  # what the place in the data depends on
@@ -128,7 +142,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
                     f"mask_token_id must lie in 0..{vocab_size - 1}, got {self.mask_token_id}"
                 )
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> ReadAhead:
         """Raises ``ValueError`` when the checkpoint's place is one in another order of the data."""
         samples, lengths = self.usable("train")
         self.order = {
@@ -160,7 +174,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
         """
         return max(self.resumed, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> ReadAhead:
         """Every row of every conversation of the validation split, in a fixed order."""
         samples, lengths = self.usable("val")
         packs = fill_packs(samples, lengths, max_tokens=self.max_tokens, seed=None)
@@ -169,23 +183,19 @@ class HiddenStatesDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """Prompts to decode; ranks share them."""
-        batches = prompt_batches(self.evaluation, self.target.tokenizer())
+        batches = prompt_batches(self.evaluation)
         mine = batches[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(mine, batch_size=None)
+        return DataLoader(mine, batch_size=None, collate_fn=lambda batch: batch)
 
-    def loader(self, packs: "PackSampler | list[Pack]", cod: Cod) -> DataLoader:
-        dataset = PackedSequences(
-            self.store, cod=cod, max_rows=self.segment_rows(), mask_token_id=self.mask_token_id
+    def loader(self, packs: PackSampler | list[Pack], cod: Cod) -> ReadAhead:
+        data = PackedSequences(
+            self.store,
+            cod=cod,
+            max_rows=self.segment_rows(),
+            mask_token_id=self.mask_token_id,
+            buffers=self.buffers,
         )
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=packs,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=ignore_signals,
-        )
+        return ReadAhead(data.__getitem__, packs, threads=self.num_workers)
 
     def segment_rows(self) -> int:
         """Raises ``ValueError`` when the memory budget cannot hold one segment."""
@@ -253,7 +263,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: Batch | PromptBatch, device: torch.device, dataloader_idx: int
     ) -> Batch | PromptBatch:
-        if isinstance(batch, PromptBatch):  # lists of ids; decoding places them
+        if isinstance(batch, PromptBatch):  # texts; decoding places their ids
             return batch
         kept = {name: getattr(batch, name) for name in ON_CPU}
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -284,10 +294,3 @@ def refuse_other_order(saved: dict[str, Any], ours: dict[str, Any]) -> None:
             "the checkpoint stands at a place in another order of the data, and would repeat some "
             f"samples and miss others here ({'; '.join(differences)}): resume with the same values"
         )
-
-
-def ignore_signals(worker: int) -> None:
-    """A signal to the whole process group is the training process's to answer."""
-    signal.set_wakeup_fd(-1)  # inherited, and would report to the training process
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

@@ -5,11 +5,12 @@ target's own (paper section 4.1), since a drafter that learns somebody else's te
 its target would not write.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,26 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }  # ShareGPT's names
+PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED"  # SPEED-Bench's, where it may not publish
+
+
+class Address(NamedTuple):
+    """Where a data set lies on the Hub."""
+
+    repository: str
+    split: str = "train"
+    column: str | None = None
+    subset: str | None = None
+
+
+KNOWN = {
+    "gsm8k": Address("openai/gsm8k", "train", "question", "main"),
+    "humaneval": Address("openai/openai_humaneval", "test", "prompt"),
+    "mt_bench": Address("HuggingFaceH4/mt_bench_prompts", "train", "prompt"),
+    "speed_bench": Address("nvidia/SPEED-Bench", "test", "turns", "qualitative"),
+    "ultrachat": Address("HuggingFaceH4/ultrachat_200k", "train_sft", "messages"),
+    "opencodeinstruct": Address("nvidia/OpenCodeInstruct", "train", "input"),
+}
 
 
 class Prompt(NamedTuple):
@@ -38,40 +59,93 @@ class Prompt(NamedTuple):
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": self.turns[0]}]
 
+    def options(self, given: dict[str, Any] | None) -> dict[str, Any]:
+        """What the chat template is given besides the messages: its options, and the tools."""
+        tools = {"tools": list(self.tools)} if self.tools else {}
+        return {**(given or {}), **tools}
+
 
 @dataclass(frozen=True)
 class PromptSource:
     """A prompt set.
 
     Args:
-        source: ``stdlib`` (built in), the path of a ``.jsonl`` file, or a Hub data set id.
+        source: ``stdlib`` (built in), the path of a ``.jsonl`` file, a Hub data set id, or one of
+            gsm8k, humaneval, mt_bench, speed_bench, ultrachat, opencodeinstruct.
         split: ``train`` or ``test`` of the built-in set; any split name of a Hub data set.
+            Default: ``train``, or what the short name stands for.
         subset: which configuration of a Hub data set, where it has several (GSM8K's ``main``).
         column: where the prompt is; found by itself when it is one of the usual names.
         limit: use only the first so many.
+        revision: of a Hub data set.
+        label: name in tables, where two sets would have the same.
     """
 
     source: str
-    split: str = "train"
+    split: str | None = None
     column: str | None = None
     limit: int | None = None
     subset: str | None = None
+    revision: str | None = None
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, got {self.limit}")
 
     @property
     def name(self) -> str:
         """Short name for tables: ``humaneval`` for ``data/humaneval.jsonl``."""
+        if self.label:
+            return self.label
         if self.source == BUILT_IN:
-            return f"{BUILT_IN}-{self.split}"
+            return f"{BUILT_IN}-{self.split or 'train'}"
         return Path(self.source).stem if self.source.endswith(".jsonl") else self.source
+
+    @property
+    def on_hub(self) -> bool:
+        return self.source != BUILT_IN and not self.source.endswith(".jsonl")
+
+    def address(self) -> Address:
+        """Where a set of the Hub is; what the source says goes before what its name stands for."""
+        known = KNOWN.get(self.source, Address(self.source))
+        return Address(
+            known.repository,
+            self.split or known.split,
+            self.column or known.column,
+            self.subset or known.subset,
+        )
+
+
+def refuse_equal_names(sources: Sequence[PromptSource]) -> None:
+    """Raise ``ValueError`` when two sets share a name: their prompts and figures would mix."""
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"two prompt sets are called {name!r}: give one of them another name (label: ...)"
+            )
+
+
+def digest_of(source: PromptSource) -> str:
+    """Hash of all that a prompt set says; of a Hub set, of where and which it is.
+
+    So a finished store is known again without network; ``revision`` pins what lies at the address.
+    """
+    if source.on_hub:
+        content: Any = [source.name, *source.address(), source.limit, source.revision]
+    else:
+        content = load_prompts(source)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def load_prompts(source: PromptSource) -> list[Prompt]:
     """Read a prompt set, in its own order.
 
     Raises:
-        ValueError: if the set is missing, empty, or has no column with prompts.
+        ValueError: if the set is missing, empty, damaged, or has no column with prompts.
     """
-    rows = list(rows_of(source))
+    rows = islice(rows_of(source), source.limit)
     prompts = [prompt_of(row, source, number) for number, row in enumerate(rows)]
     if not prompts:
         raise ValueError(f"prompt set {source.source!r} is empty")
@@ -80,51 +154,92 @@ def load_prompts(source: PromptSource) -> list[Prompt]:
 
 def rows_of(source: PromptSource) -> Iterable[dict[str, Any]]:
     if source.source == BUILT_IN:
-        if source.split not in ("train", "test"):
-            raise ValueError(f"{BUILT_IN} has the splits train and test, not {source.split!r}")
-        file = resources.files("peagle.tiny_target") / f"prompts_{source.split}.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines()
-    elif source.source.endswith(".jsonl"):
+        split = source.split or "train"
+        if split not in ("train", "test"):
+            raise ValueError(f"{BUILT_IN} has the splits train and test, not {split!r}")
+        return json_rows(
+            Path(str(resources.files("peagle.tiny_target"))) / f"prompts_{split}.jsonl"
+        )
+    if source.source.endswith(".jsonl"):
         path = Path(source.source)
-        if not path.exists():
+        if not path.is_file():
             raise ValueError(f"prompt file {path} does not exist")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    else:
-        return hub_rows(source)
-    return (json.loads(line) for line in lines[: source.limit] if line.strip())
+        return json_rows(path)
+    return hub_rows(source)
+
+
+def json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Raises ``ValueError`` with file and line for what is not an object in JSON."""
+    with open(path, "rb") as file:  # bytes end a line at \n only; a text may hold other line ends
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield json_row(line, f"{path}, line {number}")
+
+
+def json_row(line: bytes, name: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.strip().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not JSON ({error.msg} column {error.colno})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f'{name} must be an object as {{"prompt": "..."}} is, not {short(row)}')
+    return row
+
+
+def short(value: Any) -> str:
+    """A value as JSON, to be named in a sentence."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def hub_rows(source: PromptSource) -> Iterable[dict[str, Any]]:
     from datasets import load_dataset  # takes seconds to import
 
+    place = source.address()
     try:
-        rows = load_dataset(source.source, source.subset, split=source.split, streaming=True)
+        return load_dataset(
+            place.repository,
+            place.subset,
+            split=place.split,
+            revision=source.revision,
+            streaming=True,
+        )
     except Exception as error:  # the client raises many kinds; all mean the set cannot be had
-        raise ValueError(f"data set {source.source!r} cannot be loaded: {error}") from error
-    return rows if source.limit is None else rows.take(source.limit)
+        raise ValueError(f"data set {place.repository!r} cannot be loaded: {error}") from error
 
 
 def prompt_of(row: dict[str, Any], source: PromptSource, number: int) -> Prompt:
-    column = source.column or next((c for c in COLUMNS if c in row), None)
-    if column is None or column not in row:
-        wanted = source.column or "any of " + ", ".join(COLUMNS)
-        raise ValueError(f"row {number} of {source.source!r} has no column {wanted}")
-    value = row[column]
+    wanted = source.address().column if source.on_hub else source.column
+    column = wanted or next((c for c in COLUMNS if c in row), None)
     name = f"row {number} of {source.source!r}"
-    if isinstance(value, str):
-        messages = [{"role": "user", "content": value}]
-    elif value and isinstance(value[0], str):
-        messages = [{"role": "user", "content": text} for text in value]
-    else:
-        messages = [message_of(said, name) for said in value or ()]
+    if column is None or column not in row:
+        raise ValueError(f"{name} has no column {wanted or 'any of ' + ', '.join(COLUMNS)}")
+    messages = messages_of(row[column], name)
     # Past a tool's result nobody could go on: it answers a call that the target may not make.
     open_ended = list(takewhile(lambda message: message["role"] != "tool", messages))
     turns = tuple(m["content"] for m in open_ended if m["role"] == "user")
     system = next((m["content"] for m in messages if m["role"] in ("system", "developer")), None)
     if not turns or not all(turns):
         raise ValueError(f"{name} has an empty prompt")
+    if any(turn.startswith(PLACEHOLDER) for turn in turns):
+        raise ValueError(
+            f"{name} is a placeholder: the authors of the data set have a script that fetches the "
+            "text; run it, and give the .jsonl file that it writes"
+        )
     whole = messages if any(m["role"] == "assistant" for m in messages) else ()
     return Prompt(f"{source.name}/{number}", system, turns, tools_of(row, name), tuple(whole))
+
+
+def messages_of(value: Any, name: str) -> list[dict[str, Any]]:
+    """A prompt, the turns of a user, or a conversation, as messages."""
+    said = [value] if isinstance(value, str) else value or []
+    if isinstance(said, list) and all(isinstance(turn, str) for turn in said):
+        return [{"role": "user", "content": text} for text in said]
+    if isinstance(said, list) and all(isinstance(turn, dict) for turn in said):
+        return [message_of(turn, name) for turn in said]
+    raise ValueError(f"{name} must hold a text, texts, or messages, not {short(value)}")
 
 
 def message_of(said: dict[str, Any], name: str) -> dict[str, Any]:
@@ -132,10 +247,12 @@ def message_of(said: dict[str, Any], name: str) -> dict[str, Any]:
     role = said.get("role") or said.get("from")
     content = said["content"] if "content" in said else said.get("value")
     if isinstance(content, list):
-        if any(part.get("type") != "text" for part in content):
+        if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
             raise ValueError(f"{name} holds images or sound: only text can be drafted")
         content = "".join(part["text"] for part in content)
-    if not role or (content is None and not said.get("tool_calls")):
+    if not isinstance(content, str | None):
+        raise ValueError(f"{name} has a message whose content is {short(content)}, not text")
+    if not isinstance(role, str) or (content is None and not said.get("tool_calls")):
         raise ValueError(f"{name} has a message without role or content")
     rest = {k: v for k, v in said.items() if k not in ("from", "value") and v is not None}
     return {**rest, "role": ROLES.get(role, role), "content": content or ""}
@@ -148,4 +265,6 @@ def tools_of(row: dict[str, Any], name: str) -> tuple[dict[str, Any], ...]:
         tools = json.loads(tools) if isinstance(tools, str) else tools
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}: its tools are not JSON ({error})") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{name}: its tools must be a list of objects, not {short(tools)}")
     return tuple(tools)

@@ -17,16 +17,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import xxhash
-from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
+from jaxtyping import BFloat16, Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peagle.data.shard import Span, read_into, read_spans
+
 FORMAT = 1
+SHARDS_PER_PART = 100_000  # a part's shards have numbers of its own
 TENSORS = ("input_ids", "loss_mask", "aux", "final")
 IDENTITY = b"peagle.identity"  # in an index part: of the store that its shard was written for
 
@@ -110,31 +113,47 @@ class Entry(NamedTuple):
     supervised: int
     split: str  # "train" or "val"
     hashes: tuple[str, ...]  # xxh3 of each tensor, in the order of TENSORS
+    place: int  # in the store's order, whatever shard it is in
 
 
 class StoreWriter:
-    """Appends samples to a store; ``done`` holds the samples that earlier runs completed.
+    """Appends samples to a store; ``done`` holds those that earlier runs completed.
 
     With the ``identity`` of its manifest in every index part, a shard cannot be mistaken for one
-    of another store.
+    of another store. Processes that write at the same time begin at shards far from each other.
     """
 
-    def __init__(self, folder: Path, *, shard_bytes: int, identity: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        shard_bytes: int,
+        identity: str | None = None,
+        first_shard: int = 0,
+    ):
         self.folder, self.shard_bytes, self.identity = folder, shard_bytes, identity
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
+        mine = range(first_shard, first_shard + SHARDS_PER_PART)
+        for leftover in folder.glob("shard-*.tmp"):
+            if number_of_shard(leftover) in mine:
+                leftover.unlink()
         parts = index_parts(folder)
-        self.done = {entry.sample for part in parts for entry in read_index(part, identity)}
-        self.next_shard = len(parts)
-        self.pending: list[tuple[str, str, Sample]] = []
+        self.done = [entry for part in parts for entry in read_index(part, identity)]
+        self.next_shard = first_shard + sum(number_of_shard(part) in mine for part in parts)
+        self.pending: list[tuple[str, str, Sample, int]] = []
         self.bytes = 0
+        self.next_place = max((entry.place for entry in self.done), default=-1) + 1
 
-    def append(self, sample_id: str, split: str, sample: Sample) -> None:
-        """Raises ``ValueError`` for a sample whose hidden states are not finite."""
+    def append(self, sample_id: str, split: str, sample: Sample, place: int | None = None) -> None:
+        """``place`` is the sample's in the store's order; default after all before it.
+
+        Raises ``ValueError`` for a sample whose hidden states are not finite.
+        """
         if not all(torch.isfinite(t).all() for t in (sample.aux, sample.final)):
             raise ValueError(f"sample {sample_id}: the target's hidden states are not finite")
-        self.pending.append((sample_id, split, sample))
+        place = self.next_place if place is None else place
+        self.next_place = max(self.next_place, place + 1)
+        self.pending.append((sample_id, split, sample, place))
         self.bytes += sum(t.nbytes for t in sample)
         if self.bytes >= self.shard_bytes:
             self.flush()
@@ -145,7 +164,7 @@ class StoreWriter:
             return
         name = f"shard-{self.next_shard:05d}"
         tensors, entries = {}, []
-        for slot, (sample_id, split, sample) in enumerate(self.pending):
+        for slot, (sample_id, split, sample, place) in enumerate(self.pending):
             contents = [tensor.contiguous() for tensor in sample]
             tensors |= {f"{slot}.{key}": t for key, t in zip(TENSORS, contents, strict=True)}
             hashes = tuple(digest(t) for t in contents)
@@ -158,6 +177,7 @@ class StoreWriter:
                     int(sample.loss_mask.sum()),
                     split,
                     hashes,
+                    place,
                 )
             )
         temporary = self.folder / f"{name}.safetensors.tmp"
@@ -174,7 +194,7 @@ class StoreWriter:
 
 
 class Store:
-    """Reads samples by number; a sample is verified the first time it is read.
+    """Reads samples by number; a sample is verified whenever it is read.
 
     Raises:
         ValueError: if manifest or index are not in order, or a shard is missing. With
@@ -184,7 +204,7 @@ class Store:
     def __init__(self, folder: Path, *, allow_missing: bool = False):
         self.folder = folder
         self.manifest = Manifest.read(folder)
-        self.entries: list[Entry] = []
+        found: list[Entry] = []
         for part in index_parts(folder):
             shard = part.with_suffix(".safetensors")
             entries = read_index(part, self.manifest.identity())
@@ -193,8 +213,9 @@ class Store:
                     raise ValueError(f"{part.name} names {name!r}, not a file of this store")
             if not shard.exists() and not allow_missing:
                 raise ValueError(f"shard {shard.name} is missing from {folder}: capture again")
-            self.entries += entries
-        self.verified: set[int] = set()
+            found += entries
+        self.entries = in_order(found)
+        self.spans: dict[str, dict[str, Span]] = {}  # of the shards that were read from
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -203,18 +224,29 @@ class Store:
         """Numbers of the samples of a split."""
         return [i for i, entry in enumerate(self.entries) if entry.split == name]
 
-    def read(self, index: int) -> Sample:
-        """Raises ``BadSample`` naming shard and sample when the stored bytes are not right."""
+    def read(self, index: int, states: tuple[Tensor, Tensor] | None = None) -> Sample:
+        """One sample, verified; ``states`` is where ``aux`` and ``final`` go, else new memory.
+
+        Raises:
+            BadSample: naming shard and sample when the stored bytes are not right.
+        """
         entry = self.entries[index]
         try:
-            with safe_open(self.folder / entry.shard, "pt") as shard:
-                tensors = [shard.get_tensor(f"{entry.slot}.{key}") for key in TENSORS]
-        except (SafetensorError, OSError) as error:
+            with open(self.folder / entry.shard, "rb", buffering=0) as file:
+                if entry.shard not in self.spans:
+                    self.spans[entry.shard] = read_spans(file)
+                spans = [self.spans[entry.shard][f"{entry.slot}.{key}"] for key in TENSORS]
+                check_shapes(spans, entry, self.manifest)
+                places = states or [torch.empty(s.shape, dtype=torch.bfloat16) for s in spans[2:]]
+                sample = Sample(
+                    torch.empty(entry.tokens, dtype=torch.long),
+                    torch.empty(entry.tokens, dtype=torch.bool),
+                    *places,
+                )
+                hashes = [read_into(t, file, s) for t, s in zip(sample, spans, strict=True)]
+        except (OSError, KeyError) as error:
             raise bad(entry, f"cannot be read ({error})") from error
-        sample = Sample(*tensors)
-        if index not in self.verified:
-            verify(sample, entry, self.manifest)
-            self.verified.add(index)
+        check_contents(sample, hashes, entry, self.manifest)
         return sample
 
 
@@ -222,57 +254,86 @@ def bad(entry: Entry, problem: str) -> BadSample:
     return BadSample(f"shard {entry.shard}, sample {entry.sample}: {problem}: capture again")
 
 
-def verify(sample: Sample, entry: Entry, manifest: Manifest) -> None:
-    """Raise ``BadSample`` unless the tensors are the captured ones and fit the manifest."""
-    hidden, tokens = manifest.hidden_size, entry.tokens
-    states = getattr(torch, manifest.dtype)
+def check_shapes(spans: list[Span], entry: Entry, manifest: Manifest) -> None:
+    """Raise ``BadSample`` unless the stored tensors fit index and manifest."""
+    tokens, hidden = entry.tokens, manifest.hidden_size
     wanted = (
-        ((tokens,), torch.long),
-        ((tokens,), torch.bool),
-        ((tokens, len(manifest.layer_ids) * hidden), states),
-        ((tokens, hidden), states),
+        ("I64", (tokens,)),
+        ("BOOL", (tokens,)),
+        ("BF16", (tokens, len(manifest.layer_ids) * hidden)),
+        ("BF16", (tokens, hidden)),
     )
-    for key, tensor, hash_, (shape, dtype) in zip(
-        TENSORS, sample, entry.hashes, wanted, strict=True
-    ):
-        if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
-            found = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise bad(entry, f"{key} is {found}, not {shape} {dtype}")
-        if digest(tensor) != hash_:
+    for key, span, (dtype, shape) in zip(TENSORS, spans, wanted, strict=True):
+        if (span.dtype, span.shape) != (dtype, shape):
+            raise bad(entry, f"{key} is {span.shape} {span.dtype}, not {shape} {dtype}")
+
+
+def check_contents(sample: Sample, hashes: list[str], entry: Entry, manifest: Manifest) -> None:
+    """Raise ``BadSample`` unless the tensors are the captured ones and can be trained on."""
+    for key, found, written in zip(TENSORS, hashes, entry.hashes, strict=True):
+        if found != written:
             raise bad(entry, f"{key} is corrupt (its hash differs)")
-    if not all(torch.isfinite(bound) for x in (sample.aux, sample.final) for bound in x.aminmax()):
+    if not (finite(sample.aux) and finite(sample.final)):
         raise bad(entry, "its hidden states are not finite")
     low, high = sample.input_ids.aminmax()
     if low < 0 or high >= manifest.vocab_size:
         raise bad(entry, f"token ids reach {low}..{high} of a vocabulary of {manifest.vocab_size}")
 
 
+def finite(states: BFloat16[Tensor, "n D"]) -> bool:
+    """Whether all bits stay below those of an infinity, for either sign.
+
+    By numpy: torch would start threads of its own in every thread that reads.
+    """
+    bits = states.view(torch.uint16).numpy()
+    return int(bits.max()) < 0xFF80 and int(bits.view(np.int16).max()) < 0x7F80
+
+
+def in_order(entries: list[Entry]) -> list[Entry]:
+    """By place, and equal documents once: several processes may each have found one."""
+    once: dict[str, Entry] = {}
+    for entry in sorted(entries, key=lambda entry: entry.place):
+        once.setdefault(entry.sample, entry)
+    return list(once.values())
+
+
+def number_of_shard(path: Path) -> int:
+    """Of a shard's file or its index part. Raises ``ValueError`` for a file of another name."""
+    digits = path.name.removeprefix("shard-").partition(".")[0]
+    if not digits.isdecimal() or not path.name.startswith(f"shard-{int(digits):05d}."):
+        raise ValueError(f"{path} is not a file of a store")
+    return int(digits)
+
+
 def index_parts(folder: Path) -> list[Path]:
     """The index in its order. Raises ``ValueError`` if a part is gone, and its samples with it."""
-    parts = sorted(folder.glob("shard-*.parquet"))
-    for number, part in enumerate(parts):
-        if part.name != f"shard-{number:05d}.parquet":
+    parts = {number_of_shard(path): path for path in folder.glob("shard-*.parquet")}
+    for number in sorted(parts):
+        if number % SHARDS_PER_PART and number - 1 not in parts:
             raise ValueError(
-                f"{folder} has {part.name} but no shard-{number:05d}.parquet: a part of the index "
-                "is missing: capture again"
+                f"{folder} has {parts[number].name} but no shard-{number - 1:05d}.parquet: a part "
+                "of the index is missing: capture again"
             )
-    return parts
+    return [parts[number] for number in sorted(parts)]
 
 
 def read_index(part: Path, identity: str | None = None) -> list[Entry]:
     """Raises ``ValueError`` for a damaged part, or one of a store with another ``identity``."""
     try:
         table = pq.read_table(part, page_checksum_verification=True)
+        if "place" not in table.column_names:  # of an earlier version: the order of its shards
+            table = table.append_column("place", [[0] * len(table)])
         columns = [table[key].to_pylist() for key in Entry._fields]
     except (pa.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"index part {part.name} is damaged ({error}): capture again") from error
-    found = (table.schema.metadata or {}).get(IDENTITY, b"").decode()
-    if identity and found and found != identity:
+    owner = (table.schema.metadata or {}).get(IDENTITY, b"").decode()
+    if identity and owner and owner != identity:
         raise ValueError(
             f"index part {part.name} belongs to a store of another target or with other settings "
             f"than {part.parent / 'manifest.json'} says: capture again"
         )
-    return [Entry(*values[:-1], tuple(values[-1])) for values in zip(*columns, strict=True)]
+    found = [Entry(*values) for values in zip(*columns, strict=True)]
+    return [entry._replace(hashes=tuple(entry.hashes)) for entry in found]
 
 
 def digest(tensor: Tensor) -> str:

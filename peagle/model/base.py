@@ -19,15 +19,27 @@ from peagle.cod.rollouts import Rows
 from peagle.model.attention import causal_attention, kernel_dtype
 from peagle.model.config import PEagleConfig
 from peagle.model.layers import DrafterLayer, RMSNorm, Rotary, rotate
+from peagle.model.products import speed_up
 
 
 class MaskRow(NamedTuple):
-    """What layer 0 makes of the mask token: the same for every row of depth >= 1, but rotation."""
+    """What layer 0 makes of the mask token: the same for every row of depth >= 1, but rotation.
 
-    query: Float[Tensor, "1 A E"]
-    key: Float[Tensor, "1 G E"]
-    value: Float[Tensor, "1 G E"]
-    residual: Float[Tensor, "1 D"]
+    One row, or each its own (``RowInputs``).
+    """
+
+    query: Float[Tensor, "#M A E"]
+    key: Float[Tensor, "#M G E"]
+    value: Float[Tensor, "#M G E"]
+    residual: Float[Tensor, "#M D"]
+
+
+class RowInputs(NamedTuple):
+    """What layer 0 reads in rows of depth >= 1 where they differ: all designs but ``shared``."""
+
+    state: Float[Tensor, "1 D"]
+    embedding: Float[Tensor, "1 D"]
+    anchor: Float[Tensor, "S D"]  # hidden states that depth 0 reads
 
 
 class Stream(NamedTuple):
@@ -37,7 +49,7 @@ class Stream(NamedTuple):
     hidden: Float[Tensor, "S D"]
     keys: tuple[Float[Tensor, "S G E"], ...]
     values: tuple[Float[Tensor, "S G E"], ...]
-    entrance: MaskRow | Float[Tensor, "S D"]
+    entrance: MaskRow | RowInputs | Float[Tensor, "S D"]
 
 
 class Drafter(PreTrainedModel, ABC):
@@ -67,6 +79,7 @@ class Drafter(PreTrainedModel, ABC):
         if config.pruned:
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
             self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+        speed_up(self)
 
     def target_ids(self, draft_ids: Int[Tensor, " *T"]) -> Int[Tensor, " *T"]:
         """Ids of the target's vocabulary for ids of the draft vocabulary."""
@@ -96,7 +109,7 @@ class Drafter(PreTrainedModel, ABC):
         ``recompute`` keeps only each layer's input for the backward pass and runs it again there.
         """
         hidden, embedding = self.combine(aux), self.embed_tokens(tokens)
-        entrance = self.entrance(embedding)
+        entrance = self.entrance(embedding, hidden)
         angles = self.rotary.angles(position, kernel_dtype(hidden, document_lengths))
         keys, values = [], []
         for layer in self.layers:
@@ -111,8 +124,10 @@ class Drafter(PreTrainedModel, ABC):
         return Stream(hidden, tuple(keys), tuple(values), entrance)
 
     @abstractmethod
-    def entrance(self, embedding: Float[Tensor, "S D"]) -> MaskRow | Float[Tensor, "S D"]:
-        """What deeper rows enter layer 0 with, given the embeddings of all slots."""
+    def entrance(
+        self, embedding: Float[Tensor, "S D"], hidden: Float[Tensor, "S D"]
+    ) -> MaskRow | RowInputs | Float[Tensor, "S D"]:
+        """What deeper rows enter layer 0 with, given what all slots of depth 0 enter it with."""
 
     @abstractmethod
     def rollouts(

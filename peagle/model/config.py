@@ -5,6 +5,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
+HIDDEN_STATES = ("shared", "depth", "anchor", "anchor_depth", "anchor_scaled")
 Method = Literal["p-eagle", "eagle3"]
 
 
@@ -26,7 +27,8 @@ class PEagleConfig(LlamaConfig):
 
     Raises:
         ValueError: if the layer ids are not ascending and unique, the mask token is outside the
-            vocabulary, or the draft vocabulary is larger than the target's.
+            vocabulary, the draft vocabulary is larger than the target's, or ``hidden_state`` is
+            unknown.
     """
 
     # jaxtyping's import hook would check __init__ against the fields and refuse transformers' rest.
@@ -41,6 +43,7 @@ class PEagleConfig(LlamaConfig):
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
+    hidden_state: str = "shared"  # of rows without one (row_states.py); no other can be served
 
     def __post_init__(self, **kwargs):
         ids = list(self.eagle_aux_hidden_state_layer_ids)
@@ -58,6 +61,10 @@ class PEagleConfig(LlamaConfig):
         elif self.mask_token_id is None or not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
                 f"mask_token_id must lie in 0..{self.vocab_size - 1}, got {self.mask_token_id}"
+            )
+        if self.hidden_state not in HIDDEN_STATES:
+            raise ValueError(
+                f"hidden_state must be one of {', '.join(HIDDEN_STATES)}, got {self.hidden_state!r}"
             )
         kwargs.setdefault("architectures", ["LlamaForCausalLMEagle3"])
         super().__post_init__(**kwargs)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from peagle.cod.rollouts import Rows
 from peagle.model.attention import plan_attention, rollout_attention
-from peagle.model.base import Drafter, MaskRow, Stream
+from peagle.model.base import Drafter, MaskRow, RowInputs, Stream
 from peagle.model.config import PEagleConfig
 from peagle.model.layers import rotate
+from peagle.model.row_states import RowStates
 
 
 class PEagleDrafter(Drafter):
@@ -24,6 +25,8 @@ class PEagleDrafter(Drafter):
         super().__init__(config)
         aux_width = config.num_aux * config.target_hidden_size
         self.mask_hidden = nn.Parameter(torch.zeros(1, 1, aux_width))  # in the target's space
+        if config.hidden_state != "shared":
+            self.row_states = RowStates(config)
         self.post_init()
 
     def mask_inputs(self) -> tuple[Float[Tensor, "1 D"], Float[Tensor, "1 D"]]:
@@ -31,9 +34,22 @@ class PEagleDrafter(Drafter):
         token = torch.tensor([self.config.mask_token_id], device=self.mask_hidden.device)
         return self.combine(self.mask_hidden.view(1, -1)), self.embed_tokens(token)
 
-    def entrance(self, embedding: Float[Tensor, "S D"]) -> MaskRow:
+    def entrance(
+        self, embedding: Float[Tensor, "S D"], hidden: Float[Tensor, "S D"]
+    ) -> MaskRow | RowInputs:
         """Computed once per sequence; part of the stream, so that no segment repeats it."""
+        if self.config.hidden_state != "shared":
+            return RowInputs(*self.mask_inputs(), hidden)
         x, residual = self.layers[0].enter(*self.mask_inputs())
+        return MaskRow(*self.layers[0].self_attn(x), residual)
+
+    def enter_rows(self, rows: Rows, mask_row: MaskRow | RowInputs) -> MaskRow:
+        """Layer 0's projections and residual; one row stands for all where they are the same."""
+        if isinstance(mask_row, MaskRow):
+            return mask_row
+        anchor = mask_row.anchor[rows.anchor]
+        hidden = mask_row.state + self.row_states(anchor, rows.depth)
+        x, residual = self.layers[0].enter(hidden, mask_row.embedding.expand_as(hidden))
         return MaskRow(*self.layers[0].self_attn(x), residual)
 
     def rollouts(
@@ -45,7 +61,7 @@ class PEagleDrafter(Drafter):
     ) -> Float[Tensor, "M D"]:
         """Run rows of depth >= 1 against the keys and values of depth 0."""
         plan = plan_attention(rows, document, device=position.device)
-        count, mask_row = len(rows.anchor), stream.entrance
+        count, mask_row = len(rows.anchor), self.enter_rows(rows, stream.entrance)
         slots = rows.position.to(position.device)
         angles = self.rotary.angles(position[slots], stream.keys[0].dtype)
         query, key, value = mask_row.query, mask_row.key, mask_row.value.expand(count, -1, -1)
@@ -72,4 +88,7 @@ class PEagleDrafter(Drafter):
         inputs = (first.input_layernorm, first.hidden_norm)
         entrance = (*inputs, projections.q_proj, projections.k_proj, projections.v_proj)
         stream_only = {p for module in entrance for p in module.parameters()}
-        return [p for p in super().shared_parameters() if p not in stream_only]
+        if self.config.hidden_state == "shared":
+            return [p for p in super().shared_parameters() if p not in stream_only]
+        own = [p for p in self.row_states.parameters() if p.requires_grad]
+        return [*super().shared_parameters(), *own]  # every segment enters layer 0 with its rows

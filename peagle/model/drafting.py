@@ -83,6 +83,11 @@ def new_slots(
         mask_hidden, mask_embedding = (
             x[None].expand(batch, masks, -1) for x in drafter.mask_inputs()
         )
+        if drafter.config.hidden_state != "shared":
+            newest = hidden[torch.arange(batch, device=tokens.device), count - 1]
+            depth = torch.arange(1, masks + 1, device=tokens.device).repeat(batch)
+            added = drafter.row_states(newest.repeat_interleave(masks, 0), depth)
+            mask_hidden = mask_hidden + added.view(batch, masks, -1)
         hidden = torch.cat([hidden, mask_hidden], 1)
         embedding = torch.cat([embedding, mask_embedding], 1)
     states = run_layers(drafter, cache, hidden.flatten(0, 1), embedding.flatten(0, 1))

@@ -36,7 +36,9 @@ class Eagle3Drafter(Drafter):
         super().__init__(config)
         self.post_init()
 
-    def entrance(self, embedding: Float[Tensor, "S D"]) -> Float[Tensor, "S D"]:
+    def entrance(
+        self, embedding: Float[Tensor, "S D"], hidden: Float[Tensor, "S D"]
+    ) -> Float[Tensor, "S D"]:
         """The slots' embeddings: a row at position p reads the token of slot p."""
         return embedding
 

@@ -17,6 +17,7 @@ from peagle.model.servable import (
     check_folder,
     check_tensors,
     plain_config,
+    refuse_unservable,
     servable_tensors,
 )
 
@@ -45,8 +46,10 @@ def export_drafter(
         k: drafts per round that the speculators layout asks for; default the trained depth.
 
     Raises:
-        ValueError: naming the tensor that is missing, unexpected, misshapen or not finite.
+        ValueError: naming the tensor that is missing, unexpected, misshapen or not finite, or the
+            setting that no engine serves.
     """
+    refuse_unservable(drafter.config)
     tensors = servable_tensors(drafter)
     check_tensors(tensors, drafter.config)
     config = plain_config(drafter.config)

@@ -31,7 +31,7 @@ def initialise(
 
     A drafter of another width starts from random weights. Layers are copied where keys and values
     are as wide as the hidden state (set ``num_key_value_heads``), since a narrower entrance
-    cannot carry the embedding.
+    cannot carry the embedding, and without ``norm_before_residual``.
 
     Returns:
         The target layers that the drafter's layers 1, 2, ... start from.
@@ -56,8 +56,13 @@ def initialise(
 
 
 def carries_embedding(drafter: Drafter) -> bool:
+    """Whether layer 0 can be an entrance: wide enough, and its residual starts near zero.
+
+    ``norm_before_residual`` scales even a small residual up, and the embedding would drown in it.
+    """
     config = drafter.config
-    return config.num_key_value_heads * config.head_dim == config.hidden_size
+    wide = config.num_key_value_heads * config.head_dim == config.hidden_size
+    return wide and not config.norm_before_residual
 
 
 def fits(drafter: Drafter, layers: TargetLayers) -> bool:

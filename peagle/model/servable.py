@@ -82,6 +82,15 @@ def layer_shapes(config: PEagleConfig, entering: int) -> dict[str, tuple[int, ..
     return shapes
 
 
+def refuse_unservable(config: PEagleConfig) -> None:
+    """Raise ``ValueError`` for a design that exists for an ablation only."""
+    if config.hidden_state != "shared":
+        raise ValueError(
+            f"a drafter with hidden_state {config.hidden_state!r} cannot be exported: vLLM serves "
+            "the shared one only, so train with model.hidden_state: shared"
+        )
+
+
 def check_tensors(tensors: dict[str, Tensor], config: PEagleConfig) -> None:
     """Raise ``ValueError`` unless the tensors are exactly the contract's, finite and in range."""
     expected = expected_tensors(config)
@@ -114,6 +123,7 @@ def plain_config(config: PEagleConfig) -> dict[str, Any]:
     rope = dict(config.rope_parameters)
     fields = config.to_dict()
     fields.pop("_name_or_path", None)  # a path of the machine it was once loaded on
+    fields.pop("hidden_state")  # of what is served always the same
     plain = {
         **fields,
         "rope_theta": rope.pop("rope_theta"),  # transformers 4 reads this, 5 rope_parameters

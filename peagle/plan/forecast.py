@@ -13,12 +13,14 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from peagle.data.answers import answer_batch, first_prompt, given, is_greedy
-from peagle.data.capture import sample_bytes_per_token
+from peagle.data.answers import different, given, is_greedy, too_small
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import documents
+from peagle.data.converted import opened
 from peagle.data.prompts import Prompt, load_prompts
+from peagle.data.states import sample_bytes_per_token
 from peagle.data.store import Manifest, Store
+from peagle.data.talks import Answer, answer_batch, first_prompt
 from peagle.model.target import TargetSource, pick_device
 from peagle.model.target_layers import default_start_layers
 
@@ -54,6 +56,8 @@ def forecast(
     """The data of a run; ``answers`` prompts are answered to learn how long answers are."""
     if (folder / "manifest.json").exists():
         return counted(folder)
+    if config.speculators is not None:
+        return to_convert(target, config, manifest)
     prompts, unknown, unread = readable(config)
     text, tokenizer = target.config(), tokenizer_of(target)
     if tokenizer is None or not prompts:
@@ -97,22 +101,35 @@ def counted(folder: Path) -> Forecast:
     )
 
 
+def to_convert(target: TargetSource, config: CaptureConfig, manifest: Manifest) -> Forecast:
+    """What speculators' data set holds."""
+    rows = opened(Path(config.speculators))
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    return Forecast(
+        conversations=len(rows),
+        tokens=tokens,
+        supervised=sum(int(row["loss_mask"].sum()) for row in rows),
+        bytes=tokens * sample_bytes_per_token(manifest) + target_bytes(target.config(), config),
+        basis=f"counted in {config.speculators}",
+        answer_seconds=0.0,
+        ids=frozenset(token for row in rows for token in row["input_ids"].tolist()),
+        unread=(),
+    )
+
+
 def readable(config: CaptureConfig) -> tuple[list[Prompt], int, list[str]]:
     """The prompts that can be read, how many more there will be, and what could not be read."""
-    prompts: dict[tuple, Prompt] = {}
+    prompts: list[Prompt] = []
     unknown, unread = 0, []
     for source in config.prompts:
         try:
-            for prompt in load_prompts(source):
-                # A store keeps equal conversations once: equal prompts with greedy answers.
-                other = not config.regenerate or not is_greedy(prompt, config)
-                prompts[prompt.system, prompt.turns, prompt.id if other else None] = prompt
+            prompts += load_prompts(source)
         except ValueError as error:
             if Path(source.source).suffix == ".jsonl":
                 raise
             unread.append(f"{source.source}: {str(error).splitlines()[0]}")
             unknown += source.limit or 0
-    return list(prompts.values()), unknown, unread
+    return different(prompts, config), unknown, unread
 
 
 def tokenizer_of(target: TargetSource) -> PreTrainedTokenizerBase | None:
@@ -134,7 +151,10 @@ def measured(
     weights = Path(target.path).is_dir() and any(Path(target.path).glob("*.safetensors"))
     if prompts and not config.regenerate:
         ends = {tokenizer.eos_token_id}
-        return lengths_of(given(tokenizer, prompts, config, ends), tokenizer, config), "all read"
+        found = list(given(tokenizer, prompts, config, ends).values())
+        if not found:
+            raise too_small(config)
+        return lengths_of(found), "all read"
     if not prompts or not weights or not answers:
         most = min(config.max_new_tokens, config.max_tokens)
         return Lengths(most, most, 0.0, frozenset()), "upper bound: every answer as long as allowed"
@@ -147,7 +167,7 @@ def measured(
             batch = mine[start : start + config.batch_size]
             found += answer_batch(model, tokenizer, batch, greedy, config)
     seconds = (time.perf_counter() - begin) / len(chosen)
-    lengths = lengths_of(found, tokenizer, config)._replace(seconds=seconds)
+    lengths = lengths_of(found)._replace(seconds=seconds)
     return lengths, f"answers measured on {len(chosen)} prompts"
 
 
@@ -158,7 +178,7 @@ def evenly(prompts: list[Prompt], count: int) -> list[Prompt]:
     return [prompts[i] for i in chosen]
 
 
-def lengths_of(answers: list, tokenizer: PreTrainedTokenizerBase, config: CaptureConfig) -> Lengths:
+def lengths_of(answers: list[Answer]) -> Lengths:
     rest, supervised, ids = 0, 0, set()
     for answer in answers:
         found = documents(answer.turns)

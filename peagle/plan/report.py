@@ -34,7 +34,7 @@ class RunShape:
     recompute: bool
     devices: int
     accumulate: int
-    epochs: int
+    epochs: int  # -1: until max_steps
     max_steps: int  # -1: as many as the epochs have
     half: bool
     muon: bool
@@ -151,6 +151,11 @@ def cost_lines(
 
 
 def steps_of(run: RunShape, data: Forecast) -> int:
+    """Raises ``ValueError`` for a run without an end."""
+    if run.epochs < 0 and run.max_steps < 0:
+        raise ValueError("training needs an end: set trainer.max_epochs or trainer.max_steps")
+    if run.epochs < 0:
+        return run.max_steps
     sequences = math.ceil(data.tokens / run.max_tokens)
     steps = math.ceil(sequences / (run.devices * run.accumulate)) * run.epochs
     return min(steps, run.max_steps) if run.max_steps > 0 else steps

@@ -11,8 +11,10 @@ import torch
 
 from peagle.cod.rollouts import Cod, sample_rows
 from peagle.data.batch import Batch, pack
+from peagle.data.buffers import Buffers
 from peagle.data.datamodule import PackedSequences
 from peagle.data.order import PackSampler
+from peagle.data.read_ahead import ReadAhead
 from peagle.data.store import Manifest, Sample, Store, StoreWriter
 from peagle.model.config import PEagleConfig
 from peagle.model.drafter import PEagleDrafter
@@ -99,8 +101,11 @@ def read_epoch(folder: Path) -> int:
     sampler = PackSampler(
         samples, lengths, max_tokens=1024, seed=0, rank=0, world_size=1, done=lambda: 0
     )
-    data = PackedSequences(store, cod=Cod(4, 0.8), max_rows=10**6, mask_token_id=5)
-    return sum(tensor.nbytes for pack_ in sampler for tensor in data[pack_][2:4])
+    data = PackedSequences(
+        store, cod=Cod(4, 0.8), max_rows=10**6, mask_token_id=5, buffers=Buffers()
+    )
+    batches = ReadAhead(data.__getitem__, sampler, threads=2)
+    return sum(tensor.nbytes for batch in batches for tensor in batch[2:4])
 
 
 def peak_of_epoch(folder: Path) -> int:

@@ -208,3 +208,15 @@ def test_a_run_goes_on_in_its_folder_and_keeps_both_configurations(store, tmp_pa
     second = (run_dir / "config.resume-2.yaml").read_text()
     problem = "" if kept and "max_epochs: 2" in second else "configuration lost"
     tally("fit goes on in the same folder", [problem])
+
+
+def test_a_new_run_in_an_old_folder_leaves_only_its_own_configuration(store, tmp_path, tally):
+    run_dir = tmp_path / "run"
+    finish(run_dir, store, "--trainer.max_epochs=1")
+    finish(run_dir, store, "--ckpt_path", "last")
+    before = {path.name for path in run_dir.glob("config*.yaml")}
+    assert before == {"config.yaml", "config.resume-2.yaml"}
+    finish(run_dir, store, "--seed_everything=3", "--trainer.max_epochs=1")
+    left = {path.name: path.read_text() for path in run_dir.glob("config*.yaml")}
+    right = list(left) == ["config.yaml"] and "seed_everything: 3" in left["config.yaml"]
+    tally("a new fit in an old folder", ["" if right else f"left: {sorted(left)}"])

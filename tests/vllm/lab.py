@@ -104,7 +104,6 @@ class Lab:
             "target": target,
             "run_dir": run_dir,
             "store": self.folder / f"store-{case.target}",
-            "trainer.logger.init_args.path": run_dir / "metrics" / "train.csv",
             "trainer.max_epochs": EPOCHS,
             "trainer.check_val_every_n_epoch": EPOCHS,
             "capture.prompts": [{"source": "stdlib", "split": "train", "limit": 160}],

@@ -41,7 +41,7 @@ def assert_drafting(script: str) -> None:
         f'vllm() {{ shift; {server} --model "$@" {more}; }}\n'
     )
     shell = ["bash", "-c", commands + script]
-    with Server(shell, port, environment=ENVIRONMENT, timeout_s=1800):
+    with Server(shell, port, environment=ENVIRONMENT, timeout_s=1800.0):
         assert len(ask(port, Question([5, 6, 7], 24, 0.0)).tokens) > 0
         counters = read_counters(port)
     assert counters.drafts > 0 and len(counters.per_position) == K

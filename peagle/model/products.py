@@ -1,0 +1,63 @@
+"""Matrix products of float32 weights on the CPU, by the faster of the two libraries inside torch.
+
+torch gives float32 products to MKL, which on other makers' processors does without half of what
+they can. oneDNN, which torch has for bf16, does not: LOG.md has the rates. Both are exact.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FEW = 128  # rows below which laying out the weight costs oneDNN more than it gains
+FAST = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()
+
+
+def product(x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "T O"]:
+    """``x @ weight.T``, differentiable, under autocast as torch does it."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast or not suits(x, weight):
+        return F.linear(x, weight)
+    return _Product.apply(x, weight)
+
+
+def suits(x: Float[Tensor, "..."], weight: Float[Tensor, "..."]) -> bool:
+    exact = x.dtype == weight.dtype == torch.float32
+    return FAST and exact and x.device.type == "cpu" and len(x) >= FEW
+
+
+def plain_product(x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "T O"]:
+    """``x @ weight.T`` without gradients."""
+    if suits(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return x @ weight.T
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return plain_product(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        for_x = plain_product(grad, weight.T) if ctx.needs_input_grad[0] else None
+        # Of this form MKL is as fast as oneDNN.
+        for_weight = grad.T @ x if ctx.needs_input_grad[1] else None
+        return for_x, for_weight
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` with these products."""
+
+    def forward(self, x: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
+        out = product(x, self.weight)
+        return out if self.bias is None else out + self.bias
+
+
+def speed_up(module: nn.Module) -> None:
+    """Let all linear layers of ``module`` compute this way."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Linear

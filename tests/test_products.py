@@ -1,0 +1,50 @@
+"""Products by either library equal each other, values and gradients."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from peagle.model import products
+from peagle.model.products import FEW, Linear, plain_product, product, speed_up
+
+
+@pytest.mark.parametrize("rows", [0, 1, FEW - 1, FEW, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_product_and_its_gradients_equal_those_of_torch(rows, dtype):
+    x = torch.randn(rows, 48, dtype=dtype, requires_grad=True)
+    weight = torch.randn(32, 48, dtype=dtype, requires_grad=True)
+    onward = torch.randn(rows, 32, dtype=dtype)
+    ours, theirs = product(x, weight), F.linear(x, weight)
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+    for a, b in zip(
+        torch.autograd.grad(ours, (x, weight), onward),
+        torch.autograd.grad(theirs, (x, weight), onward),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-3)
+
+
+def test_a_transposed_weight_needs_no_copy():
+    x, weight = torch.randn(300, 32), torch.randn(32, 48)
+    assert torch.allclose(plain_product(x, weight.T), x @ weight, rtol=1e-5, atol=1e-4)
+
+
+def test_autocast_decides_the_precision_as_it_does_for_torch():
+    x, weight = torch.randn(300, 48), torch.randn(32, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(product(x, weight), F.linear(x, weight))
+        assert product(x, weight).dtype == torch.bfloat16
+
+
+def test_all_linear_layers_of_a_module_are_replaced_and_keep_their_weights(monkeypatch):
+    module = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 4, bias=False)))
+    x, names = torch.randn(200, 8), list(module.state_dict())
+    before = module(x)
+    speed_up(module)
+    calls = []
+    monkeypatch.setattr(products, "product", lambda *a: calls.append(a) or F.linear(*a))
+    after = module(x)
+    assert len(calls) == 2 and list(module.state_dict()) == names
+    assert all(type(layer) is Linear for layer in module.modules() if isinstance(layer, nn.Linear))
+    assert torch.allclose(after, before, rtol=1e-5, atol=1e-5)
