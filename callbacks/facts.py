@@ -78,13 +78,15 @@ class Training:
 class Data:
     """provenance.json "data": the store and how its answers were made.
 
-    ``prompts`` is a count or the name of a source; ``datasets`` are Hub ids where they have one.
+    ``prompts`` is a count or the name of a source; ``datasets`` are Hub ids where they have one;
+    ``regenerated`` false: the answers are the data's own, not made by the target for this run.
     """
 
     prompts: int | str | None = None
     samples: int | None = None
     tokens: int | None = None
     supervised_tokens: int | None = None
+    regenerated: bool | None = None
     greedy_share: float | None = None
     temperature: float | None = None
     max_new_tokens: int | None = None

@@ -141,6 +141,13 @@ def test_a_fact_that_was_not_recorded_says_so():
     assert {cell for row in facts for cell in list(row.values())[1:]} == {"not recorded"}
 
 
+def test_answers_that_the_target_did_not_make_are_not_called_its_own(tmp_path):
+    data = PROVENANCE["data"] | {"regenerated": False}
+    run = make_run(tmp_path, provenance=PROVENANCE | {"data": data})
+    said = section(render(Facts.read(run, run / "drafter")), "Training")
+    assert "stood in the data sets" in said and "written by the target" not in said
+
+
 def test_the_folders_of_the_machine_stay_off_the_page(tmp_path):
     data = PROVENANCE["data"] | {"prompts": "stdlib, /home/someone/secret/own.jsonl"}
     run = make_run(tmp_path, provenance=PROVENANCE | {"data": data})
