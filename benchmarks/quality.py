@@ -228,7 +228,6 @@ def fit(job: Job, run_dir: Path, testing: dict[str, Any], args: argparse.Namespa
     ours = {
         "run_dir": str(run_dir),
         "store": str(args.store.resolve()),
-        "trainer.logger.init_args.path": str(run_dir / "metrics" / "train.csv"),
         "seed_everything": job.seed,
         "data.seed": job.seed,
         "trainer.max_steps": job.steps,

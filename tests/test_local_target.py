@@ -63,7 +63,6 @@ def finished(tmp_path_factory):
     write_qwen3(folder / "target")
     arguments = [
         *("--target", folder / "target", "--run_dir", folder / "run", "--store", folder / "store"),
-        *("--trainer.logger.init_args.path", folder / "run" / "metrics" / "train.csv"),
         *("--capture.prompts", write_prompts(folder / "asked.jsonl", 96)),
         *("--evaluation.prompts", write_prompts(folder / "held_out.jsonl", 2)),
     ]

@@ -27,8 +27,7 @@ SMALL = {
 
 
 def start(command, folder, **more):
-    options = {"run_dir": folder / "run", "store": folder / "store", **SMALL,
-               "trainer.logger.init_args.path": folder / "run" / "train.csv", **more}  # fmt: skip
+    options = {"run_dir": folder / "run", "store": folder / "store", **SMALL, **more}
     arguments = [f"--{key}={value}" for key, value in options.items()]
     return subprocess.Popen(
         [
