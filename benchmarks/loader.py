@@ -10,12 +10,12 @@ that is, ten epochs of the smaller one.
 """
 
 import argparse
-import gc
-import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ WIDTH, LAYERS, LENGTH, PIECE = 1024, (2, 12, 21), 2048, 8 * 2**20
 """A target of the size of Qwen3-0.6B; conversations of 2,048 tokens, 16.8 MB each."""
 
 
-def make_store(folder: Path, *, gigabytes: float) -> None:
+def make_store(folder: Path, gigabytes: float) -> None:
     manifest = Manifest(
         target="random", revision=None, fingerprint="0", layer_ids=LAYERS, hidden_size=WIDTH,
         vocab_size=8192, num_layers=24, dtype="bfloat16", tokenizer="0", rms_norm_eps=1e-6,
@@ -93,7 +93,6 @@ def timed(folder: Path, pieces: Iterable[Any]) -> float:
 
 
 def measured(folder: Path, gigabytes: float, workers: int, epochs: int) -> dict[str, float]:
-    gc.collect()  # the buffers of the loader before this one
     loader = loader_of(folder, workers)
     raw, rate = zip(
         *((timed(folder, read_raw(folder)), timed(folder, loader)) for _ in range(3)), strict=True
@@ -117,6 +116,12 @@ def resident() -> int:
     )
 
 
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it in a process of its own: memory that others have used does not count."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the larger store")
@@ -128,13 +133,9 @@ def main() -> None:
     for gigabytes, epochs in ((args.gigabytes / 10, 10), (args.gigabytes, 1)):
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
             folder = Path(name)
-            # In a process of its own, so that its memory is not counted.
-            writer = multiprocessing.get_context("spawn").Process(
-                target=make_store, args=(folder,), kwargs={"gigabytes": gigabytes}
-            )
-            writer.start()
-            writer.join()
-            rows += [measured(folder, gigabytes, workers, epochs) for workers in args.workers]
+            alone(make_store, folder, gigabytes)
+            for workers in args.workers:
+                rows.append(alone(measured, folder, gigabytes, workers, epochs))
     print(table(rows))
     print(f"written to {save('loader', rows, keys=('store_gb', 'workers'), **facts)}")
 

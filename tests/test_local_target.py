@@ -23,7 +23,7 @@ def write_qwen3(folder):
     """Qwen3-0.6B's configuration made small; its vocabulary, and so its mask token, is kept.
 
     The tokenizer is the embedded one with a template that has Qwen3's features, so tokens beyond
-    its 512 are never said. After a token the next one is likely, and every ninth ends an answer:
+    its 512 are never said. After a token the next one is likely, and every 31st ends an answer:
     what a random model says would not end.
     """
     published = json.loads((ROOT / "tests/target_configs/qwen3_0_6b/config.json").read_text())
@@ -38,7 +38,7 @@ def write_qwen3(folder):
         embedding.normal_()
         head.zero_()
         head[1 : len(tokenizer)] = embedding[: len(tokenizer) - 1]
-    ends = list(range(7, len(tokenizer), 9))
+    ends = list(range(7, len(tokenizer), 31))
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
     model.save_pretrained(folder)
     tokenizer.chat_template = QWEN3

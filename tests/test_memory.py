@@ -1,14 +1,24 @@
-"""A memory budget turned into rows per segment."""
+"""A memory budget turned into rows per segment, against what a step's tensors really take."""
 
 import re
 
 import pytest
+import torch
 from random_parts import make_drafter
+from torch.optim import AdamW
+from torch.profiler import ProfilerActivity, profile
 
+from peagle.cod.rollouts import Cod, expected_rows, sample_rows
+from peagle.cod.segments import partition
+from peagle.data.batch import Batch, pack
+from peagle.data.store import Sample
 from peagle.model.config import PEagleConfig
+from peagle.model.drafter import PEagleDrafter
 from peagle.model.memory import parameters, rows_within
+from peagle.model.objective import objective
+from peagle.model.target_head import TargetHead
 
-SETTINGS = {"slots": 64, "rollout": 8, "element": 4, "recompute": False}
+SETTINGS = {"slots": 64, "rollout": 8, "deeper": 0.7, "element": 4, "recompute": False}
 
 
 def large(**changes):
@@ -34,10 +44,11 @@ def test_more_memory_means_more_rows_and_longer_sequences_leave_fewer():
     assert rows(4.0, slots=8192) < rows(4.0)
     assert rows(4.0, element=2) > rows(4.0)
     assert rows(4.0, recompute=True) > rows(4.0)
+    assert rows(4.0, deeper=0.5) > rows(4.0)  # only those pass through the layers again
 
 
 def test_rows_of_eagle3_keep_their_attention_weights():
-    budget = {"slots": 4096, "rollout": 8, "element": 4, "recompute": False}
+    budget = {**SETTINGS, "slots": 4096}
     kept = {
         parallel: rows_within(8.0, large(parallel_drafting=parallel), **budget)
         for parallel in (True, False)
@@ -52,3 +63,68 @@ def test_a_budget_below_one_segment_names_the_smallest_that_works():
     assert rows_within(least, large(), **SETTINGS) >= 8
     with pytest.raises(ValueError, match=f"at least {least:g}"):
         rows_within(least - 0.02, large(), **SETTINGS)
+
+
+WIDTH, SLOTS, COD = 128, 510, Cod(8, 0.7, 0.2)
+
+
+def medium():
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    width = {"hidden_size": WIDTH, "intermediate_size": 352, "vocab_size": 256}
+    layers = {"num_hidden_layers": 4, "eagle_aux_hidden_state_layer_ids": (1, 2, 3)}
+    return PEagleConfig(mask_token_id=5, **width, **heads, **layers)
+
+
+def batch_within(max_rows):
+    """One document, all of it supervised."""
+    states = torch.randn(SLOTS + 2, 4 * WIDTH).bfloat16()
+    slots = pack([Sample(
+        input_ids=torch.randint(6, 256, (SLOTS + 2,)),
+        loss_mask=torch.ones(SLOTS + 2, dtype=torch.bool),
+        aux=states[:, :-WIDTH].contiguous(),
+        final=states[:, -WIDTH:].contiguous(),
+    )])  # fmt: skip
+    expected = expected_rows(slots["supervised"], slots["document"], cod=COD)
+    return Batch(**slots, segments=partition(expected, max_rows=max_rows), seed=0)
+
+
+def peak_of_steps(batch, *, bf16, recompute):
+    """Bytes of tensors at the highest moment of two steps, weights and batch counted."""
+    drafter = PEagleDrafter(medium())
+    vectors = {"norm": torch.ones(WIDTH), "embedding": torch.randn(256, WIDTH)}
+    head = TargetHead(head=torch.randn(256, WIDTH), **vectors, eps=1e-6, softcap=None)
+    rows = sample_rows(
+        batch.supervised, batch.document, cod=COD, generator=torch.Generator().manual_seed(0)
+    )
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        optimizer = AdamW(drafter.parameters(), lr=1e-4)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = objective(
+                    drafter, head, batch, rows, mix={"kl": 1.0}, recompute=recompute
+                ).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert len(events) > 1000
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    held = [*drafter.parameters(), head.head, batch.aux, batch.final]
+    return peak + sum(tensor.nbytes for tensor in held)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "recompute", "budget"),
+    [(False, False, 0.065), (False, True, 0.045), (True, False, 0.045), (True, True, 0.04)],
+)
+def test_a_step_stays_within_its_budget_and_makes_use_of_it(bf16, recompute, budget):
+    element = 2 if bf16 else 4
+    settings = {"slots": SLOTS, "rollout": 8, "deeper": COD.deeper_share(), "element": element}
+    limit = rows_within(budget, medium(), **settings, recompute=recompute)
+    batch = batch_within(limit)
+    assert len(batch.segments) > 1, "the budget would not be the limit"
+    share = peak_of_steps(batch, bf16=bf16, recompute=recompute) / (budget * 1e9)
+    assert 0.75 < share <= 1

@@ -49,13 +49,17 @@ def throughput(axes: Axes, rows: list[Row]) -> None:
 def acceptance(axes: Axes, rows: list[Row]) -> None:
     drafted = [row for row in rows if row["drafter"] is not None]
     keys = ("prompt_set", "prompts", "drafter", "method", "concurrency")
-    for (prompt_set, prompts, _, method, concurrency), line in grouped(drafted, *keys).items():
+    lines = grouped(drafted, *keys)
+    for place, ((prompt_set, prompts, _, method, concurrency), line) in enumerate(lines.items()):
         line = sorted(line, key=lambda row: row["k"])
         x, y = zip(*((row["k"], row["acceptance_length"]) for row in line), strict=True)
         label = f"{prompt_set} ({prompts} prompts), {method}, {concurrency} at once"
-        axes.plot(x, y, "o-", label=label)
+        size = 9 - 4 * place / len(lines)  # at greedy all concurrencies lie on one another
+        axes.plot(x, y, "o-", markersize=size, linewidth=size / 3, label=label)
     axes.set_xticks(sorted({row["k"] for row in drafted}))
-    axes.set(xlabel="K, drafts per round", ylabel="tokens per verification", ylim=(1, None))
+    longest = max(row["acceptance_length"] for row in drafted)
+    limits = (1, 1 + 1.25 * max(longest - 1, 0.1))  # room for the legend
+    axes.set(xlabel="K, drafts per round", ylabel="tokens per verification", ylim=limits)
 
 
 def grouped(rows: list[Row], *keys: str) -> dict[tuple, list[Row]]:

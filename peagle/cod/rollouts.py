@@ -37,6 +37,10 @@ class Cod:
         """Share of the anchors that depth ``depth`` keeps at most."""
         return max(self.keep_ratio**depth, self.min_keep_ratio)
 
+    def deeper_share(self) -> float:
+        """Share of the rows that are of depth 1 or more, at most."""
+        return 1 - 1 / sum(self.share(depth) for depth in range(self.num_depths))
+
     def keeping_all(self) -> "Cod":
         """The same depths without any dropping: what validation looks at."""
         return Cod(self.num_depths, 1.0, 0.0)

@@ -209,6 +209,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
             module.drafter.config,
             slots=self.max_tokens,
             rollout=self.cod.num_depths,
+            deeper=self.cod.deeper_share(),
             element=2 if str(self.trainer.precision).startswith("bf16") else 4,
             recompute=module.recompute,
         )

@@ -2,6 +2,7 @@
 
 What is counted are weights, gradients and optimizer states, the batch, the depth-0 stream, one
 segment and a chunk of the loss; not the interpreter and its libraries (about half a gigabyte).
+Three moments can be the highest: a segment's backward pass, that of depth 0, the optimizer's step.
 """
 
 import math
@@ -9,7 +10,9 @@ import math
 from peagle.loss import CHUNK_ROWS
 from peagle.model.config import PEagleConfig
 
-STATES = 6 * 4  # bytes per parameter: weight, two moments, gradient, and the one being held
+SEGMENT = 4 * 4  # bytes per parameter: weight, two moments, the summed gradient
+STREAM = 5 * 4  # and the gradient that is handed on
+STEP = 6 * 4  # and what the optimizer computes with
 CHUNKS = 6  # copies of [chunk, vocabulary] in float32 that the loss works on
 SLACK = 1.1  # allocators round up and keep what they may need again
 
@@ -20,6 +23,7 @@ def rows_within(
     *,
     slots: int,
     rollout: int,
+    deeper: float,
     element: int,
     recompute: bool,
 ) -> int:
@@ -28,49 +32,57 @@ def rows_within(
     Args:
         slots: longest packed sequence.
         rollout: rows of the longest rollout; a segment is at least one.
+        deeper: share of the rows that are of depth 1 or more, and pass through the layers again.
         element: bytes of an activation, 2 under bf16 and else 4.
         recompute: depth 0 runs again in the backward pass instead of keeping its activations.
 
     Raises:
         ValueError: naming the smallest budget that holds a segment of one rollout.
     """
-    fixed = fixed_bytes(config, slots=slots, element=element, recompute=recompute)
-    row = row_bytes(config, element, config.num_hidden_layers) + score_bytes(config, slots)
-    rows = int((memory_gb * 1e9 / SLACK - fixed) / row)
-    if rows < rollout:
-        least = math.ceil((fixed + rollout * row) * SLACK / 1e7) / 100
+    weights = parameters(config)
+    stream = slots * slot_bytes(config, element, recompute=recompute) + head_bytes(config)
+    fixed = SEGMENT * weights + stream + CHUNKS * 4 * CHUNK_ROWS * config.draft_vocab_size
+    layers = deeper * config.num_hidden_layers
+    row = row_bytes(config, element, layers) + score_bytes(config, slots)
+    again = slots * layer_bytes(config, element) if recompute else 0
+    others = max(STREAM * weights + stream + again, STEP * weights)
+    least = max(others, fixed + rollout * row) * SLACK
+    if memory_gb * 1e9 < least:
         raise ValueError(
             f"memory_gb {memory_gb:g} cannot hold one segment of {slots} slots: "
-            f"give at least {least:g}, or lower max_tokens"
+            f"give at least {math.ceil(least / 1e7) / 100:g}, or lower max_tokens"
         )
-    return rows
+    return int((memory_gb * 1e9 / SLACK - fixed) / row)
 
 
-def fixed_bytes(config: PEagleConfig, *, slots: int, element: int, recompute: bool) -> int:
-    """What is there whatever the size of a segment."""
-    width, vocabulary = config.hidden_size, config.draft_vocab_size
-    target_head = 2 * vocabulary * config.target_hidden_size
-    head_gradients = 2 * 4 * vocabulary * width  # the loss's and the segment's
-    chunk = CHUNKS * 4 * CHUNK_ROWS * vocabulary
-    captured = 2 * (config.num_aux + 1) * config.target_hidden_size  # per slot, bf16
-    pairs = 2 * 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    kept = 1 if recompute else config.num_hidden_layers
-    inputs = config.num_hidden_layers * element * width if recompute else 0
-    stream = row_bytes(config, element, kept) + inputs + pairs + 2 * element * width
-    states = STATES * parameters(config) + head_gradients + target_head
-    return states + chunk + slots * (captured + stream)
+def head_bytes(config: PEagleConfig) -> int:
+    """The target's head, and the draft head's gradients of the loss and of a segment."""
+    target_head = 2 * config.draft_vocab_size * config.target_hidden_size
+    return target_head + 2 * 4 * config.draft_vocab_size * config.hidden_size
 
 
-def row_bytes(config: PEagleConfig, element: int, layers: int) -> int:
-    """Activations of ``layers`` that one row keeps for its backward pass, which needs some too."""
-    width, wide = config.hidden_size, config.intermediate_size
+def slot_bytes(config: PEagleConfig, element: int, *, recompute: bool) -> int:
+    """What one slot of depth 0 keeps while the segments run: its part of the batch, too."""
+    layers, width = config.num_hidden_layers, config.hidden_size
+    captured = 2 * (config.num_aux + 1) * config.target_hidden_size
+    gradients = 2 * 4 * layers * config.num_key_value_heads * config.head_dim
+    inputs = layers * element * width if recompute else 0
+    return captured + gradients + inputs + row_bytes(config, element, 0 if recompute else layers)
+
+
+def row_bytes(config: PEagleConfig, element: int, layers: int | float) -> int | float:
+    """Activations that one row keeps for its backward pass, which needs some more itself."""
+    backward = 2 * element * config.intermediate_size
+    ends = 5 * element * config.hidden_size
+    return layers * layer_bytes(config, element) + backward + ends
+
+
+def layer_bytes(config: PEagleConfig, element: int) -> int:
+    """What one row keeps in one layer."""
     query = config.num_attention_heads * config.head_dim
     pair = config.num_key_value_heads * config.head_dim
-    attention = element * (query + pair) + 4 * (query + pair)  # queries and keys may be float32
-    layer = 4 * element * width + attention + 4 * element * wide
-    backward = 3 * element * wide + 4 * 2 * (query + 2 * pair)
-    ends = 5 * element * width
-    return layers * layer + backward + ends
+    attention = (element + 4) * (query + pair)  # queries and keys may be float32
+    return 4 * element * (config.hidden_size + config.intermediate_size) + attention
 
 
 def score_bytes(config: PEagleConfig, slots: int) -> int:

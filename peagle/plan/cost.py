@@ -9,7 +9,7 @@ import torch
 from peagle.loss import CHUNK_ROWS
 from peagle.model.config import PEagleConfig
 from peagle.model.kinds import drafter_class
-from peagle.model.memory import CHUNKS, SLACK, fixed_bytes, row_bytes, score_bytes
+from peagle.model.memory import CHUNKS, SLACK, row_bytes, score_bytes, slot_bytes
 
 
 class Shape(NamedTuple):
@@ -50,16 +50,15 @@ def cost_of(
         if p.ndim == 2 and name.startswith(("layers.", "fc."))
     )
     head, element = drafter.lm_head.weight.numel(), 2 if half else 4
-    empty = fixed_bytes(config, slots=0, element=element, recompute=recompute)
-    full = fixed_bytes(config, slots=shape.slots, element=element, recompute=recompute)
+    layers = config.num_hidden_layers
+    row = row_bytes(config, element, layers) + score_bytes(config, shape.slots)
     memory = {
         "weights": 4 * total,
         "gradients": 4 * (2 * trained + 2 * head),
         "optimizer": (4 if muon else 8) * matrices + 8 * (trained - matrices),
         "target head": 2 * config.draft_vocab_size * config.target_hidden_size,
-        "sequence": full - empty,
-        "segment": shape.segment_rows
-        * (row_bytes(config, element, config.num_hidden_layers) + score_bytes(config, shape.slots)),
+        "sequence": shape.slots * slot_bytes(config, element, recompute=recompute),
+        "segment": shape.segment_rows * row,
         "logits": CHUNKS * 4 * CHUNK_ROWS * config.draft_vocab_size,
     }
     memory["slack"] = round((SLACK - 1) * sum(memory.values()))

@@ -99,6 +99,7 @@ def sequence_of(run: RunShape, data: Forecast, config: PEagleConfig) -> Shape:
             config,
             slots=run.max_tokens,
             rollout=run.cod.num_depths,
+            deeper=run.cod.deeper_share(),
             element=2 if run.half else 4,
             recompute=run.recompute,
         )

@@ -88,28 +88,32 @@ def write_store(folder: Path, manifest: Manifest, samples: int, length: int) -> 
     sample = random_sample(length, manifest.hidden_size, 0)
     writer = StoreWriter(folder, shard_bytes=16 * MEGABYTE)
     for number in range(samples):
-        writer.append(f"{number:016x}", "train", sample)
+        writer.append(f"{number:016x}", "train", Sample(*(tensor.clone() for tensor in sample)))
     writer.flush()
     manifest.write(folder)
 
 
-def read_epoch(folder: Path) -> int:
-    """Bytes of the hidden states of all batches, read in the order of training."""
+def loader_of(folder: Path, max_tokens: int) -> ReadAhead:
+    """All batches, read as in training."""
     store = Store(folder)
     samples = store.split("train")
     lengths = [store.entries[i].tokens - 2 for i in samples]
     sampler = PackSampler(
-        samples, lengths, max_tokens=1024, seed=0, rank=0, world_size=1, done=lambda: 0
+        samples, lengths, max_tokens=max_tokens, seed=0, rank=0, world_size=1, done=lambda: 0
     )
     data = PackedSequences(
         store, cod=Cod(4, 0.8), max_rows=10**6, mask_token_id=5, buffers=Buffers()
     )
-    batches = ReadAhead(data.__getitem__, sampler, threads=2)
-    return sum(tensor.nbytes for batch in batches for tensor in batch[2:4])
+    return ReadAhead(data.__getitem__, sampler, threads=2)
+
+
+def read_epoch(loader: ReadAhead) -> int:
+    """Bytes of the hidden states of all batches."""
+    return sum(tensor.nbytes for batch in loader for tensor in batch[2:4])
 
 
 def peak_of_epoch(folder: Path) -> int:
-    assert read_epoch(folder) > 0
+    assert read_epoch(loader_of(folder, 1024)) > 0
     return peak_bytes()
 
 
@@ -131,16 +135,13 @@ def read_raw(folder: Path) -> int:
 
 
 def speeds(folder: Path) -> tuple[float, float]:
-    """Bytes per second of the disk and of the loader, both from a cold cache, the best of three."""
-    best = []
-    for read in (read_raw, read_epoch):
-        rates = []
-        for _ in range(3):
-            drop_from_cache(folder)
-            begin = time.monotonic()
-            rates.append(read(folder) / (time.monotonic() - begin))
-        best.append(max(rates))
-    return best[0], best[1]
+    """Bytes per second of disk and loader from a cold cache, in turn, the best of five each."""
+    loader, rates = loader_of(folder, 4096), []
+    for read, source in [(read_raw, folder), (read_epoch, loader)] * 5:
+        drop_from_cache(folder)
+        begin = time.monotonic()
+        rates.append(read(source) / (time.monotonic() - begin))
+    return max(rates[0::2]), max(rates[1::2])
 
 
 def as_process(connection: Any, name: str, arguments: tuple[Any, ...]) -> None:
