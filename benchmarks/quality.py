@@ -199,6 +199,7 @@ def evaluation(args: argparse.Namespace) -> dict[str, Any]:
         "evaluation.max_new_tokens": args.max_new_tokens,
         "evaluation.batch_size": 16,
         "evaluation.dtype": "float32",
+        "evaluation.baseline": None,
     }
 
 

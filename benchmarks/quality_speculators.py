@@ -51,6 +51,7 @@ from peagle.evaluation import EvaluationConfig, acceptance_rows, decode_batch, p
 from peagle.model.config import PEagleConfig
 from peagle.model.drafter import PEagleDrafter
 from peagle.model.export import export_drafter
+from peagle.model.servable import as_served
 from peagle.model.target import TargetSource, end_tokens, pick_device
 from peagle.restore import refuse_other_tensors
 
@@ -144,7 +145,8 @@ def trained(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """One training in speculators' environment, unless it was finished before."""
-    run_dir = (folder / f"lr{lr:g}-steps{args.steps}-seed{seed}").resolve()
+    name = f"lr{lr:g}-steps{args.steps}-seed{seed}-store{store.manifest.identity()[:12]}"
+    run_dir = (folder / name).resolve()
     done, out = run_dir / "result.json", run_dir / "trained.safetensors"
     if done.exists():
         return json.loads(done.read_text())
@@ -226,7 +228,7 @@ def tested(drafter: PEagleDrafter, settings: dict[str, Any], args: argparse.Name
     )
     dtype = getattr(torch, config.dtype)
     target = source.model(dtype=dtype, device=pick_device(config.device))
-    served = drafter.to(torch.bfloat16).to(dtype).to(target.device)
+    served = as_served(drafter, dtype).to(target.device)
     decoders = {NAME: Decoder(target, served, eos_ids=end_tokens(target))}
     tokenizer = source.tokenizer()
     runs = [

@@ -28,6 +28,11 @@ class AveragedWeights(EMAWeightAveraging):
         self.swapped = False
         self.trained: nn.Module | None = None
 
+    @property
+    def average(self) -> nn.Module:
+        """What is averaged, under the names of the module."""
+        return self._average_model.module
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Average the drafter alone: Lightning's copy of the whole module would hold the target's
         head twice, and cannot be made of what the command line puts into it."""
@@ -51,6 +56,10 @@ class AveragedWeights(EMAWeightAveraging):
         batch_idx: int,
     ) -> None:
         super().on_train_batch_end(trainer, self.trained, outputs, batch, batch_idx)
+        if not self._average_model.n_averaged:  # not begun: nobody may save the weights of step 0
+            pairs = zip(self.average.parameters(), self.trained.parameters(), strict=True)
+            for average, own in pairs:
+                average.data.copy_(own.data)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Not yet: the last checkpoint is to hold the average and the weights in training too."""

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from callbacks.average import AveragedWeights
 from callbacks.card import CardOptions, write_card
 from callbacks.checkpoint import keep
 from callbacks.publish import (
@@ -223,7 +224,10 @@ class HubPublisher(L.Callback):
         """Drafter and card of this moment. Figures measured on other weights stay out of both."""
         spool = self.sender.spool
         with staging(spool) as stage:
-            export_drafter(pl_module.drafter, stage / "drafter")
+            averages = (c.average for c in trainer.callbacks if isinstance(c, AveragedWeights))
+            weights = next(averages, None)
+            drafter = pl_module.drafter if weights is None else weights["drafter"]
+            export_drafter(drafter, stage / "drafter")
             name = {"run_id": run_id(self.run_dir), "step": step}
             _write_provenance(self.run_dir, stage, name)
             options = _card_options(trainer, self.destination.repo_id)

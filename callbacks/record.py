@@ -175,7 +175,7 @@ def data_facts(store: Store) -> dict[str, Any]:
     return {
         "prompts": ", ".join(names) or None,
         "samples": len(store),
-        "regenerated": made.get("regenerate", True),  # older stores know no other way
+        "regenerated": None if converted else made.get("regenerate", True),  # None: not known
         "tokens": sum(entry.tokens for entry in store.entries),
         "supervised_tokens": sum(entry.supervised for entry in store.entries),
         **{k: made[k] for k in ("greedy_share", "temperature", "max_new_tokens") if own},

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
+from callbacks.tables import public
+
 MAIN, CHECKPOINTS = "main", "ckpts"
 PROVENANCE = "provenance.json"
 DRAFTER_NAMES = frozenset(
@@ -118,6 +120,8 @@ def write_entry(
             path = stage / "files" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             place(source, path)
+            if name == PROVENANCE or name.startswith("metrics/"):
+                _without_folders(path)
             _sync(path)
         description = {"run_id": run_id, "step": step, "channel": channel, "final": final}
         (stage / "entry.json").write_text(json.dumps(description))
@@ -126,6 +130,13 @@ def write_entry(
         stage.rename(folder)
     _sync(spool)
     return Entry(folder, **description)
+
+
+def _without_folders(path: Path) -> None:
+    """Cut paths out of what will be public, in a file of its own: ``path`` may be a link."""
+    text = public(path.read_text("utf-8"))
+    path.unlink()
+    path.write_text(text, "utf-8")
 
 
 @contextlib.contextmanager

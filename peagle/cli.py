@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 import time
 import warnings
@@ -141,12 +142,17 @@ class PEagleCLI(LightningCLI):
     def after_fit(self) -> None:
         """Prove what was trained: the servable folder, both tables, the card."""
         trainer, run_dir = self.trainer, Path(self.config.fit.run_dir)
-        if self.model.drafter.config.hidden_state != "shared":
-            print("no drafter/ is written: this hidden_state is for comparison, not for serving")
-        elif trainer.is_global_zero:
-            export_drafter(self.model.drafter, run_dir / "drafter")
+        if trainer.is_global_zero:
+            self.export(run_dir / "drafter")
         trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+    def export(self, folder: Path) -> None:
+        if self.model.drafter.config.hidden_state == "shared":
+            export_drafter(self.model.drafter, folder)
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier run's is not what was just trained
+        print("no drafter/ is written: this hidden_state is for comparison, not for serving")
 
 
 class CaptureCLI(PEagleCLI):

@@ -137,7 +137,7 @@ def at_least_float(dtype: torch.dtype) -> torch.dtype:
 
 
 def add_product(total: Float[Tensor, "A B"], a: Float[Tensor, "A C"], b: Float[Tensor, "C B"]):
-    """``total += a @ b``, in the precision of ``total``."""
+    """``total += a @ b``, summed in the precision of ``total``."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:

@@ -29,6 +29,7 @@ from peagle.model.config import HIDDEN_STATES, PEagleConfig
 from peagle.model.initial import initialise
 from peagle.model.kinds import drafter_class
 from peagle.model.objective import objective
+from peagle.model.servable import as_served
 from peagle.model.target import end_tokens, pick_device, refuse_other_target
 from peagle.model.target_head import TargetHead
 from peagle.model.target_layers import TargetLayers
@@ -155,9 +156,15 @@ class PEagleModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Build the drafter for the store's target; weights start from the target's own."""
-        data = self.trainer.datamodule
-        if self.drafter is not None or data.store is None:
+        if self.drafter is not None or self.trainer.datamodule.store is None:
             return
+        # Lightning makes the GPU the default here, and moves the module there afterwards. What a
+        # store holds is read on the CPU, and random weights are the same on every device.
+        with torch.device("cpu"):
+            self.build()
+
+    def build(self) -> None:
+        data = self.trainer.datamodule
         manifest = data.store.manifest
         head = TargetHead.load(
             data.folder / "target.safetensors",
@@ -299,7 +306,7 @@ class PEagleModule(L.LightningModule):
         dtype = getattr(torch, config.dtype)
         target = source.model(dtype=dtype, device=pick_device(config.device))
         for method, drafter in drafters.items():
-            served = drafter.to(torch.bfloat16).to(dtype).to(target.device).eval()
+            served = as_served(drafter, dtype).to(target.device).eval()
             self.decoders[method] = Decoder(target, served, eos_ids=end_tokens(target))
         self.tokenizer = source.tokenizer()
 

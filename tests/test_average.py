@@ -51,10 +51,14 @@ def average(weights, decay):
     return mean
 
 
-def train(folder, store, steps, *callbacks, ckpt_path=None, **changes):
+def train(folder, store, steps, *callbacks, ckpt_path=None, start_step=0, **changes):
     torch.manual_seed(0)
     module = make_module(draft_vocab_size=20, optimizer=Parsed())
-    chosen = [AveragedWeights(decay=0.6), *callbacks, Checkpoint(every_n_steps=4)]
+    chosen = [
+        AveragedWeights(decay=0.6, start_step=start_step),
+        *callbacks,
+        Checkpoint(every_n_steps=4),
+    ]
     trainer = make_trainer(folder, steps, callbacks=chosen, **changes)
     trainer.fit(module, datamodule=make_data(store), ckpt_path=ckpt_path, weights_only=True)
     return module
@@ -70,6 +74,14 @@ def test_the_module_the_checkpoint_and_the_export_hold_the_average(random_store,
     assert torch.allclose(drafter.fc.weight, expected, atol=1e-6)
     # The map of a pruned vocabulary is no average of anything.
     assert torch.equal(drafter.t2d.nonzero().flatten(), torch.arange(20) + drafter.d2t)
+
+
+def test_until_an_average_begins_the_weights_themselves_are_saved(random_store, tmp_path):
+    steps = Steps()
+    module = train(tmp_path, random_store, 6, steps, start_step=1000)
+    assert torch.equal(module.get_parameter(NAME), steps.weights[-1])
+    drafter = load_drafter(tmp_path / "checkpoints" / "last.ckpt")
+    assert torch.equal(drafter.fc.weight, steps.weights[-1])
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(random_store, tmp_path):

@@ -71,8 +71,18 @@ def test_every_row_becomes_the_sample_that_its_file_holds(folder, tmp_path, caps
         assert sample.loss_mask.tolist() == [False] + [True] * (len(sample.input_ids) - 1)
     assert (tmp_path / "store" / "target.safetensors").exists()
     capture(TARGET, config(folder), tmp_path / "store")  # finds it complete
-    with pytest.raises(ValueError, match=r"made with speculators = .*data', and this"):
+    moved = folder.rename(tmp_path / "moved")
+    capture(TARGET, config(moved), tmp_path / "store")  # the same data at another place
+    with pytest.raises(ValueError, match=r"made with speculators = '\w+', and this"):
         capture(TARGET, config("elsewhere"), tmp_path / "store")
+
+
+def test_data_prepared_anew_at_the_same_place_are_other_data(folder):
+    before = config(folder).answers_hash()
+    rows = Dataset.load_from_disk(folder).to_dict()
+    rows["input_ids"] = [ids[::-1] for ids in rows["input_ids"]]
+    Dataset.from_dict(rows).save_to_disk(folder)
+    assert config(folder).answers_hash() != before
 
 
 def test_a_plan_counts_what_is_going_to_be_converted(folder, tmp_path):

@@ -9,7 +9,7 @@ from peagle.model.config import PEagleConfig, default_layer_ids
 from peagle.model.drafter import PEagleDrafter
 from peagle.model.eagle3 import Eagle3Drafter
 from peagle.model.export import Verifier, export_drafter
-from peagle.model.servable import check_tensors, servable_tensors
+from peagle.model.servable import as_served, check_tensors, servable_tensors
 
 VARIANTS = [
     {},
@@ -17,6 +17,16 @@ VARIANTS = [
     {"norm_before_fc": True, "norm_before_residual": True},
     {"draft_vocab_size": 20, "attention_bias": False},
 ]
+
+
+def test_a_drafter_as_served_has_rounded_weights_and_exact_frequencies():
+    drafter = make_drafter().float()
+    exact = drafter.rotary.table.inv_freq.clone()
+    rounded = drafter.fc.weight.detach().bfloat16().float()
+    served = as_served(drafter, torch.float32)
+    assert torch.equal(served.fc.weight, rounded)
+    assert torch.equal(served.rotary.table.inv_freq, exact)
+    assert not torch.equal(exact, exact.bfloat16().float())
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: "+".join(c) or "plain")

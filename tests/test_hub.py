@@ -73,6 +73,21 @@ def test_only_listed_regular_files_reach_the_hub(hub, tmp_path):
     assert b"not for anybody" not in hub.received
 
 
+def test_no_folder_of_the_trainer_is_published(hub, tmp_path):
+    finish_run(tmp_path, step=1)
+    record = {"run_id": "run-1", "step": 1, "command": "fit --target /home/me/llama", "url":
+              "https://a.b/c", "target": {"name_or_path": "/home/me/llama"}}  # fmt: skip
+    (tmp_path / "provenance.json").write_text(json.dumps(record))
+    (tmp_path / "metrics/bench.json").write_text(json.dumps({"drafter": "/home/me/run/drafter"}))
+    assert publish(tmp_path, hub.url).complete
+    pushed = hub.content(REPO)
+    sent = json.loads(pushed["provenance.json"])
+    assert sent["target"]["name_or_path"] == "llama" and sent["url"] == "https://a.b/c"
+    assert json.loads(pushed["metrics/bench.json"]) == {"drafter": "drafter"}
+    assert b"/home/me" not in hub.received
+    assert json.loads((tmp_path / "provenance.json").read_text()) == record  # ours stays whole
+
+
 def test_a_linked_folder_is_not_followed(hub, tmp_path):
     finish_run(tmp_path, step=1)
     (tmp_path / "metrics").rename(tmp_path / "elsewhere")

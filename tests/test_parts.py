@@ -157,6 +157,13 @@ def test_two_processes_never_capture_the_same(tmp_path, running):
         pass
 
 
+@pytest.mark.parametrize("text", ["0/2", "1/2"])
+def test_no_part_begins_while_all_are_captured(tmp_path, text):
+    with alone(tmp_path / "partial", Part.parse(None)):
+        with pytest.raises(ValueError, match="another process is capturing into"):
+            capture(TARGET, part(text), tmp_path)
+
+
 @pytest.mark.parametrize("text", ["2/2", "-1/2", "1", "a/b", "0/0", "1/2/3"])
 def test_a_part_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match=r"part must be I/N .* \(0/2, 1/2\), got"):

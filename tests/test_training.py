@@ -236,6 +236,19 @@ def test_settings_that_fit_no_sample_are_refused(random_store, tmp_path, changes
         make_trainer(tmp_path, 2).fit(make_module(), datamodule=make_data(random_store, **changes))
 
 
+def test_a_drafter_is_built_on_the_cpu_whatever_device_lightning_prefers(random_store, tmp_path):
+    class Elsewhere(L.Callback):
+        def setup(self, trainer, pl_module, stage):
+            with torch.device("meta"):  # as Lightning does with a GPU
+                pl_module.configure_model()
+
+    module = make_module(draft_vocab_size=20)
+    trainer = make_trainer(tmp_path, 1, callbacks=[Elsewhere()])
+    trainer.fit(module, datamodule=make_data(random_store))
+    tensors = [*module.drafter.parameters(), *module.drafter.buffers()]
+    assert all(tensor.device.type == "cpu" for tensor in tensors)
+
+
 def test_a_run_without_an_end_is_refused(random_store, tmp_path):
     with pytest.raises(ValueError, match=r"set trainer\.max_epochs or trainer\.max_steps"):
         make_trainer(tmp_path, -1, max_epochs=-1).fit(

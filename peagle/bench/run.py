@@ -122,7 +122,7 @@ def bench(config: BenchConfig) -> None:
     conditions = Conditions(vllm.name, hardware(vllm), config.dtype, config.temperature)
     print(f"{describe(vllm)}; {config.dtype}, temperature {config.temperature:g}", file=sys.stderr)
     measurements: list[Measurement] = []
-    served = [Served(str(folder), drafter.method) for folder, drafter in drafters.items()]
+    served = served_of(drafters)
     for drafter, k in [(None, 0), *product(served, config.k)]:
         measurements += measure(config, target, vllm, prompt_sets, drafter, k)
         rows = bench_rows(measurements, conditions)
@@ -133,6 +133,15 @@ def bench(config: BenchConfig) -> None:
     print(format_best(rows))
     for path in (folder / "bench.json", *draw(rows, folder)):
         print(f"wrote {path}")
+
+
+def served_of(drafters: dict[Path, PEagleConfig]) -> list[Served]:
+    """Two drafters of one kind get names of their own."""
+    found: list[Served] = []
+    for folder, drafter in drafters.items():
+        again = any(other.method == drafter.method for other in found)
+        found.append(Served(str(folder), drafter.method + (" (baseline)" if again else "")))
+    return found
 
 
 def end_by_signals() -> None:
@@ -208,7 +217,7 @@ def measure(
         target=absolute(target.path),
         revision=target.revision,
         drafter=str(Path(drafter.folder).resolve()) if drafter else None,
-        parallel=drafter is not None and drafter.method == "p-eagle",
+        parallel=drafter is not None and drafter.method.startswith("p-eagle"),
         k=k,
         dtype=config.dtype,
         max_model_len=config.max_model_len,

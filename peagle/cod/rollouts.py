@@ -64,7 +64,7 @@ class Rows(NamedTuple):
         return Rows(self.anchor[first:last], self.depth[first:last])
 
     def deeper(self) -> "Rows":
-        """The rows that read the mask token: all but depth 0."""
+        """All rows but those of depth 0: all but depth 0."""
         keep = self.depth > 0
         return Rows(self.anchor[keep], self.depth[keep])
 

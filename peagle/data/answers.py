@@ -34,7 +34,7 @@ def different(prompts: list[Prompt], config: CaptureConfig) -> list[Prompt]:
     for prompt in prompts:
         repeats = not config.regenerate or is_greedy(prompt, config)
         content = prompt[1:4] if config.regenerate else prompt[1:]
-        found.setdefault(json.dumps(content) if repeats else prompt.id, prompt)
+        found.setdefault(json.dumps(content, default=str) if repeats else prompt.id, prompt)
     return list(found.values())
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from peagle.data.prompts import PromptSource, digest_of, refuse_equal_names
@@ -90,15 +91,23 @@ class CaptureConfig:
         """What the conversations and states of a store depend on, besides its target.
 
         Prompt sets by their content, so that an edited file is another one and a moved one is not.
-        Batch sizes, device and shards are left out: they change no more than rounding.
+        Batch sizes, device and shards are left out: they change rounding, and which of equally
+        likely sampled answers is drawn.
         """
         own = {key: getattr(self, key) for key in SETTINGS}
         if self.speculators is not None:
             kept = {key: own[key] for key in ("val_share", "start_layers")}
-            return {"speculators": self.speculators, **kept, "prompts": {}}
+            return {"speculators": data_set(Path(self.speculators)), **kept, "prompts": {}}
         return {**own, "prompts": {source.name: digest_of(source) for source in self.prompts}}
 
     def answers_hash(self) -> str:
         """Identity of ``made_with``."""
         made = json.dumps(self.made_with(), sort_keys=True)
         return hashlib.sha256(made.encode()).hexdigest()[:16]
+
+
+def data_set(folder: Path) -> str:
+    """What ``datasets`` calls the contents of a saved data set; where it says nothing, the path."""
+    state = folder / "state.json"
+    known = json.loads(state.read_text()).get("_fingerprint") if state.is_file() else None
+    return known or str(folder)

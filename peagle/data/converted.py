@@ -49,7 +49,8 @@ def convert(
         print(f"{missing} of {len(rows)} rows have no hidden states and are left out")
     first = sample_of(files[there[0]], rows[there[0]], manifest)
     compare(model, manifest, first, files[there[0]])
-    mine = part.of(there)
+    # By row, not by place in the list: a file that appears between two parts belongs to one.
+    mine = [i for i in there if i % part.count == part.index]
     tokens = sum(len(rows[i]["input_ids"]) for i in mine)
     require_disk(folder, tokens * sample_bytes_per_token(manifest))
     writer = StoreWriter(

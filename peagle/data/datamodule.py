@@ -24,7 +24,7 @@ from peagle.cod.segments import partition
 from peagle.data.bad_samples import BadSamples
 from peagle.data.batch import Batch, StatesInPlace, pack, unsupervised
 from peagle.data.buffers import Buffers
-from peagle.data.order import Pack, PackSampler, fill_packs
+from peagle.data.order import Pack, PackSampler, even_out, fill_packs
 from peagle.data.read_ahead import ReadAhead
 from peagle.data.store import BadSample, Sample, Store, token_counts
 from peagle.evaluation import EvaluationConfig, PromptBatch, prompt_batches
@@ -94,8 +94,9 @@ class HiddenStatesDataModule(L.LightningDataModule):
         max_tokens: slots per packed sequence; longer conversations are left out, counted.
         max_rows: rows per segment; fewer rows need less memory, at some cost in speed. Default:
             what ``memory_gb`` allows, or 8192.
-        memory_gb: gigabytes that training may take beside the interpreter and its libraries;
-            decides ``max_rows`` where that is not given.
+        memory_gb: gigabytes that a step may take beside the interpreter and its libraries; decides
+            ``max_rows`` where that is not given. Sequences that are read ahead, averaged weights
+            and what DDP keeps come on top.
         num_workers: threads that read ahead, one packed sequence each; 0 reads when asked.
         seed: decides the order of every epoch and every COD draw.
         on_bad_sample: ``error`` stops at a damaged sample; ``skip`` leaves it out, counted and
@@ -126,13 +127,16 @@ class HiddenStatesDataModule(L.LightningDataModule):
         self.max_tokens, self.max_rows, self.memory_gb = max_tokens, max_rows, memory_gb
         self.num_workers, self.seed = num_workers, seed
         self.bad = BadSamples(skip=on_bad_sample == "skip", budget=bad_sample_budget)
-        self.buffers = Buffers(pinned=torch.cuda.is_available())
+        self.buffers = Buffers()
         self.store: Store | None = None
         self.resumed = 0  # batches that the run had finished when its checkpoint was written
         self.order: dict[str, Any] = {}  # what the place in the data depends on
         self.saved_order: dict[str, Any] = {}
 
     def setup(self, stage: str) -> None:
+        if self.trainer is not None:
+            device = self.trainer.strategy.root_device
+            self.buffers = Buffers(pinned=device.type == "cuda")
         if self.store is None and not (stage == "test" and not self.folder.exists()):
             self.store = Store(self.folder, allow_missing=self.bad.skip)
             self.bad.samples = len(self.store)
@@ -178,12 +182,19 @@ class HiddenStatesDataModule(L.LightningDataModule):
         """Every row of every conversation of the validation split, in a fixed order."""
         samples, lengths = self.usable("val")
         packs = fill_packs(samples, lengths, max_tokens=self.max_tokens, seed=None)
+        if len(packs) < self.trainer.world_size:  # Lightning ends a rank that has none
+            packs = even_out(packs, self.trainer.world_size)
         mine = packs[self.trainer.global_rank :: self.trainer.world_size]
         return self.loader([Pack(members, 0) for members in mine], self.cod.keeping_all())
 
     def test_dataloader(self) -> DataLoader:
         """Prompts to decode; ranks share them."""
         batches = prompt_batches(self.evaluation)
+        if len(batches) < self.trainer.world_size:
+            raise ValueError(
+                f"{len(batches)} batches of prompts cannot be shared by "
+                f"{self.trainer.world_size} processes: lower evaluation.batch_size, or use fewer"
+            )
         mine = batches[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(mine, batch_size=None, collate_fn=lambda batch: batch)
 
@@ -255,7 +266,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
     def on_before_batch_transfer(
         self, batch: Batch | PromptBatch, dataloader_idx: int
     ) -> Batch | PromptBatch:
-        """Damage found by the workers is judged here, in the order of training."""
+        """Damage found by the reading threads is judged here, in the order of training."""
         if isinstance(batch, Batch):
             for problem in batch.bad:
                 self.bad.admit(problem)

@@ -57,30 +57,31 @@ class Part(NamedTuple):
 
 @contextmanager
 def alone(folder: Path, part: Part) -> Iterator[None]:
-    """Raise ``ValueError`` while another process captures the same part, or, of all, any part."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {folder / f"part-{part.index}.lock"}
-    if part.count == 1:
-        paths |= set(folder.glob("part-*.lock"))
+    """Raise ``ValueError`` while another process captures the same part, or all of them.
+
+    Parts share the folder; a whole capture needs it for itself.
+    """
     with ExitStack() as stack:
-        for path in sorted(paths):
-            try:
-                stack.enter_context(locked(path, wait=False))
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"another process is capturing into {folder.parent}: wait for it, or give each "
-                    "a part of its own (--capture.part 0/2, 1/2)"
-                ) from error
+        try:
+            shared = part.count > 1
+            stack.enter_context(locked(folder / "parts.lock", wait=False, shared=shared))
+            stack.enter_context(locked(folder / f"part-{part.index}.lock", wait=False))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is capturing into {folder.parent}: wait for it, or give each "
+                "a part of its own (--capture.part 0/2, 1/2)"
+            ) from error
         yield
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[None]:
     """Hold a lock file. Where the file system knows no locks, nothing is held."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with open(path, "a+") as file:  # a shared lock may need a readable file
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
                 raise

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from peagle.data.shard import Span, read_into, read_spans
 
 FORMAT = 1
+HEADERS = 256  # of shards that a store keeps in memory
 SHARDS_PER_PART = 100_000  # a part's shards have numbers of its own
 TENSORS = ("input_ids", "loss_mask", "aux", "final")
 IDENTITY = b"peagle.identity"  # in an index part: of the store that its shard was written for
@@ -215,10 +217,14 @@ class Store:
                 raise ValueError(f"shard {shard.name} is missing from {folder}: capture again")
             found += entries
         self.entries = in_order(found)
-        self.spans: dict[str, dict[str, Span]] = {}  # of the shards that were read from
+        self.spans = lru_cache(HEADERS)(self.read_spans)
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def read_spans(self, shard: str) -> dict[str, Span]:
+        with open(self.folder / shard, "rb", buffering=0) as file:
+            return read_spans(file)
 
     def split(self, name: str) -> list[int]:
         """Numbers of the samples of a split."""
@@ -233,9 +239,8 @@ class Store:
         entry = self.entries[index]
         try:
             with open(self.folder / entry.shard, "rb", buffering=0) as file:
-                if entry.shard not in self.spans:
-                    self.spans[entry.shard] = read_spans(file)
-                spans = [self.spans[entry.shard][f"{entry.slot}.{key}"] for key in TENSORS]
+                header = self.spans(entry.shard)
+                spans = [header[f"{entry.slot}.{key}"] for key in TENSORS]
                 check_shapes(spans, entry, self.manifest)
                 places = states or [torch.empty(s.shape, dtype=torch.bfloat16) for s in spans[2:]]
                 sample = Sample(
@@ -290,10 +295,13 @@ def finite(states: BFloat16[Tensor, "n D"]) -> bool:
 
 
 def in_order(entries: list[Entry]) -> list[Entry]:
-    """By place, and equal documents once: several processes may each have found one."""
-    once: dict[str, Entry] = {}
+    """By place, and equal documents once: several processes may each have found one.
+
+    Equal are those of one name, tokens and loss mask: a name does not know of tools or reasoning.
+    """
+    once: dict[tuple[str, ...], Entry] = {}
     for entry in sorted(entries, key=lambda entry: entry.place):
-        once.setdefault(entry.sample, entry)
+        once.setdefault((entry.sample, *entry.hashes[:2]), entry)
     return list(once.values())
 
 

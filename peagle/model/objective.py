@@ -71,7 +71,8 @@ def objective(
         loss = held_sum(parts, stream, drafter.shared_parameters())
     else:
         loss = sum((run(stream) for run in parts), stream.hidden.new_zeros((), dtype=torch.float32))
-    hits = torch.cat(correct) if correct else torch.zeros(0, dtype=torch.bool)
+    none = torch.zeros(0, dtype=torch.bool, device=stream.hidden.device)
+    hits = torch.cat([none, *correct])
     weight = float((depth_decay ** rows.depth.double()).sum())
     return Outcome(loss, weight, rows, hits)
 

@@ -1,7 +1,8 @@
 """Matrix products of float32 weights on the CPU, by the faster of the two libraries inside torch.
 
 torch gives float32 products to MKL, which on other makers' processors does without half of what
-they can. oneDNN, which torch has for bf16, does not: LOG.md has the rates. Both are exact.
+they can. oneDNN, which torch has for bf16, does not: LOG.md has the rates. Both compute in
+float32 and differ in rounding only.
 """
 
 import torch

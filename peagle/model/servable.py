@@ -30,6 +30,17 @@ def servable_tensors(drafter: Drafter) -> dict[str, Tensor]:
     }
 
 
+def as_served(drafter: Drafter, dtype: torch.dtype) -> Drafter:
+    """Weights rounded to bf16 and computed with in ``dtype``, in place.
+
+    The frequencies of the rotary embedding are no weights: an engine has them in float32, and
+    rounded ones would turn distant positions by whole radians.
+    """
+    for parameter in drafter.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).to(dtype)
+    return drafter
+
+
 def expected_tensors(config: PEagleConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name, shape and dtype of every tensor of the contract (vLLM ``llama_eagle3.py``)."""
     width, aux = config.hidden_size, config.num_aux * config.target_hidden_size
