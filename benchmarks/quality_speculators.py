@@ -102,7 +102,8 @@ def compare(args: argparse.Namespace) -> None:
         shared = {"recipe": NAME, "fingerprint": folder.name, "seed": seed,
                   **measurement._asdict()}  # fmt: skip
         if not all(key_of({**shared, "k": k}) in known for k in args.k):
-            facts = {"overrides": {"version": VERSION, "lr": best, **shape}, "sweep": sweep,
+            public = {key: value for key, value in shape.items() if key != "target"}  # a path
+            facts = {"overrides": {"version": VERSION, "lr": best, **public}, "sweep": sweep,
                      "training_hours": result["seconds"] / 3600, "loss": None,
                      "steps_done": args.steps, "machine": machine()}  # fmt: skip
             drafter = drafter_of(Path(result["out"]), shape, store)
