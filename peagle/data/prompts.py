@@ -23,7 +23,7 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }  # ShareGPT's names
-PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED"  # SPEED-Bench's, where it may not publish
+WITHHELD = "FULL BENCHMARK DATA SHOULD BE FETCHED"  # SPEED-Bench's, where it may not publish
 
 
 class Address(NamedTuple):
@@ -223,7 +223,7 @@ def prompt_of(row: dict[str, Any], source: PromptSource, number: int) -> Prompt:
     system = next((m["content"] for m in messages if m["role"] in ("system", "developer")), None)
     if not turns or not all(turns):
         raise ValueError(f"{name} has an empty prompt")
-    if any(turn.startswith(PLACEHOLDER) for turn in turns):
+    if any(turn.startswith(WITHHELD) for turn in turns):
         raise ValueError(
             f"{name} is a placeholder: the authors of the data set have a script that fetches the "
             "text; run it, and give the .jsonl file that it writes"
