@@ -27,7 +27,7 @@ from callbacks import tables
 from callbacks.facts import Facts, is_hub_id, number
 from callbacks.plots import PLOTS, draw_plots, plotted
 from callbacks.tables import code, plain, public, recorded, text
-from peagle.data.store import write_atomically
+from peagle.data.disk import write_atomically
 
 RELATIONS = ("adapter", "merge", "quantized", "finetune")  # all that the Hub knows
 TAGS = {

@@ -18,7 +18,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Checkpoint as BaseCheckpoint
 
 from peagle.checkpoint import read_checkpoint
-from peagle.data.store import publish
+from peagle.data.disk import publish
 from peagle.restore import refuse_incomplete
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
-from peagle.data.store import write_atomically
+from peagle.data.disk import write_atomically
 from peagle.evaluation import Run, acceptance_rows
 from peagle.metrics import DepthReport, format_depths, format_table
 from peagle.provenance import environment

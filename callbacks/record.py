@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard, get_session, hf_hub_url, try_to_load_from
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from callbacks.card import CardOptions, write_card
+from peagle.data.disk import write_atomically
 from peagle.data.prompts import PromptSource
-from peagle.data.store import Store, write_atomically
+from peagle.data.store import Store
 from peagle.model.target import TargetSource
 from peagle.provenance import environment
 

@@ -21,7 +21,7 @@ from peagle.checkpoint import check_address
 from peagle.data.capture import capture
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.datamodule import HiddenStatesDataModule
-from peagle.data.store import write_atomically
+from peagle.data.disk import write_atomically
 from peagle.evaluation import EvaluationConfig
 from peagle.model.export import Verifier, export_drafter
 from peagle.model.servable import Layout

@@ -11,7 +11,7 @@ SOURCES = sorted([*ROOT.glob("peagle/**/*.py"), *ROOT.glob("callbacks/**/*.py")]
 LEVELS = [
     {"provenance", "optimizer", "optimizer_options", "guard", "checkpoint", "data.order",
      "cod.rollouts", "model.config", "model.products", "data.chat", "data.prompts",
-     "data.read_ahead", "data.shard", "data.buffers"},
+     "data.read_ahead", "data.shard", "data.disk", "data.buffers"},
     {"data.store", "loss"},
     {"cod.segments", "cod.visibility", "data.bad_samples", "data.vocab", "data.capture_config",
      "data.parts", "restore", "metrics", "model.layers", "model.row_states", "model.memory",

@@ -1,26 +1,14 @@
 """The two streams against a flat masked form and against a replay of vLLM's slots."""
 
-import math
-
 import pytest
 import torch
-from random_parts import LAYER_IDS, VOCABULARY, WIDTH, make_drafter
+from dense_form import AUX, assert_streams_equal, dense_layers, documents
+from random_parts import VOCABULARY, make_drafter
 
 from peagle.cod.rollouts import Cod, Rows, sample_rows
 from peagle.cod.visibility import visible
 from peagle.model import flash
 from peagle.model.drafting import draft, new_cache
-from peagle.model.layers import rotate
-
-AUX = len(LAYER_IDS) * WIDTH
-
-
-def documents(*lengths):
-    document = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
-    position = torch.cat([torch.arange(n) for n in lengths])
-    tokens = torch.randint(0, VOCABULARY, (len(document),))
-    aux = torch.randn(len(document), AUX, dtype=torch.float64)
-    return document, position, tokens, aux
 
 
 def flat_form(drafter, rows, document, position, tokens, aux):
@@ -34,17 +22,7 @@ def flat_form(drafter, rows, document, position, tokens, aux):
     )
     angles = drafter.rotary.angles(position[rows.anchor] + rows.depth, hidden.dtype)
     seen = visible(rows, rows, document)
-    for layer in drafter.layers:
-        x, residual = layer.enter(hidden, embedding)
-        query, key, value = layer.self_attn(x)
-        query, key = rotate(query, angles), rotate(key, angles)
-        groups = query.shape[1] // key.shape[1]
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-        scores = torch.einsum("qhe,khe->hqk", query, key) / math.sqrt(query.shape[-1])
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        context = torch.einsum("hqk,khe->qhe", weights, value)
-        hidden, embedding = layer.leave(residual, context), None
-    return hidden
+    return dense_layers(drafter, hidden, embedding, angles, seen)
 
 
 def added(drafter, anchor, depth):
@@ -96,17 +74,8 @@ def test_two_streams_equal_the_flat_masked_form(lengths, changes, monkeypatch):
     assert deep.sum() > 32
 
     expected = flat_form(drafter, rows, document, position, tokens, aux)
-    stream = drafter.depth_zero(tokens, aux, position, document_lengths=list(lengths))
-    deeper = drafter.rollouts(rows.deeper(), stream, position, document)
-    assert torch.allclose(stream.hidden, expected[~deep], atol=1e-9)
-    assert torch.allclose(deeper, expected[deep], atol=1e-9)
-
-    weights = torch.randn_like(expected)
-    parameters = [p for n, p in drafter.named_parameters() if not n.startswith(("norm", "lm_"))]
-    wanted = torch.autograd.grad((expected * weights).sum(), parameters)
-    ours = (stream.hidden * weights[~deep]).sum() + (deeper * weights[deep]).sum()
-    for got, want in zip(torch.autograd.grad(ours, parameters), wanted, strict=True):
-        assert torch.allclose(got, want, rtol=1e-7, atol=1e-9)
+    found = (document, position, tokens, aux)
+    assert_streams_equal(drafter, rows, found, lengths, expected)
 
 
 def test_a_segment_may_hold_a_single_rollout_of_many_rows():

@@ -1,10 +1,9 @@
 """EAGLE-3's rollouts and drafting against a replay of one pass per token."""
 
-import math
-
 import pytest
 import torch
-from random_parts import LAYER_IDS, VOCABULARY, WIDTH, make_drafter, make_target
+from dense_form import AUX, assert_streams_equal, dense_layers, documents
+from random_parts import VOCABULARY, WIDTH, make_drafter, make_target
 
 from peagle.cod.rollouts import Cod, Rows, sample_rows
 from peagle.model import eagle3
@@ -12,40 +11,19 @@ from peagle.model.drafter import PEagleDrafter
 from peagle.model.drafting import draft, new_cache
 from peagle.model.eagle3 import Eagle3Drafter
 from peagle.model.initial import initialise
-from peagle.model.layers import rotate
 from peagle.model.target import target_head_of, target_layers_of
-
-AUX = len(LAYER_IDS) * WIDTH
 
 
 def make_eagle3(**changes):
     return make_drafter(parallel_drafting=False, **changes)
 
 
-def documents(*lengths):
-    document = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
-    position = torch.cat([torch.arange(n) for n in lengths])
-    tokens = torch.randint(0, VOCABULARY, (len(document),))
-    aux = torch.randn(len(document), AUX, dtype=torch.float64)
-    return document, position, tokens, aux
-
-
 def whole_pass(drafter, hidden, embedding):
     """All layers over one sequence from position 0 under a dense causal mask."""
     count = len(hidden)
     angles = drafter.rotary.angles(torch.arange(count), hidden.dtype)
-    future = torch.ones(count, count).triu(1).bool()
-    for layer in drafter.layers:
-        x, residual = layer.enter(hidden, embedding)
-        query, key, value = layer.self_attn(x)
-        query, key = rotate(query, angles), rotate(key, angles)
-        groups = query.shape[1] // key.shape[1]
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-        scores = torch.einsum("qhe,khe->hqk", query, key) / math.sqrt(query.shape[-1])
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-        context = torch.einsum("hqk,khe->qhe", weights, value)
-        hidden, embedding = layer.leave(residual, context), None
-    return hidden
+    seen = torch.ones(count, count).tril().bool()
+    return dense_layers(drafter, hidden, embedding, angles, seen)
 
 
 def step_by_step(drafter, anchor, depths, tokens, aux):
@@ -94,17 +72,8 @@ def test_rollouts_equal_one_pass_after_the_other(lengths, keep_ratio, changes, m
     assert deep.sum() > 16
 
     expected = replayed(drafter, rows, document, tokens, aux)
-    stream = drafter.depth_zero(tokens, aux, position, document_lengths=list(lengths))
-    deeper = drafter.rollouts(rows.deeper(), stream, position, document)
-    assert torch.allclose(stream.hidden, expected[~deep], atol=1e-9)
-    assert torch.allclose(deeper, expected[deep], atol=1e-9)
-
-    weights = torch.randn_like(expected)
-    parameters = [p for n, p in drafter.named_parameters() if not n.startswith(("norm", "lm_"))]
-    wanted = torch.autograd.grad((expected * weights).sum(), parameters)
-    ours = (stream.hidden * weights[~deep]).sum() + (deeper * weights[deep]).sum()
-    for got, want in zip(torch.autograd.grad(ours, parameters), wanted, strict=True):
-        assert torch.allclose(got, want, rtol=1e-7, atol=1e-9)
+    found = (document, position, tokens, aux)
+    assert_streams_equal(drafter, rows, found, lengths, expected)
 
 
 def test_a_row_reads_the_token_before_the_one_it_guesses_and_none_after():

@@ -5,8 +5,9 @@ import pytest
 import torch
 from random_parts import make_manifest, make_sample
 
-from peagle.data import store as store_module
-from peagle.data.store import Manifest, Store, StoreWriter, require_disk, split_of, token_counts
+from peagle.data import disk
+from peagle.data.disk import require_disk
+from peagle.data.store import Manifest, Store, StoreWriter, split_of, token_counts
 
 
 def test_what_is_written_is_read_back_bit_for_bit(random_store):
@@ -92,7 +93,7 @@ def test_a_foreign_manifest_is_refused(random_store):
 
 def test_too_little_disk_states_need_and_have(tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda _: usage(10**9))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage(10**9))
     with pytest.raises(ValueError, match=r"5\.00 GB needed, 1\.00 GB free"):
         require_disk(tmp_path, 5 * 10**9)
 

@@ -29,8 +29,8 @@ from peagle.bench.report import (
     format_best,
 )
 from peagle.data.chat import prompt_ids
+from peagle.data.disk import write_atomically
 from peagle.data.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
-from peagle.data.store import write_atomically
 from peagle.data.talks import words
 from peagle.model.config import PEagleConfig
 from peagle.model.servable import check_folder

@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import Rendered
+from peagle.data.disk import require_disk
 from peagle.data.parts import Part
 from peagle.data.states import run_batch, sample_bytes_per_token
-from peagle.data.store import Manifest, Sample, StoreWriter, require_disk, split_of
+from peagle.data.store import Manifest, Sample, StoreWriter, split_of
 
 TOLERANCE = 0.1  # engines round otherwise; another layer differs by more than its own size
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import Rendered
-from peagle.data.store import Manifest, Sample, StoreWriter, require_disk, split_of
+from peagle.data.disk import require_disk
+from peagle.data.store import Manifest, Sample, StoreWriter, split_of
 from peagle.model.target import hidden_states
 
 

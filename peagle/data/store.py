@@ -10,8 +10,6 @@ shard without its index part does not exist, so a killed writer loses at most on
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -27,6 +25,7 @@ from jaxtyping import BFloat16, Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peagle.data.disk import publish, write_atomically
 from peagle.data.shard import Span, read_into, read_spans
 
 FORMAT = 1
@@ -351,39 +350,6 @@ def digest(tensor: Tensor) -> str:
 def split_of(sample_id: str, val_share: float) -> str:
     """Split by the hash of the conversation: the same text never lies on both sides."""
     return "val" if int(sample_id[:8], 16) < val_share * 2**32 else "train"
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Make a finished temporary file visible under its name, durably."""
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    publish(temporary, path)
-
-
-def require_disk(folder: Path, needed: int) -> None:
-    """Raise ``ValueError`` with need and have when the disk under ``folder`` is too small."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(
-            f"not enough disk at {folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
-        )
 
 
 def token_counts(samples: Iterable[Sample], vocab_size: int) -> Int[Tensor, " V"]:

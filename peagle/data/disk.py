@@ -1,0 +1,38 @@
+"""Writing files so that a kill or a full disk costs only what was being written."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Make a finished temporary file visible under its name, durably."""
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    publish(temporary, path)
+
+
+def require_disk(folder: Path, needed: int) -> None:
+    """Raise ``ValueError`` with need and have when the disk under ``folder`` is too small."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"not enough disk at {folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
+        )
