@@ -5,12 +5,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from intervals import compared, summary
+from intervals import PEERS, compared, summary
 
 from peagle.metrics import format_table
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 KEYS = ("recipe", "fingerprint", "seed", "steps", "minutes", "k", "store", "evaluation")
+PEERED = ("default", *PEERS)  # what the summary is about
 Row = dict[str, Any]
 
 
@@ -19,7 +20,7 @@ class Measurement(NamedTuple):
 
     steps: int | None  # one of the two: equal steps, or equal time
     minutes: float | None
-    store: str  # identity of the store
+    store: str  # identity of the store; of recipes with other answers, that of the base
     evaluation: str  # hash of prompts and settings of ``test``
 
     def fits(self, row: Mapping[str, Any]) -> bool:
@@ -31,7 +32,12 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def key_of(row: Mapping[str, Any]) -> tuple:
-    return tuple(row[key] for key in KEYS)
+    return *(row[key] for key in KEYS), temperature_of(row)
+
+
+def temperature_of(row: Mapping[str, Any]) -> float:
+    """Rows without one are of the time when all were greedy."""
+    return row.get("temperature", 0.0)
 
 
 def save_rows(path: Path, new: Iterable[Row], measurement: Measurement) -> dict[str, Any]:
@@ -41,8 +47,9 @@ def save_rows(path: Path, new: Iterable[Row], measurement: Measurement) -> dict[
         known.pop(key_of(row), None)
         known[key_of(row)] = row
     rows = list(known.values())
-    k, runs = headline(rows, measurement)
-    head = {**measurement._asdict(), "k": k, "temperature": 0.0, **summary(runs)}
+    about = most_compared(rows, measurement)
+    k, runs = headline(rows, about)
+    head = {**about._asdict(), "k": k, "temperature": 0.0, **summary(runs)}
     lines = ",\n".join(json.dumps(row) for row in rows)  # a run each, or it would be endless
     text = f'{{"summary": {json.dumps(head, indent=2)},\n"rows": [\n{lines}\n]}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,20 +59,36 @@ def save_rows(path: Path, new: Iterable[Row], measurement: Measurement) -> dict[
     return head
 
 
+def most_compared(rows: list[Row], latest: Measurement) -> Measurement:
+    """Of equal steps, the measurement in which most of default and peers have been; the latest
+    where others have no more. So a quick trial, or one of equal time, leaves the summary."""
+    found = dict.fromkeys(Measurement(*(row[f] for f in Measurement._fields)) for row in rows)
+    equal = [m for m in found if m.minutes is None and m != latest]
+
+    def peers(measurement: Measurement) -> int:
+        runs = headline(rows, measurement)[1]
+        return -1 if measurement.minutes else sum(name in runs for name in PEERED)
+
+    return max([latest, *equal], key=peers)
+
+
 def headline(rows: list[Row], measurement: Measurement) -> tuple[int | None, dict[str, list[Row]]]:
-    """The runs at K = 5, or else at the smallest K measured."""
-    ks = sorted({row["k"] for row in rows if measurement.fits(row)})
+    """The greedy runs at K = 5, or else at the smallest K measured."""
+    greedy = [row for row in rows if measurement.fits(row) and temperature_of(row) == 0]
+    ks = sorted({row["k"] for row in greedy})
     if not ks:
         return None, {}
     k = 5 if 5 in ks else ks[0]
-    return k, runs_of(rows, measurement, k)
+    return k, runs_of(greedy, measurement, k)
 
 
-def runs_of(rows: Iterable[Row], measurement: Measurement, k: int) -> dict[str, list[Row]]:
+def runs_of(
+    rows: Iterable[Row], measurement: Measurement, k: int, temperature: float = 0.0
+) -> dict[str, list[Row]]:
     """Runs by recipe, all seeds. Of a recipe that was changed, those of its latest form."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if measurement.fits(row) and row["k"] == k:
+        if measurement.fits(row) and (row["k"], temperature_of(row)) == (k, temperature):
             same = [
                 r for r in found.get(row["recipe"], []) if r["fingerprint"] == row["fingerprint"]
             ]
@@ -73,23 +96,41 @@ def runs_of(rows: Iterable[Row], measurement: Measurement, k: int) -> dict[str, 
     return found
 
 
-def format_runs(runs: Mapping[str, list[Row]], reference: str = "default") -> str:
-    """Acceptance length of each recipe with its interval, and beside the reference."""
+def format_runs(
+    runs: Mapping[str, list[Row]],
+    reference: str = "default",
+    beside: Mapping[float, Mapping[str, list[Row]]] | None = None,
+) -> str:
+    """Acceptance length of each recipe with its interval, and beside the reference.
+
+    ``beside`` holds the same recipes at other temperatures, a column each. Validation losses of
+    recipes with other answers are left out: they are those of other data.
+    """
+    more = {t: lengths(chosen, reference) for t, chosen in (beside or {}).items()}
     lines = []
     for line in compared(runs, reference):
-        ratio, best = line["ratio"], runs[line["recipe"]]
+        name, ratio, found = line["recipe"], line["ratio"], runs[line["recipe"]]
         lines.append(
             [
-                line["recipe"],
+                name,
                 str(line["seeds"]),
                 with_interval(line["acceptance_length"], line["ci95"]),
                 "" if ratio is None else with_interval(ratio, line["ratio_ci95"]),
-                mean_of([row["loss"] for row in best], 3),
-                mean_of([60 * row["training_hours"] for row in best], 1),
+                *(column[name] for column in more.values()),
+                mean_of([None if row.get("data") else row["loss"] for row in found], 3),
+                mean_of([60 * row["training_hours"] for row in found], 1),
             ]
         )
     header = ["recipe", "seeds", "acceptance length (95%)", f"to {reference} (95%)"]
+    header += [f"at temperature {t:g} (95%)" for t in more]
     return format_table([*header, "val loss", "minutes"], lines)
+
+
+def lengths(runs: Mapping[str, list[Row]], reference: str) -> dict[str, str]:
+    return {
+        line["recipe"]: with_interval(line["acceptance_length"], line["ci95"])
+        for line in compared(runs, reference)
+    }
 
 
 def mean_of(values: list[float | None], digits: int) -> str:

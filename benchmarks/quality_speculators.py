@@ -15,30 +15,25 @@ import argparse
 import hashlib
 import json
 import subprocess
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
 import torch
-from intervals import PEERS
-from quality import (
-    ROOT,
-    add_measuring,
-    captured_store,
-    evaluation,
-    evaluation_of,
-    pooled,
-)
+from intervals import PEERS, summary
+from quality import BASE, add_measuring, without_repeats
 from quality_results import (
     Measurement,
     Row,
     format_runs,
+    headline,
     key_of,
     read_rows,
     runs_of,
     save_rows,
 )
-from recipes import Recipe, check_size, resolved, steps_per_epoch
+from quality_runs import ROOT, captured_store, evaluation, evaluation_of, pooled
+from recipes import check_size, resolved, steps_per_epoch
 from report import machine
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -70,7 +65,7 @@ def arguments() -> argparse.Namespace:
     add_measuring(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "quality")
     parser.add_argument("--most_epochs", type=float, default=10, help="repetitions of the store")
-    return parser.parse_args()
+    return without_repeats(parser.parse_args())
 
 
 def main() -> None:
@@ -83,10 +78,9 @@ def main() -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Choose the learning rate, train the seeds, test, and print where the recipes stand."""
-    default = Recipe("default", "", {})
-    settings, store = resolved(default, args.config), captured_store(args)
+    settings, store = resolved(BASE, args.config), captured_store(args, BASE)
     epoch = steps_per_epoch(store, settings)
-    check_size(default, epoch, steps=args.steps, most_epochs=args.most_epochs)
+    check_size(BASE, epoch, steps=args.steps, most_epochs=args.most_epochs)
     shape = shape_of(store, settings, args)
     folder = args.out / NAME / fingerprint(shape, args)
     measurement = Measurement(args.steps, None, store.manifest.identity(), evaluation_of(args))
@@ -101,7 +95,8 @@ def compare(args: argparse.Namespace) -> None:
         result = trained(folder, shape, best, seed, store, args)
         shared = {"recipe": NAME, "fingerprint": folder.name, "seed": seed,
                   **measurement._asdict()}  # fmt: skip
-        if not all(key_of({**shared, "k": k}) in known for k in args.k):
+        rows = ({**shared, "k": k, "temperature": t} for k in args.k for t in args.temperatures)
+        if not all(key_of(row) in known for row in rows):
             public = {key: value for key, value in shape.items() if key != "target"}  # a path
             facts = {"overrides": {"version": VERSION, "lr": best, **public}, "sweep": sweep,
                      "training_hours": result["seconds"] / 3600, "loss": None,
@@ -242,11 +237,11 @@ def tested(drafter: PEagleDrafter, settings: dict[str, Any], args: argparse.Name
 
 def report(args: argparse.Namespace, measurement: Measurement) -> None:
     rows = read_rows(args.results)
-    for k in args.k:
-        runs = runs_of(rows, measurement, k)
+    for k, t in product(args.k, args.temperatures):
+        runs = runs_of(rows, measurement, k, t)
         chosen = {name: runs[name] for name in ("default", NAME) if name in runs}
-        print(f"\nK = {k}, greedy\n{format_runs(chosen, NAME)}")
-    ratio = save_rows(args.results, [], measurement)[f"ratio_to_{NAME}"]
+        print(f"\nK = {k}, temperature {t:g}\n{format_runs(chosen, NAME)}")
+    ratio = summary(headline(rows, measurement)[1])[f"ratio_to_{NAME}"]
     print(f"default to {NAME}: {'not measured' if ratio is None else f'{ratio:.3f}'}")
     print(f"written to {args.results}")
 

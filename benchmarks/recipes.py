@@ -6,7 +6,7 @@ import io
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,29 @@ OURS = ("config", "ckpt_path", "run_dir", "store", "target", "revision", "captur
         "seed_everything", "data.seed", "trainer.max_steps", "trainer.max_epochs",
         "trainer.max_time", "trainer.default_root_dir", "trainer.logger")  # fmt: skip
 """What the benchmark sets itself: equal for all recipes, or a folder that no two share."""
+ANSWERS = ("greedy_share", "temperature", "seed")
+"""Of ``capture``, what a recipe's ``data`` may name: the same prompts, answered in another way."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A configuration with some settings overridden."""
+    """A configuration with some settings overridden, and perhaps other answers to learn from."""
 
     name: str
     about: str
     overrides: dict[str, Any]
+    data: dict[str, float] = field(default_factory=dict)
 
     def arguments(self) -> list[str]:
         """For the command line of ``fit``."""
         return [
             f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
             for key, value in self.overrides.items()
-        ]
+        ] + self.capture_arguments()
+
+    def capture_arguments(self) -> list[str]:
+        """For the command line of ``capture``, and of ``fit``, which checks its store by them."""
+        return [f"--capture.{key}={json.dumps(value)}" for key, value in self.data.items()]
 
     def fingerprint(self, config: Path) -> str:
         """Of what is trained, wherever and with whichever commit.
@@ -47,7 +54,8 @@ class Recipe:
         for key in ("run_dir", "store", "evaluation"):
             written.pop(key, None)
         written.get("trainer", {}).pop("logger", None)
-        text = json.dumps([written, self.overrides], sort_keys=True)
+        trained = [written, self.overrides, self.data] if self.data else [written, self.overrides]
+        text = json.dumps(trained, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -75,7 +83,9 @@ def read_recipes(path: Path) -> tuple[dict[str, Recipe], dict[str, Group]]:
     the benchmark decides."""
     found = yaml.load(path.read_text(), Strict)
     recipes = {
-        str(name): Recipe(str(name), entry["about"], entry["overrides"])
+        str(name): Recipe(
+            str(name), entry["about"], entry.get("overrides", {}), entry.get("data", {})
+        )
         for name, entry in found["recipes"].items()
     }
     for recipe in recipes.values():
@@ -98,6 +108,12 @@ def check_recipe(recipe: Recipe) -> None:
                     f"recipe {recipe.name!r} sets {key}, which the benchmark decides: all recipes "
                     "share one store and one measurement, and each has a folder of its own"
                 )
+    for key, value in recipe.data.items():
+        if key not in ANSWERS or isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(
+                f"recipe {recipe.name!r}: data says how the same prompts are answered, by "
+                f"numbers for {', '.join(ANSWERS)}, got {key}: {value!r}"
+            )
 
 
 def choose(names: list[str], known: dict[str, Any], place: str) -> None:

@@ -33,7 +33,7 @@ CONDITIONS = ("engine", "dtype", "temperature")
 
 def draw_plots(facts: Facts) -> dict[str, bytes]:
     """File name -> PNG of every plot that the metrics allow."""
-    return {name: _png(PLOTS[name][1](rows)) for name, rows in _plot_data(facts).items()}
+    return {name: png(PLOTS[name][1](rows)) for name, rows in _plot_data(facts).items()}
 
 
 def plotted(facts: Facts) -> list[str]:
@@ -51,7 +51,7 @@ def _rows_with(rows: Sequence[Row], *keys: str) -> list[Row]:
 
 
 def _accuracy_over_steps(curve: dict[int, list[tuple[int, float]]]) -> Figure:
-    figure, (axes,) = _panel("Teacher-forced accuracy of each depth on validation data")
+    figure, (axes,) = panel("Teacher-forced accuracy of each depth on validation data")
     shades = matplotlib.colormaps["viridis"]
     last = max(max(curve), 1)
     for depth, points in curve.items():
@@ -61,14 +61,14 @@ def _accuracy_over_steps(curve: dict[int, list[tuple[int, float]]]) -> Figure:
         axes.plot(steps, accuracy, "o-", color=colour, ms=3.5, lw=1.8, label=f"depth {depth}")
     axes.set(xlabel="optimizer step", ylabel="top-1 accuracy", xlim=(0, None), ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
 def _acceptance_over_k(rows: list[Row]) -> Figure:
     bars = any(row.get("acceptance_length_ci95") for row in rows)
     note = ", with 95% intervals" if bars else ""
-    figure, (axes,) = _panel(f"Measured acceptance length over K{note}")
+    figure, (axes,) = panel(f"Measured acceptance length over K{note}")
     for i, (label, series) in enumerate(_series(rows).items()):
         series = sorted(series, key=lambda row: row["k"])
         lengths = [row["acceptance_length"] for row in series]
@@ -99,13 +99,13 @@ def _acceptance_over_k(rows: list[Row]) -> Figure:
     axes.set_ylim(1, None)  # 1 is the bonus token alone
     axes.set_xticks(sorted({row["k"] for row in rows}))
     axes.margins(x=0.1)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
 def _acceptance_per_position(rows: list[Row]) -> Figure:
     widest = {label: max(s, key=lambda row: row["k"]) for label, s in _series(rows).items()}
-    figure, (axes,) = _panel("Share of rounds in which each position was accepted")
+    figure, (axes,) = panel("Share of rounds in which each position was accepted")
     width = 0.82 / len(widest)
     depths = {row["k"] for row in widest.values()}
     for i, (label, row) in enumerate(widest.items()):
@@ -118,7 +118,7 @@ def _acceptance_per_position(rows: list[Row]) -> Figure:
     where = f" (K = {depths.pop()})" if len(depths) == 1 else ""
     axes.set(xlabel=f"position in the draft{where}", ylabel="share of rounds", ylim=(0, 1))
     axes.set_xticks(range(1, 1 + max(len(row["per_position"]) for row in widest.values())))
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -127,7 +127,7 @@ def _throughput(rows: list[Row]) -> Figure:
     series = _series([{**row, "panel": str(row.get("prompt_set")),
                        "prompt_set": _drafted(row, several)} for row in rows])  # fmt: skip
     sets = list(dict.fromkeys(str(row.get("prompt_set")) for row in rows))
-    figure, panels = _panel("Output tokens per second over concurrent requests", len(sets))
+    figure, panels = panel("Output tokens per second over concurrent requests", len(sets))
     ticks = sorted({row["concurrency"] for row in rows})
     for prompt_set, axes in zip(sets, panels, strict=True):
         for (label, own), style in zip(series.items(), _throughput_styles(series), strict=True):
@@ -144,7 +144,7 @@ def _throughput(rows: list[Row]) -> Figure:
         axes.set_xlabel("concurrent requests")
         axes.set_title(prompt_set, loc="left", fontsize=10, color=SOFT, parse_math=False)
     panels[0].set_ylabel("tokens per second")
-    _legend(figure, *panels)
+    legend(figure, *panels)
     return figure
 
 
@@ -179,7 +179,7 @@ def _series(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return series
 
 
-def _panel(title: str, count: int = 1) -> tuple[Figure, list[Axes]]:
+def panel(title: str, count: int = 1) -> tuple[Figure, list[Axes]]:
     """An empty plot of the card's look: ``count`` axes, two to a line."""
     lines = math.ceil(count / 2)
     width, height = 7.6, 0.6 + 3.0 * lines
@@ -214,7 +214,7 @@ def _panel(title: str, count: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, grid[:count]
 
 
-def _legend(figure: Figure, *panels: Axes) -> None:
+def legend(figure: Figure, *panels: Axes) -> None:
     """One legend beside the axes: above it would meet the title, inside it would hide a line.
 
     The name of a single series stands under the title instead.
@@ -227,7 +227,7 @@ def _legend(figure: Figure, *panels: Axes) -> None:
         (label,) = named
         panels[0].set_title(label, loc="left", fontsize=10, color=SOFT, parse_math=False)
         return
-    legend = figure.legend(
+    named_lines = figure.legend(
         named.values(),
         named,
         loc="outside right center",
@@ -236,11 +236,11 @@ def _legend(figure: Figure, *panels: Axes) -> None:
         fontsize=9,
         labelcolor=INK,
     )
-    for text in legend.get_texts():
+    for text in named_lines.get_texts():
         text.set_parse_math(False)  # a name may hold a dollar sign
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     # Without the version stamp equal facts give equal bytes.
     figure.savefig(buffer, format="png", facecolor="none", metadata={"Software": None})

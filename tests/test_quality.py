@@ -11,15 +11,16 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from intervals import compared, draw, interval, mean_length, summary  # noqa: E402
-from quality import figures, pooled  # noqa: E402
 from quality_results import (  # noqa: E402
     Measurement,
     format_runs,
     headline,
+    key_of,
     read_rows,
     runs_of,
     save_rows,
 )
+from quality_runs import figures, pooled  # noqa: E402
 from quality_speculators import drafter_of, training_order  # noqa: E402
 from random_parts import LAYER_IDS, make_drafter  # noqa: E402
 from recipes import (  # noqa: E402
@@ -71,7 +72,11 @@ def test_fit_knows_every_setting_of_the_shipped_recipes():
     order = sorted(everything, key=lambda key: key.count("."))  # a class before its arguments
     everything["model.optimizer"]["class_path"] = "peagle.optimizer.MuonAdamW"
     everything["model.optimizer"]["init_args"].pop("weight_decay")
-    settings = resolved(Recipe("all", "", {key: everything[key] for key in order}), QUICKSTART)
+    data = {key: value for recipe in RECIPES.values() for key, value in recipe.data.items()}
+    assert set(data) == {"greedy_share", "temperature"}
+    ordered = {key: everything[key] for key in order}
+    settings = resolved(Recipe("all", "", ordered, data), QUICKSTART)
+    assert settings["capture"]["greedy_share"] == data["greedy_share"]
     assert settings["model"]["hidden_state"] == "anchor_scaled"
     assert settings["trainer"]["callbacks"][-1]["class_path"] == "callbacks.average.AveragedWeights"
     assert (
@@ -116,6 +121,8 @@ def test_overrides_become_arguments_that_keep_lists_and_classes_whole():
         ("a: {about: x, overrides: {run_dir: here}}", "{}", "sets run_dir, which the benchmark"),
         ("a: {about: x, overrides: {capture.seed: 1}}", "{}", "sets capture.seed, which the bench"),
         ("a: {about: x, overrides: {trainer.logger.init_args.path: p}}", "{}", "folder of its own"),
+        ("a: {about: x, data: {max_tokens: 9}}", "{}", "data says how the same prompts are"),
+        ("a: {about: x, data: {greedy_share: true}}", "{}", "got greedy_share: True"),
         ("a: {about: x, overrides: {}}", "{g: {about: t, recipes: [a, b]}}",
          "group g: there is no 'b'; choose from a"),
     ],
@@ -253,6 +260,33 @@ def test_a_recipe_that_was_changed_counts_in_its_latest_form():
     assert headline(rows, MEASUREMENT._replace(steps=8)) == (None, {})
 
 
+def test_rows_without_a_temperature_are_greedy_ones():
+    old, greedy = row("a", 0, [1], [1]), row("a", 0, [2], [1], temperature=0.0)
+    sampled = row("a", 0, [0], [1], temperature=1.0)
+    assert key_of(old) == key_of(greedy) != key_of(sampled)
+    assert runs_of([old, sampled], MEASUREMENT, 5) == {"a": [old]}
+    assert runs_of([old, sampled], MEASUREMENT, 5, 1.0) == {"a": [sampled]}
+    assert headline([old, sampled], MEASUREMENT) == (5, {"a": [old]})
+    assert headline([sampled], MEASUREMENT) == (None, {})
+
+
+def test_a_trial_or_equal_time_does_not_take_the_summary_from_what_was_compared_with_peers(
+    tmp_path,
+):
+    path, other = tmp_path / "quality.json", MEASUREMENT._replace(evaluation="four prompts")
+    timed = MEASUREMENT._replace(steps=None, minutes=2.0)
+    pair = [row("eagle3", 0, [2, 2], [2, 2]), row("default", 0, [6, 6], [2, 2])]
+    head = save_rows(path, pair, MEASUREMENT)
+    for measurement, names in ((other, ["default"]), (timed, ["default", "eagle3"])):
+        new = [row(name, 0, [8, 8], [2, 2], **measurement._asdict()) for name in names]
+        assert save_rows(path, new, measurement) == head
+    assert len(read_rows(path)) == 5
+    new = [row(name, 0, [8, 8], [2, 2], **other._asdict()) for name in ("default", "eagle3")]
+    assert save_rows(path, new, other)["evaluation"] == "four prompts"
+    alone = save_rows(tmp_path / "b.json", [row("default", 0, [8], [2], **timed._asdict())], timed)
+    assert (alone["minutes"], alone["acceptance_length"]) == (2.0, 5.0)
+
+
 def test_the_table_shows_each_recipe_beside_the_default():
     runs = {"default": [row("default", 0, [4, 4], [2, 2])], "b": [row("b", 0, [6, 6], [2, 2])]}
     lines = format_runs(runs).splitlines()
@@ -262,23 +296,39 @@ def test_the_table_shows_each_recipe_beside_the_default():
     ]  # fmt: skip
 
 
-def test_prompt_sets_are_taken_together_by_k():
-    def part(name, k, accepted, rounds):
-        return {"prompt_set": name, "k": k, "prompts": len(rounds), "lossless_prompts": 1,
+def test_the_table_has_a_column_for_every_other_temperature_and_no_loss_of_other_data():
+    runs = {"default": [row("default", 0, [4, 4], [2, 2])],
+            "b": [row("b", 0, [6, 6], [2, 2], data={"greedy_share": 1.0})]}  # fmt: skip
+    sampled = {name: [row(name, 0, [2, 2], [2, 2], temperature=1.0)] for name in runs}
+    lines = format_runs(runs, beside={1.0: sampled}).splitlines()
+    assert "at temperature 1 (95%)" in lines[0]
+    assert lines[2].split() == [
+        "default", "1", "3.000", "(3.000-3.000)", "2.000", "(2.000-2.000)", "1.000", "30.0"
+    ]  # fmt: skip
+    assert lines[3].split() == ["b", "1", "4.000", "(4.000-4.000)", "1.333", "(1.333-1.333)",
+                                "2.000", "(2.000-2.000)", "30.0"]  # fmt: skip
+
+
+def test_prompt_sets_are_taken_together_by_k_and_temperature():
+    def part(name, k, accepted, rounds, temperature=0.0):
+        return {"prompt_set": name, "k": k, "temperature": temperature, "prompts": len(rounds),
+                "lossless_prompts": None if temperature else 1,
                 "accepted_by_prompt": accepted, "rounds_by_prompt": rounds}  # fmt: skip
 
-    found = pooled([part("a", 5, [3], [1]), part("a", 3, [2], [1]), part("b", 5, [1, 2], [2, 3])])
-    assert [line["k"] for line in found] == [3, 5]
+    found = pooled([part("a", 5, [3], [1]), part("a", 3, [2], [1]), part("b", 5, [1, 2], [2, 3]),
+                    part("a", 5, [1], [1], 1.0), part("b", 5, [0, 0], [1, 2], 1.0)])  # fmt: skip
+    assert [(line["k"], line["temperature"]) for line in found] == [(3, 0.0), (5, 0.0), (5, 1.0)]
     assert found[1] == {
-        "k": 5, "prompts": 3, "lossless_prompts": 2, "acceptance_length": 2.0,
+        "k": 5, "temperature": 0.0, "prompts": 3, "lossless_prompts": 2, "acceptance_length": 2.0,
         "accepted_by_prompt": [3, 1, 2], "rounds_by_prompt": [1, 2, 3],
     }  # fmt: skip
+    assert found[2]["lossless_prompts"] is None and found[2]["acceptance_length"] == 1.25
 
 
 def test_a_runs_figures_are_read_from_what_fit_wrote(tmp_path):
     content = {
-        "metrics/acceptance.json": {"rows": [{"k": 5, "prompts": 1, "lossless_prompts": 1,
-            "accepted_by_prompt": [4], "rounds_by_prompt": [2]}]},
+        "metrics/acceptance.json": {"rows": [{"k": 5, "temperature": 0.0, "prompts": 1,
+            "lossless_prompts": 1, "accepted_by_prompt": [4], "rounds_by_prompt": [2]}]},
         "metrics/validate.json": {"loss": 0.5, "teacher_forced_acceptance_length": 2.5,
             "rows": [{"depth": 0, "accuracy": 0.7}, {"depth": 1, "accuracy": 0.4}]},
         "provenance.json": {"training": {"hours": 0.1, "tokens": 99, "steps": 7}},
