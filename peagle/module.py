@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from peagle.checkpoint import read_checkpoint
 from peagle.cod.rollouts import Cod, Rows, sample_rows
+from peagle.cod.rounds import round_starts
 from peagle.data.batch import Batch
 from peagle.data.store import Manifest
 from peagle.data.vocab import choose_vocabulary
@@ -84,6 +85,8 @@ class PEagleModule(L.LightningModule):
             for comparison and cannot be exported.
         start: ``target`` lets layers start as copies of the target's where they fit; ``random``
             never. Embedding, norm and head start as the target's either way.
+        deeper_rows: ``all`` anchors have them, as COD draws; or those where ``rounds`` of drafting
+            would start with the drafter as it stands, which takes a forward pass more.
         train_embeddings: the paper found training them better than freezing them.
         recompute: run depth 0 again in the backward pass: less memory for long sequences, more
             time.
@@ -108,6 +111,7 @@ class PEagleModule(L.LightningModule):
         fc_norm: bool = False,
         hidden_state: Literal[HIDDEN_STATES] = "shared",
         start: Literal["target", "random"] = "target",
+        deeper_rows: Literal["all", "rounds"] = "all",
         train_embeddings: bool = True,
         recompute: bool = False,
         loss: dict[str, float] | None = None,
@@ -124,7 +128,9 @@ class PEagleModule(L.LightningModule):
             raise ValueError("hidden_state is for p-eagle drafters: an eagle3 drafter has its own")
         if not 0 < depth_decay <= 1:
             raise ValueError(f"depth_decay must lie in (0, 1], got {depth_decay}")
-        self.cod, self.draft_vocab_size = cod, draft_vocab_size
+        if deeper_rows == "rounds" and cod.keep_ratio != 1:
+            raise ValueError("deeper_rows: rounds needs cod.keep_ratio 1: it must see all guesses")
+        self.cod, self.draft_vocab_size, self.deeper_rows = cod, draft_vocab_size, deeper_rows
         self.start, self.train_embeddings, self.recompute = start, train_embeddings, recompute
         self.mix, self.depth_decay = check_mix({"kl": 1.0} if loss is None else loss), depth_decay
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -221,6 +227,8 @@ class PEagleModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(batch.seed)
         rows = sample_rows(batch.supervised, batch.document, cod=self.cod, generator=generator)
+        if self.deeper_rows == "rounds":
+            rows = self.reached(batch, rows)
         outcome = objective(
             self.drafter,
             self.target_head,
@@ -239,6 +247,13 @@ class PEagleModule(L.LightningModule):
         if self.guard.skipped:
             self.log("train/skipped_steps", float(self.guard.skipped), batch_size=1)
         return poisoned(loss)
+
+    @torch.no_grad()
+    def reached(self, batch: Batch, rows: Rows) -> Rows:
+        """All rows of depth 0, and whole rollouts where a round would start with this drafter."""
+        seen = objective(self.drafter, self.target_head, batch, rows, mix=self.mix)
+        starts = round_starts(rows, seen.correct.cpu(), batch.supervised, batch.document)
+        return rows.where((rows.depth == 0) | starts[rows.anchor])
 
     def configure_gradient_clipping(
         self,

@@ -12,7 +12,7 @@ LEVELS = [
     {"provenance", "optimizer", "optimizer_options", "guard", "checkpoint", "data.order",
      "cod.rollouts", "model.config", "model.products", "data.chat", "data.prompts",
      "data.read_ahead", "data.shard", "data.disk", "data.buffers"},
-    {"data.store", "loss"},
+    {"data.store", "loss", "cod.rounds"},
     {"cod.segments", "cod.visibility", "data.bad_samples", "data.vocab", "data.capture_config",
      "data.parts", "restore", "metrics", "model.layers", "model.row_states", "model.memory",
      "model.slot_cache", "model.target_head", "model.target_layers"},

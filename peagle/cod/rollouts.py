@@ -65,7 +65,9 @@ class Rows(NamedTuple):
 
     def deeper(self) -> "Rows":
         """All rows but those of depth 0: all but depth 0."""
-        keep = self.depth > 0
+        return self.where(self.depth > 0)
+
+    def where(self, keep: Bool[Tensor, " N"]) -> "Rows":
         return Rows(self.anchor[keep], self.depth[keep])
 
     def to(self, device: torch.device) -> "Rows":
