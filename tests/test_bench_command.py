@@ -14,9 +14,9 @@ from random_parts import make_drafter
 from stand_in import make_stand_in
 from transformers import LlamaConfig
 
-from peagle.bench.engine import EngineError
 from peagle.bench.run import BenchConfig, bench
 from peagle.data.prompts import PromptSource
+from peagle.engine.server import EngineError
 from peagle.model.export import export_drafter
 from peagle.model.target import TargetSource
 

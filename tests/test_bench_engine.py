@@ -12,18 +12,16 @@ import torch
 from random_parts import make_drafter
 
 from peagle.bench.client import Question, ask
-from peagle.bench.engine import (
-    EngineError,
-    Server,
+from peagle.bench.run import BenchConfig, bench, warn_beyond_training
+from peagle.engine.server import EngineError, Server, free_port
+from peagle.engine.vllm import (
     Serving,
     Vllm,
     find_vllm,
-    free_port,
     require_parallel_drafting,
     server_command,
     server_environment,
 )
-from peagle.bench.run import BenchConfig, bench, warn_beyond_training
 from peagle.model.export import export_drafter
 
 VLLM = Vllm("/env/bin/python", "0.32.0", ("LlamaForCausalLMEagle3", "LlamaForCausalLM"), "cpu",

@@ -11,13 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from peagle.bench.client import Question, closed_loop, read_counters
-from peagle.bench.engine import (
-    Serving,
-    Vllm,
-    find_vllm,
-    require_parallel_drafting,
-    serve,
-)
 from peagle.bench.plots import draw
 from peagle.bench.report import (
     Conditions,
@@ -32,6 +25,13 @@ from peagle.data.chat import prompt_ids
 from peagle.data.disk import write_atomically
 from peagle.data.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
 from peagle.data.talks import words
+from peagle.engine.vllm import (
+    Serving,
+    Vllm,
+    find_vllm,
+    require_parallel_drafting,
+    serve,
+)
 from peagle.model.config import PEagleConfig
 from peagle.model.servable import check_folder
 from peagle.model.target import TargetSource, refuse_other_target

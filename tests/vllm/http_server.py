@@ -11,7 +11,8 @@ from typing import NamedTuple
 import pytest
 
 from peagle.bench.client import Counters, Question, ask, read_counters
-from peagle.bench.engine import MODEL_NAME, EngineError, Server, free_port
+from peagle.engine.server import EngineError, Server, free_port
+from peagle.engine.vllm import MODEL_NAME
 
 
 class Talk(NamedTuple):

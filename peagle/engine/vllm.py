@@ -1,29 +1,21 @@
-"""Finding vLLM, and running it as a server that leaves nothing behind.
+"""Finding vLLM, and the command that serves a target with it.
 
 vLLM pins its own torch, so it usually lives in another environment than peagle; all that is asked
-of it goes through its interpreter. The server is the head of a process group of its own, because
-vLLM's workers outlive a server that is killed alone.
+of it goes through its interpreter.
 """
 
-import http.client
 import json
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
+
+from peagle.engine.server import Server, free_port
 
 FIRST_VERSION = (0, 16)  # the first vLLM with parallel_drafting (vllm-project/vllm#32887)
 MODEL_NAME = "target"
-LINES_SHOWN = 15
 PROBE_TIMEOUT_S = 900  # the first import reads gigabytes of libraries
 
 # Runs in vLLM's interpreter. Logging may share standard output, so the answer is the last line.
@@ -47,10 +39,6 @@ if importlib.util.find_spec("vllm"):
 print()
 print(json.dumps(found))
 """
-
-
-class EngineError(OSError):
-    """The engine did not come up, or died; the message ends with its last log lines."""
 
 
 class Vllm(NamedTuple):
@@ -176,101 +164,9 @@ def server_environment(vllm: Vllm, inherited: Mapping[str, str]) -> dict[str, st
     return {**ours, **inherited}
 
 
-def serve(vllm: Vllm, serving: Serving, *, timeout_s: float) -> "Server":
+def serve(vllm: Vllm, serving: Serving, *, timeout_s: float) -> Server:
     """A server of this vLLM, to be entered as a context."""
     port = free_port()
     environment = server_environment(vllm, os.environ)
     command = server_command(vllm, serving, port)
     return Server(command, port, environment=environment, timeout_s=timeout_s)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Server:
-    """A server process that answers ``/health``; as a context it is gone afterwards.
-
-    Args:
-        command: starts the server on ``port``.
-        timeout_s: how long it may take to come up.
-
-    Raises:
-        EngineError: from ``with``, if it does not come up or is dead when an error leaves the
-            block.
-    """
-
-    def __init__(
-        self, command: list[str], port: int, *, environment: dict[str, str], timeout_s: float
-    ):
-        self.command, self.port, self.environment = command, port, environment
-        self.timeout_s = timeout_s
-
-    def __enter__(self) -> "Server":
-        self.folder = tempfile.TemporaryDirectory(prefix="peagle-engine-")
-        self.log = Path(self.folder.name) / "log"
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.environment,
-                cwd=self.folder.name,  # else modules beside the user would shadow vLLM's
-                start_new_session=True,
-            )
-        try:
-            self.wait_until_up()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def wait_until_up(self) -> None:
-        deadline = time.monotonic() + self.timeout_s
-        while not self.healthy():
-            if self.process.poll() is not None:
-                raise self.failure(f"ended with status {self.process.returncode} at its start")
-            if time.monotonic() > deadline:
-                raise self.failure(f"did not come up in {self.timeout_s:.0f} s")
-            time.sleep(0.2)
-
-    def healthy(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
-
-    def failure(self, what: str) -> EngineError:
-        lines = self.log.read_text(errors="replace").strip().splitlines()[-LINES_SHOWN:]
-        return EngineError("\n".join([f"the engine {what}; its last lines:", *lines]))
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        lost = isinstance(error, OSError | http.client.HTTPException) and not self.healthy()
-        failure = self.failure("died while it was asked") if lost else None
-        self.stop()
-        if failure:
-            raise failure from error
-
-    def stop(self) -> None:
-        """End the server and all that it started, also when interrupted while it waits."""
-        try:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            self.process.wait(20)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            pass  # all gone, or ended by the signal that nobody can ignore
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.folder.cleanup()
