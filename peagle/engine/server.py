@@ -1,7 +1,7 @@
 """A server process that leaves nothing behind.
 
-It is the head of a process group of its own, because vLLM's workers outlive a server that is killed
-alone.
+It has a process group of its own, because vLLM's workers outlive a server that is killed alone, and
+the head of that group holds a pipe to this process, because ``kill -9`` leaves nobody to end it.
 """
 
 import http.client
@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -16,6 +17,20 @@ from pathlib import Path
 from types import TracebackType
 
 LINES_SHOWN = 15
+
+# Head of the group: starts the server and ends with its status. When peagle is gone, however it
+# went, the pipe is at its end, and the group is killed. SIGTERM is for the server to end by.
+LEASH = """
+import os, signal, subprocess, sys, threading
+server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def watch():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+status = server.wait()
+os._exit(status if status >= 0 else 128 - status)
+"""
 
 
 class EngineError(OSError):
@@ -30,6 +45,8 @@ def free_port() -> int:
 
 class Server:
     """A server process that answers ``/health``; as a context it is gone afterwards.
+
+    It is gone as well when this process is killed.
 
     Args:
         command: starts the server on ``port``.
@@ -51,7 +68,8 @@ class Server:
         self.log = Path(self.folder.name) / "log"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                self.command,
+                [sys.executable, "-c", LEASH, *self.command],
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self.environment,
@@ -111,4 +129,5 @@ class Server:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+            self.process.stdin.close()
             self.folder.cleanup()
