@@ -20,7 +20,7 @@ LEVELS = [
     {"model.attention", "model.target", "data.batch"},
     {"model.base", "model.windows", "data.talks", "data.states"},
     {"model.drafter", "model.eagle3", "data.answers", "data.converted"},
-    {"model.kinds"},
+    {"model.kinds", "data.served"},
     {"model.drafting", "model.initial", "model.servable", "model.objective", "data.capture"},
     {"decoding", "model.export"},
     {"bench.client"},

@@ -28,7 +28,7 @@ from peagle.model.export import export_drafter
 ROOT = Path(__file__).parent.parent
 VLLM = Vllm("/env/bin/python", "0.32.0", ("LlamaForCausalLMEagle3", "LlamaForCausalLM"), "cpu",
             "cpu", False, "/env/lib/libiomp5.so")  # fmt: skip
-SERVING = Serving("/models/t", None, "/runs/drafter", True, 5, "bfloat16", None, True, ())
+SERVING = Serving("/models/t", None, "/runs/drafter", True, 5, "bfloat16", None, True, False, ())
 
 # A server with a child of its own, as vLLM has; answers /health, dies when asked anything else.
 SERVER = """

