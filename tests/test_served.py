@@ -19,8 +19,8 @@ import torch
 
 from peagle.data.capture import capture
 from peagle.data.capture_config import CaptureConfig
-from peagle.data.prompts import PromptSource
-from peagle.data.served import complete
+from peagle.data.prompts import Prompt, PromptSource
+from peagle.data.served import Partner, complete
 from peagle.data.store import Store
 from peagle.engine.server import EngineError
 from peagle.model.target import TargetSource, end_tokens
@@ -241,3 +241,13 @@ def test_what_the_engine_says_about_a_request_is_passed_on(status, kind, words):
     content = json.dumps({"error": {"message": "too long"}}).encode()
     with answering(status, content) as port, pytest.raises(kind, match=words):
         complete(port, [5], max_new_tokens=3, temperature=0.0, seed=1, ends={2})
+
+
+def test_a_prompt_that_the_engine_refuses_is_named():
+    content = json.dumps({"error": {"message": "no such token"}}).encode()
+    with answering(400, content) as port:
+        partner = Partner(port, TARGET.tokenizer(), {2}, CONFIG)
+        with pytest.raises(
+            ValueError, match=r"prompt mine/7: the engine refuses .*: no such token"
+        ):
+            partner.talk(Prompt("mine/7", None, ("def a():",)), greedy=True)
