@@ -4,7 +4,7 @@ Only answers: hidden states are read by transformers, whose layers are the conve
 keeps. The two never hold the target at the same time. The server starts before transformers loads
 the weights, and is gone when the last answer is written.
 
-Every conversation goes on by itself, in its own pace, and is kept when it ends. A request has a
+Every conversation goes on at its own pace, and is kept when it ends. A request has a
 seed of its own, made from the run's seed, the prompt and the turn, so that a capture which is
 resumed, or shared among processes, draws as an uninterrupted one does. Only rounding depends on
 what else is under way.
@@ -35,7 +35,7 @@ from peagle.engine.vllm import (
 )
 from peagle.model.target import TargetSource
 
-IN_FLIGHT = 512  # what vLLM has no room for waits there; more would need more than 1,024 open files
+IN_FLIGHT = 512  # what has no room in vLLM waits there; 1,024 open files are a usual limit
 START_TIMEOUT_S = 3600.0  # it may have to fetch the weights
 ANSWER_TIMEOUT_S = 6 * 3600.0  # of a long answer, with all that waits before it
 
