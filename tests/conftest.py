@@ -1,9 +1,10 @@
-"""Fixtures: seeded tests, a store made of random hidden states, and a Hub to publish on."""
+"""Fixtures: seeded tests, a store of random hidden states, a Hub, and an engine's stand-in."""
 
 import pytest
 import torch
 from hub_server import TOKEN, Hub
 from random_parts import make_head, make_manifest, make_sample
+from stand_in import make_stand_in
 
 from peagle.data.store import StoreWriter
 from peagle.model.target_layers import TargetLayers
@@ -28,6 +29,18 @@ def random_store(tmp_path):
     TargetLayers({}).save(folder / "target_layers.safetensors")
     make_manifest().write(folder)
     return folder
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Makes stand-ins whose processes can be told from all others."""
+
+    def make(behaviour="", **found):
+        made = make_stand_in(tmp_path, behaviour, **found)
+        monkeypatch.setenv("PEAGLE_STAND_IN", made.python)
+        return made
+
+    return make
 
 
 @pytest.fixture
