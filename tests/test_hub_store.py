@@ -213,9 +213,7 @@ def test_a_damaged_copy_is_fetched_anew_and_damage_on_the_hub_is_bad(own_hub, ra
 def test_a_cache_must_hold_two_shards_and_be_on_a_disk_that_holds_it(own_hub, random_store):
     put_store(own_hub, random_store)
     largest = max(shards_of(random_store).values())
-    with pytest.raises(
-        ValueError, match=r"cache_gb = 1e-06 does not hold two shards .* give 0\.01 or"
-    ):
+    with pytest.raises(ValueError, match=r"cache_gb = 1e-06 does not hold two .* give 0\.01 or"):
         opened(cache_gb=1e-6)
     assert opened(cache_gb=2 * largest / 1e9 + 1e-9).cache.limit >= 2 * largest
     with pytest.raises(ValueError, match=r"is more than .* has room for: .* GB are free"):

@@ -1,0 +1,121 @@
+"""``--store hf://...`` as a user gives it: what is refused, and a whole fit from the Hub."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_fits import STEPS, losses, peagle, write_config
+from hub_server import TOKEN, Hub
+from hub_stores import ADDRESS, NAME, fetched, put_store
+from random_parts import make_manifest
+
+from peagle.cli import run
+from peagle.data.capture import wanted_manifest
+from peagle.data.capture_config import CaptureConfig
+from peagle.data.prompts import PromptSource
+from peagle.model.target import TargetSource
+
+quiet = pytest.mark.filterwarnings("ignore")  # of Lightning and jsonargparse
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("revision", "words"),
+    [
+        ("main", r"tiny@\w{40} is not for this run: the store was captured with fingerprint ="),
+        ("v9", "tiny@v9 cannot be fetched: 404"),
+    ],
+)
+def test_a_store_of_another_target_or_revision_is_refused(
+    own_hub, random_store, tmp_path, monkeypatch, revision, words
+):
+    monkeypatch.setattr(sys, "argv", ["peagle"])
+    put_store(own_hub, random_store)
+    config = write_config(tmp_path / "run", ADDRESS.replace("main", revision))
+    with pytest.raises(ValueError, match=words) as raised:
+        run("fit", ["fit", "--config", str(config)])
+    assert TOKEN not in str(raised.value) and fetched(own_hub) == []
+
+
+@quiet
+def test_a_store_of_other_prompts_is_refused_with_the_difference(
+    own_hub, random_store, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["peagle"])
+    settings = {"max_new_tokens": 12, "max_tokens": 160, "val_share": 0.3}
+    config = CaptureConfig(prompts=[PromptSource("stdlib", limit=24)], **settings)
+    wanted_manifest(TargetSource("tiny"), config).write(random_store)
+    made = json.dumps({"made_with": config.made_with() | {"greedy_share": 0.123}})
+    (random_store / "capture.json").write_text(made)
+    put_store(own_hub, random_store)
+    with pytest.raises(ValueError, match=r"not for this run: .* made with greedy_share = 0\.123"):
+        run("fit", ["fit", "--config", str(write_config(tmp_path / "run", ADDRESS))])
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("fit", r"there is no store at hf://.*, and none is captured there: capture into a folder"),
+        ("capture", "a store is captured into a folder: give --store FOLDER"),
+    ],
+)
+def test_nothing_is_captured_into_the_hub(own_hub, tmp_path, monkeypatch, command, words):
+    monkeypatch.setattr(sys, "argv", ["peagle"])
+    monkeypatch.chdir(tmp_path)
+    own_hub.put(f"datasets/{NAME}", {"README.md": b"# Nothing yet"})
+    config = write_config(tmp_path / "run", ADDRESS)
+    with pytest.raises(ValueError, match=words):
+        run(command, [command, "--config", str(config)])
+    assert not (tmp_path / "hf:").exists() and not (tmp_path / "run").exists()
+
+
+def test_the_manifest_of_these_tests_is_another_targets():
+    assert make_manifest().fingerprint != TargetSource("tiny").fingerprint()
+
+
+def settings_of(hub: Hub, home: Path) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_fit_from_what_hf_upload_put_there_is_the_one_from_the_folder(tmp_path):
+    """Capture and fit, the README's line of ``hf upload``, and a fit on another machine."""
+    store, local, afar = tmp_path / "store", tmp_path / "local", tmp_path / "afar/run"
+    shards = ("--capture.shard_mb", 1)
+    ended = peagle("fit", "--config", write_config(local, store), *shards)
+    assert ended.returncode == 0, ended.stderr
+    with Hub() as hub:
+        line = f"hf upload {NAME} {store} tiny --repo-type dataset --private --exclude answers*"
+        program = [str(Path(sys.executable).with_name("hf")), *line.split()[1:]]
+        environment = os.environ | settings_of(hub, tmp_path)
+        subprocess.run(program, env=environment, check=True, capture_output=True, timeout=120)
+        names = {Path(name).name for name in hub.content(f"datasets/{NAME}")}
+        assert names == {path.name for path in store.iterdir()} - {"answers.jsonl"} | {
+            ".gitattributes"
+        }
+        answers = (store / "answers.jsonl").read_text()
+        shutil.rmtree(store)
+        afar.parent.mkdir()
+        config = write_config(afar, ADDRESS)
+        small = ("--data.cache_gb", 0.02, "--data.num_workers", 2)
+        ended = peagle("fit", "--config", config, *shards, *small, **settings_of(hub, afar.parent))
+        assert ended.returncode == 0, ended.stderr
+        commit = hub.repos[f"datasets/{NAME}"].branches["main"]
+    assert f"store {ADDRESS[:-4]}{commit}" in ended.stderr
+    assert len(losses(local)) == STEPS and losses(afar) == losses(local)
+    name = "drafter/model.safetensors"
+    assert (afar / name).read_bytes() == (local / name).read_bytes()
+    known = json.loads((afar / "provenance.json").read_text())["data"]["store"]
+    assert known == f"{ADDRESS[:-4]}{commit}"
+    files = [path for path in afar.parent.rglob("*") if path.is_file()]
+    assert any(path.name == "shard-00000.safetensors" for path in files) and answers
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+    assert TOKEN not in ended.stdout + ended.stderr
