@@ -22,7 +22,7 @@ from peagle.data.capture import capture, refuse_other_store
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.datamodule import HiddenStatesDataModule
 from peagle.data.disk import write_atomically
-from peagle.data.hub_store import store_address
+from peagle.data.hub_store import find_store, store_address
 from peagle.evaluation import EvaluationConfig
 from peagle.model.export import Verifier, export_drafter
 from peagle.model.servable import Layout
@@ -144,7 +144,7 @@ class PEagleCLI(LightningCLI):
         if store_address(config.store) is not None:
             if rank_zero_only.rank == 0:
                 found = self.datamodule.on_hub()
-                refuse_other_store(target, config.capture, found.folder, str(found.address))
+                refuse_other_store(target, config.capture, found.folder, str(found))
             return
         if rank_zero_only.rank == 0:
             # Sampling answers must not move the seed that a drafter's weights are drawn from.
@@ -202,13 +202,13 @@ class PlanCLI(PEagleCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         config = self.parser.instantiate_classes(self.config)[subcommand]
-        written = self.config[subcommand]
+        written, address = self.config[subcommand], store_address(config.store)
         text = plan(
             TargetSource(config.target, config.revision),
             config.capture,
             config.evaluation,
             run_shape(config, str(written.model.optimizer)),
-            Path(config.store),
+            Path(config.store) if address is None else find_store(address),
             answers=config.answers,
             seconds=config.seconds,
         )

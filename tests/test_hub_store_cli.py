@@ -74,6 +74,18 @@ def test_nothing_is_captured_into_the_hub(own_hub, tmp_path, monkeypatch, comman
     assert not (tmp_path / "hf:").exists() and not (tmp_path / "run").exists()
 
 
+@quiet
+def test_a_plan_counts_the_store_on_the_hub(own_hub, random_store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peagle"])
+    put_store(own_hub, random_store)
+    size = sum(path.stat().st_size for path in random_store.iterdir())
+    config = write_config(tmp_path / "run", ADDRESS)
+    run("plan", ["plan", "--config", str(config), "--seconds", "0.01"])
+    said = capsys.readouterr().out
+    assert "24 conversations (counted in the finished store)" in said
+    assert f"{size / 1000:.3g} kB in {ADDRESS[:-4]}" in said and fetched(own_hub) == []
+
+
 def test_the_manifest_of_these_tests_is_another_targets():
     assert make_manifest().fingerprint != TargetSource("tiny").fingerprint()
 

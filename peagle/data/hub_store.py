@@ -59,6 +59,9 @@ class FoundStore:
     files: dict[str, RemoteFile]
     folder: Path
 
+    def __str__(self) -> str:
+        return str(self.address)
+
     @property
     def shards(self) -> dict[str, int]:
         """Sizes in bytes."""
