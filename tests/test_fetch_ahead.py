@@ -117,6 +117,6 @@ def test_an_order_that_fetches_much_comes_with_advice(tmp_path):
     few, many = make_cache(tmp_path, shards=2), make_cache(tmp_path, shards=8)
     again = [[name] for name in NAMES] * 3
     said = traffic("an epoch", again, few)
-    assert said.startswith("an epoch fetches 2.4e-05 GB") and "or data.block_shards" in said
-    assert sum(SIZES.values()) == 8000 and "give data.cache_gb 8e-06" in said
+    assert said.startswith("an epoch fetches 2.4e-05 GB") and "or fewer data.block_shards" in said
+    assert sum(SIZES.values()) == 8000 and "with data.cache_gb 0.01" in said
     assert "block_shards" not in traffic("an epoch", again, many)

@@ -245,8 +245,11 @@ def test_what_a_killed_start_left_is_cleaned_and_the_token_is_in_no_file(own_hub
     leftover = store.folder.parent / ".cache/huggingface/download/tiny/x.incomplete"
     assert leftover.parent.is_dir()
     leftover.write_bytes(b"half")
+    torn = store.folder / "target.safetensors"
+    torn.write_bytes(b"of a crash")
     find_store(store.address)
     assert not leftover.exists()
+    assert torn.read_bytes() == (random_store / "target.safetensors").read_bytes()
     store.read(0)
     files = [path for path in store.cache.root.rglob("*") if path.is_file()]
     assert len(files) > 8

@@ -2,13 +2,13 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from hub_fits import STEPS, losses, peagle, write_config
+from hub_fits import ROOT, STEPS, losses, peagle, write_config
 from hub_server import TOKEN, Hub
 from hub_stores import ADDRESS, NAME, fetched, put_store
 from random_parts import make_manifest
@@ -97,37 +97,94 @@ def settings_of(hub: Hub, home: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-@pytest.mark.slow
-def test_a_fit_from_what_hf_upload_put_there_is_the_one_from_the_folder(tmp_path):
-    """Capture and fit, the README's line of ``hf upload``, and a fit on another machine."""
-    store, local, afar = tmp_path / "store", tmp_path / "local", tmp_path / "afar/run"
-    shards = ("--capture.shard_mb", 1)
-    ended = peagle("fit", "--config", write_config(local, store), *shards)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A store of many small shards, as a fit from the command line has made it, beside its run."""
+    folder = tmp_path_factory.mktemp("made")
+    ended = peagle("fit", "--config", write_config(folder / "run", folder / "store"), *SHARDS)
     assert ended.returncode == 0, ended.stderr
+    assert len(list((folder / "store").glob("shard-*.parquet"))) > 4
+    return folder
+
+
+PROMPTS = "[{source: stdlib, split: train, limit: 96}]"
+SHARDS = ("--capture.shard_mb", 1, "--capture.prompts", PROMPTS)
+DRAFTER = "drafter/model.safetensors"
+
+
+def equal_drafters(ours: Path, theirs: Path) -> bool:
+    return (ours / DRAFTER).read_bytes() == (theirs / DRAFTER).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_fit_from_what_hf_upload_put_there_is_the_one_from_the_folder(made, tmp_path):
+    """Capture and fit, the README's line of ``hf upload``, and a fit on another machine."""
+    run_dir = tmp_path / "afar/run"
+    run_dir.parent.mkdir()
     with Hub() as hub:
-        line = f"hf upload {NAME} {store} tiny --repo-type dataset --private --exclude answers*"
+        line = f"hf upload {NAME} {made}/store tiny --repo-type dataset --private"
         program = [str(Path(sys.executable).with_name("hf")), *line.split()[1:]]
+        program += ["--exclude", "answers*.jsonl"]
         environment = os.environ | settings_of(hub, tmp_path)
         subprocess.run(program, env=environment, check=True, capture_output=True, timeout=120)
-        names = {Path(name).name for name in hub.content(f"datasets/{NAME}")}
-        assert names == {path.name for path in store.iterdir()} - {"answers.jsonl"} | {
-            ".gitattributes"
-        }
-        answers = (store / "answers.jsonl").read_text()
-        shutil.rmtree(store)
-        afar.parent.mkdir()
-        config = write_config(afar, ADDRESS)
-        small = ("--data.cache_gb", 0.02, "--data.num_workers", 2)
-        ended = peagle("fit", "--config", config, *shards, *small, **settings_of(hub, afar.parent))
+        names = {Path(name).name for name in hub.content(f"datasets/{NAME}")} - {".gitattributes"}
+        assert names == {path.name for path in (made / "store").iterdir()} - {"answers.jsonl"}
+        small = ("--data.cache_gb", 0.004, "--data.num_workers", 2)
+        config = write_config(run_dir, ADDRESS)
+        settings = settings_of(hub, run_dir.parent)
+        ended = peagle("fit", "--config", config, *SHARDS, *small, **settings)
         assert ended.returncode == 0, ended.stderr
         commit = hub.repos[f"datasets/{NAME}"].branches["main"]
     assert f"store {ADDRESS[:-4]}{commit}" in ended.stderr
-    assert len(losses(local)) == STEPS and losses(afar) == losses(local)
-    name = "drafter/model.safetensors"
-    assert (afar / name).read_bytes() == (local / name).read_bytes()
-    known = json.loads((afar / "provenance.json").read_text())["data"]["store"]
+    assert len(losses(run_dir)) == STEPS and losses(run_dir) == losses(made / "run")
+    assert equal_drafters(run_dir, made / "run")
+    known = json.loads((run_dir / "provenance.json").read_text())["data"]["store"]
     assert known == f"{ADDRESS[:-4]}{commit}"
-    files = [path for path in afar.parent.rglob("*") if path.is_file()]
-    assert any(path.name == "shard-00000.safetensors" for path in files) and answers
+    files = [path for path in run_dir.parent.rglob("*") if path.is_file()]
+    assert any(path.match("shards/*/shard-00000.safetensors") for path in files)
     assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
     assert TOKEN not in ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_share_one_cache_and_train_as_from_the_folder(made, tmp_path):
+    ranks = (*SHARDS, "--trainer.devices", 2, "--trainer.strategy", "ddp")
+    local, afar = tmp_path / "local", tmp_path / "afar"
+    ended = peagle("fit", "--config", write_config(local, made / "store"), *ranks)
+    assert ended.returncode == 0, ended.stderr
+    with Hub() as hub:
+        put_store(hub, made / "store")
+        config = write_config(afar, ADDRESS)
+        ended = peagle("fit", "--config", config, *ranks, **settings_of(hub, tmp_path))
+        assert ended.returncode == 0, ended.stderr
+        assert hub.count("info") <= 2, "a branch is asked for by the first process alone"
+        assert len(fetched(hub)) == len(set(fetched(hub))) > 4
+    assert losses(afar) == losses(local) and equal_drafters(afar, local)
+
+
+@pytest.mark.slow
+def test_a_fit_that_is_killed_amid_its_downloads_goes_on_and_leaves_nothing(made, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    config = write_config(run_dir, ADDRESS, 1)
+    command = [sys.executable, "-m", "peagle", "fit", "--config", str(config), *map(str, SHARDS)]
+    command += ["--ckpt_path", "last", "--data.cache_gb", "0.004", "--data.num_workers", "2"]
+    with Hub() as hub:
+        put_store(hub, made / "store")
+        hub.fault("resolve", hang=0.2, where=r"GET .*shard-\d+\.safetensors")
+        settings = os.environ | settings_of(hub, tmp_path) | {"OMP_NUM_THREADS": "1"}
+        for kill_at in (1, 4, 9):
+            hub.requests.clear()
+            with log.open("a") as file:
+                process = subprocess.Popen(
+                    command, cwd=ROOT, env=settings, stdout=file, stderr=file
+                )
+            while len(fetched(hub)) < kill_at and process.poll() is None:
+                time.sleep(0.005)
+            assert process.poll() is None, log.read_text()
+            process.kill()
+            process.wait()
+        arriving = tmp_path / "hf/assets/peagle/hub/stores/arriving"
+        assert list(arriving.iterdir()), "every kill came between two downloads"
+        subprocess.run(command, cwd=ROOT, env=settings, check=True, capture_output=True)
+    assert not list(arriving.iterdir()) and equal_drafters(run_dir, made / "run")
+    assert not list(tmp_path.rglob("*.incomplete"))

@@ -144,14 +144,14 @@ def test_a_shard_that_stays_away_ends_the_run_with_its_checkpoint(
                 own_hub.fault("resolve", status=503, where="^GET")
 
     with pytest.raises(FetchError, match=r"^shard-\d+\.safetensors of hf://.*/tiny@.*503 Serv"):
-        train(tmp_path, ADDRESS, 30, callbacks=[Outage()], **small)
+        train(tmp_path, ADDRESS, 14, callbacks=[Outage()], **small)
     own_hub.faults.clear()
     last = tmp_path / "checkpoints/last.ckpt"
     done = torch.load(last, weights_only=True)["global_step"]
     assert done >= 4 and load_drafter(last)
-    rest, weights, data = train(tmp_path, ADDRESS, 30, ckpt_path=str(last), **small)
-    assert len(rest) == 30 - done and not data.bad.found
-    assert equal(weights, train(tmp_path / "folder", store, 30)[1])
+    rest, weights, data = train(tmp_path, ADDRESS, 14, ckpt_path=str(last), **small)
+    assert len(rest) == 14 - done and not data.bad.found
+    assert equal(weights, train(tmp_path / "folder", store, 14)[1])
 
 
 def test_only_the_first_process_asks_what_a_branch_is(own_hub, store, tmp_path, monkeypatch):

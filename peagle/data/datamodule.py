@@ -333,9 +333,11 @@ class HiddenStatesDataModule(L.LightningDataModule):
         return moved._replace(**kept)
 
     def hash_of(self, samples: list[int]) -> str:
-        entries = (self.store.entries[i] for i in samples)
-        blocks = self.block_shards is not None  # then the order depends on the shards, too
-        text = "".join(f"{e.sample} {e.tokens}{blocks * e.shard}\n" for e in entries)
+        """Of what the order depends on: with blocks also in which shards the samples are."""
+        entries = [self.store.entries[i] for i in samples]
+        text = "".join(f"{entry.sample} {entry.tokens}\n" for entry in entries)
+        if self.block_shards is not None:
+            text += "".join(f"{entry.shard}\n" for entry in entries)
         return xxhash.xxh3_64_hexdigest(text.encode())
 
     def state_dict(self) -> dict[str, Any]:

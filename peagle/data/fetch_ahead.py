@@ -1,5 +1,6 @@
 """Fetches the shards of the packs that come next, as far ahead as the cache holds them."""
 
+import math
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -113,8 +114,10 @@ def traffic(what: str, needs: Iterable[list[str]], cache: ShardCache) -> str:
     """How much an order fetches, and what would help if it is more than the store."""
     total = sum(cache.sizes.values())
     fetched = bytes_to_fetch(needs, cache.sizes, cache.limit)
-    often = fetched > 1.5 * total
-    advice = f": give data.cache_gb {total / 1e9:.3g}, or data.block_shards" if often else ""
+    advice = ""
+    if fetched > 1.5 * total:
+        enough = math.ceil(total / 1e7) / 100
+        advice = f": with data.cache_gb {enough:g}, or fewer data.block_shards, it is less"
     return (
         f"{what} fetches {fetched / 1e9:.3g} GB where nothing is cached; the store has "
         f"{total / 1e9:.3g} GB, the cache {cache.limit / 1e9:.3g}{advice}"

@@ -142,11 +142,7 @@ def find_store(address: HubAddress) -> FoundStore:
     missing = [name for name in NEEDED if name not in files]
     if missing:
         raise ValueError(f"{address} is no whole store, it has no {missing[0]}: upload it again")
-    folder = fetch_small(address)
-    for name, file in files.items():
-        if name in NEEDED or name.endswith(".parquet"):
-            refuse_other_size(folder / name, file)
-    return FoundStore(address, files, folder)
+    return FoundStore(address, files, fetch_small(address, files))
 
 
 def open_store(found: FoundStore, *, cache_gb: float, allow_missing: bool) -> HubStore:
@@ -200,15 +196,19 @@ def listing(address: HubAddress) -> dict[str, RemoteFile]:
     }
 
 
-def fetch_small(address: HubAddress) -> Path:
+def fetch_small(address: HubAddress, files: dict[str, RemoteFile]) -> Path:
     """Bring everything but the shards into the cache; returns its folder."""
     for kind in ("http_get", "xet_get"):  # a bar per shard would drown that of training
         disable_progress_bars(f"huggingface_hub.{kind}")
     root = cache_root() / "small" / name_of(address)
-    names = [*NEEDED, "shard-*.parquet"]
+    folder, names = root / address.path, [*NEEDED, "shard-*.parquet"]
+    small = [name for name in files if name in NEEDED or name.endswith(".parquet")]
     with locked(root.with_name(root.name + ".lock")):
         for leftover in root.glob(".cache/huggingface/download/**/*.incomplete"):
             leftover.unlink()
+        for name in small:  # the client takes what is there for whole
+            if size_of(folder / name) != files[name].size:
+                (folder / name).unlink(missing_ok=True)
         patiently(
             str(address),
             lambda: snapshot_download(
@@ -219,7 +219,10 @@ def fetch_small(address: HubAddress) -> Path:
                 allow_patterns=[address.inside(name) for name in names],
             ),
         )
-    return root / address.path
+    torn = [name for name in small if size_of(folder / name) != files[name].size]
+    if torn:
+        raise FetchError(f"{torn[0]} of {address} did not come whole: start again")
+    return folder
 
 
 def download(address: HubAddress, name: str, folder: Path) -> Path:
@@ -236,7 +239,8 @@ def download(address: HubAddress, name: str, folder: Path) -> Path:
 def refuse_other_content(path: Path, wanted: RemoteFile) -> None:
     """Raise ``OSError`` and remove the file unless it is the one that the Hub lists."""
     try:
-        refuse_other_size(path, wanted)
+        if size_of(path) != wanted.size:
+            raise OSError(f"it came with {size_of(path)} bytes instead of {wanted.size}")
         with open(path, "rb") as file:
             found = wanted.sha256 and hashlib.file_digest(file, "sha256").hexdigest()
         if found != wanted.sha256:
@@ -246,10 +250,8 @@ def refuse_other_content(path: Path, wanted: RemoteFile) -> None:
         raise
 
 
-def refuse_other_size(path: Path, wanted: RemoteFile) -> None:
-    size = path.stat().st_size if path.exists() else 0
-    if size != wanted.size:
-        raise OSError(f"{path.name} came with {size} bytes instead of {wanted.size}")
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
 
 
 def patiently(what: str, attempt: Callable[[], Result]) -> Result:
