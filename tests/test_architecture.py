@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("peagle/**/*.py"), *ROOT.glob("callbacks/**/*.py")])
 LEVELS = [
+    {"address"},
     {"provenance", "optimizer", "optimizer_options", "guard", "checkpoint", "data.order",
      "cod.rollouts", "model.config", "model.products", "data.chat", "data.prompts",
      "data.read_ahead", "data.shard", "data.disk", "data.buffers", "engine.server", "engine.post"},
@@ -16,8 +17,8 @@ LEVELS = [
     {"cod.segments", "cod.visibility", "data.bad_samples", "data.vocab", "data.capture_config",
      "data.parts", "restore", "metrics", "model.layers", "model.row_states", "model.memory",
      "model.slot_cache", "model.target_head", "model.target_layers"},
-    {"model.flash", "model.flex"},
-    {"model.attention", "model.target", "data.batch"},
+    {"model.flash", "model.flex", "data.shard_cache"},
+    {"model.attention", "model.target", "data.batch", "data.fetch_ahead", "data.hub_store"},
     {"model.base", "model.windows", "data.talks", "data.states"},
     {"model.drafter", "model.eagle3", "data.answers", "data.converted"},
     {"model.kinds", "data.served"},

@@ -138,6 +138,17 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
     return wanted
 
 
+def refuse_other_store(
+    target: TargetSource, config: CaptureConfig, folder: Path, name: str
+) -> None:
+    """Raise ``ValueError`` unless the store in ``folder``, known as ``name``, is this run's."""
+    wanted, made = wanted_manifest(target, config), config.made_with()
+    try:
+        finished(folder, wanted, made)
+    except ValueError as error:
+        raise ValueError(f"{name} is not for this run: {error}") from error
+
+
 def finished(folder: Path, wanted: Manifest, made: dict[str, Any]) -> bool:
     """Whether the store is there; raises ``ValueError`` when it, or its beginning, is another."""
     for place in (folder, folder / PARTIAL):

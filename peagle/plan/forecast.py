@@ -17,6 +17,7 @@ from peagle.data.answers import different, given, is_greedy, too_small
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import documents
 from peagle.data.converted import opened
+from peagle.data.hub_store import FoundStore
 from peagle.data.prompts import Prompt, load_prompts
 from peagle.data.states import sample_bytes_per_token
 from peagle.data.store import Manifest, Store
@@ -51,11 +52,20 @@ class Forecast:
 
 
 def forecast(
-    target: TargetSource, config: CaptureConfig, manifest: Manifest, folder: Path, *, answers: int
+    target: TargetSource,
+    config: CaptureConfig,
+    manifest: Manifest,
+    place: Path | FoundStore,
+    *,
+    answers: int,
 ) -> Forecast:
     """The data of a run; ``answers`` prompts are answered to learn how long answers are."""
-    if (folder / "manifest.json").exists():
-        return counted(folder)
+    if isinstance(place, FoundStore):
+        size = sum(file.size for file in place.files.values())
+        return counted(Store(place.folder, allow_missing=True), size)
+    if (place / "manifest.json").exists():
+        size = sum(path.stat().st_size for path in place.iterdir() if path.is_file())
+        return counted(Store(place), size)
     if config.speculators is not None:
         return to_convert(target, config, manifest)
     prompts, unknown, unread = readable(config)
@@ -85,10 +95,8 @@ def forecast(
     )
 
 
-def counted(folder: Path) -> Forecast:
-    """What a finished store holds."""
-    store = Store(folder)
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+def counted(store: Store, size: int) -> Forecast:
+    """What a finished store holds; ``size`` is that of its files."""
     return Forecast(
         conversations=len(store),
         tokens=sum(entry.tokens for entry in store.entries),

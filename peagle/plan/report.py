@@ -10,6 +10,7 @@ from peagle.cod.rollouts import Cod
 from peagle.data.capture import shape_of
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.datamodule import DEFAULT_ROWS
+from peagle.data.hub_store import FoundStore
 from peagle.data.store import Manifest
 from peagle.evaluation import EvaluationConfig
 from peagle.model.config import PEagleConfig
@@ -47,7 +48,7 @@ def plan(
     capture: CaptureConfig,
     evaluation: EvaluationConfig,
     run: RunShape,
-    folder: Path,
+    place: Path | FoundStore,
     *,
     answers: int = 128,
     seconds: float = 2.0,
@@ -55,13 +56,14 @@ def plan(
     """The plan as text.
 
     Args:
+        place: of the store: its folder, whether it is there yet or not, or on the Hub.
         answers: prompts that the target answers to learn how long answers are.
         seconds: how long this machine's speed is measured.
     """
     text = target.config()
     shape = shape_of(text, capture)
     manifest = Manifest(target.name, target.revision, "", tokenizer="", answers="", **shape)
-    data = forecast(target, capture, manifest, folder, answers=answers)
+    data = forecast(target, capture, manifest, place, answers=answers)
     config = PEagleConfig(
         **{**manifest.block, **run.architecture},
         vocab_size=manifest.vocab_size,
@@ -83,9 +85,9 @@ def plan(
         f"target     {target.name}: {text.model_type}, {shape['num_layers']} layers of width "
         f"{shape['hidden_size']}, vocabulary {shape['vocab_size']}; captured {shape['layer_ids']}",
         f"mask token {mask_token(target, config.mask_token_id)}",
-        *data_lines(data, folder),
+        *data_lines(data, place),
         *cost_lines(config, cost, sequence, run, data, rate),
-        *warnings(data, config, capture, evaluation, run, folder),
+        *warnings(data, config, capture, evaluation, run, place),
     ]
     return "\n".join(lines)
 
@@ -121,11 +123,11 @@ def mask_token(target: TargetSource, mask: int | None) -> str:
     return f"{mask}, {token!r}" if token else f"{mask}, a row that no token of the tokenizer uses"
 
 
-def data_lines(data: Forecast, folder: Path) -> list[str]:
+def data_lines(data: Forecast, place: Path | FoundStore) -> list[str]:
     lines = [
         f"samples    {data.conversations:,} conversations ({data.basis})",
         f"tokens     {data.tokens:,}, of which {data.supervised:,} are supervised",
-        f"disk       {size(data.bytes)} in {folder}",
+        f"disk       {size(data.bytes)} in {place}",
     ]
     if data.answer_seconds:
         lines.append(f"answers    {duration(data.answer_seconds)} for the target to write here")
@@ -168,7 +170,7 @@ def warnings(
     capture: CaptureConfig,
     evaluation: EvaluationConfig,
     run: RunShape,
-    folder: Path,
+    place: Path | FoundStore,
 ) -> list[str]:
     """What will go wrong, or less well than hoped."""
     found = [f"cannot be read here, counted by its limit only: {text}" for text in data.unread]
@@ -192,10 +194,11 @@ def warnings(
             f"data.max_tokens = {run.max_tokens} is smaller than capture.max_tokens = "
             f"{capture.max_tokens}: longer conversations are captured, but not trained"
         )
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    if data.bytes > free and not (folder / "manifest.json").exists():
-        found.append(f"the disk is too small: {size(data.bytes)} needed, {size(free)} free")
+    if isinstance(place, Path) and not (place / "manifest.json").exists():
+        there = next(p for p in (place, *place.absolute().parents) if p.exists())
+        free = shutil.disk_usage(there).free
+        if data.bytes > free:
+            found.append(f"the disk is too small: {size(data.bytes)} needed, {size(free)} free")
     return [f"warning    {problem}" for problem in found]
 
 
