@@ -71,7 +71,7 @@ def test_a_fit_from_the_hub_is_the_one_from_the_folder_to_the_bit(
         assert len(fetched(own_hub)) == 12
     said = capsys.readouterr().err
     assert said.count(f"store {data.address}\n") == 1
-    assert "an epoch of training fetches" in said and "a validation fetches" in said
+    assert "an epoch of training fetches about" in said and "a validation fetches" in said
 
 
 @pytest.mark.parametrize(("first", "second"), [("hub", "folder"), ("folder", "hub")])

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,13 @@ class Source:
 
 
 def held(root: Path) -> int:
-    """Bytes of copies and arrivals; files may vanish meanwhile."""
+    """Bytes of copies and arrivals; files and folders may vanish meanwhile."""
     total = 0
-    for path in [*root.glob("shards/*/*"), *root.glob("arriving/*/shard-*")]:
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
+    for kind in ("shards", "arriving"):
+        for folder, _, names in os.walk(root / kind):
+            for name in (name for name in names if name.startswith("shard-")):
+                with suppress(FileNotFoundError):
+                    total += os.stat(os.path.join(folder, name)).st_size
     return total
 
 

@@ -3,7 +3,8 @@
 import math
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from queue import SimpleQueue
 
 from peagle.data.order import Pack
@@ -40,7 +41,8 @@ class FetchAhead:
         coming: SimpleQueue[str | None] = SimpleQueue()
         stop = threading.Event()
         for _ in range(self.threads):
-            threading.Thread(target=self.fetch, args=(coming, stop), daemon=True).start()
+            arguments = (coming, window.held, stop)
+            threading.Thread(target=self.fetch, args=arguments, daemon=True).start()
         try:
             for number, pack in enumerate(packs):
                 self.shards.finished(window.leave(number - self.lag))
@@ -52,12 +54,13 @@ class FetchAhead:
             for _ in range(self.threads):
                 coming.put(None)
 
-    def fetch(self, coming: "SimpleQueue[str | None]", stop: threading.Event) -> None:
+    def fetch(
+        self, coming: "SimpleQueue[str | None]", needed: Mapping[str, int], stop: threading.Event
+    ) -> None:
         while (shard := coming.get()) is not None and not stop.is_set():
-            try:
-                self.shards.open(shard).close()
-            except (ValueError, OSError):
-                continue
+            if shard in needed:  # else its reader was faster, and it has been read
+                with suppress(ValueError, OSError):
+                    self.shards.open(shard).close()
 
 
 class Window:
@@ -119,6 +122,6 @@ def traffic(what: str, needs: Iterable[list[str]], cache: ShardCache) -> str:
         enough = math.ceil(total / 1e7) / 100
         advice = f": with data.cache_gb {enough:g}, or fewer data.block_shards, it is less"
     return (
-        f"{what} fetches {fetched / 1e9:.3g} GB where nothing is cached; the store has "
+        f"{what} fetches about {fetched / 1e9:.3g} GB where nothing is cached; the store has "
         f"{total / 1e9:.3g} GB, the cache {cache.limit / 1e9:.3g}{advice}"
     )

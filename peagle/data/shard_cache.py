@@ -84,7 +84,9 @@ class ShardCache(Shards):
                 path = self.fetch(shard, arriving)
                 file = open(path, "rb", buffering=0)  # before it can be removed
                 os.utime(file.fileno())
-                os.replace(path, self.folder / shard)
+                with locked(self.root / "locks" / "all"):  # it counts once, as the one or the other
+                    os.replace(path, self.folder / shard)
+                    (arriving / "bytes").unlink()
             finally:
                 shutil.rmtree(arriving, ignore_errors=True)
             return file
@@ -119,11 +121,10 @@ class ShardCache(Shards):
     def make_room(self, size: int) -> bool:
         """Remove copies, the longest unused first, until ``size`` more bytes fit.
 
-        Only who holds the lock of all removes any.
+        Copies come and go under the lock of all, which the caller holds.
         """
-        used = self.arriving()  # first: what becomes a copy now counts twice, but never not at all
         copies = [(path.stat(), path) for path in self.root.glob("shards/*/*")]
-        used += sum(stat.st_size for stat, _ in copies)
+        used = self.arriving() + sum(stat.st_size for stat, _ in copies)
         for stat, path in sorted(copies, key=lambda copy: copy[0].st_mtime_ns):
             if used + size <= self.limit:
                 break
