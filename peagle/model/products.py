@@ -3,12 +3,21 @@
 torch gives float32 products to MKL, which on other makers' processors does without half of what
 they can. oneDNN, which torch has for bf16, does not: LOG.md has the rates. Both compute in
 float32 and differ in rounding only.
+
+oneDNN and its wrapper keep the code that they made for the last 1,024 shapes each. Every step has
+numbers of rows of its own, so that most of it is never used again: on the quickstart it grew to a
+gigabyte. Both read their limits from the environment when they are first used.
 """
+
+import os
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+for limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(limit, "16")  # as many as the products of a layer, so that its likes share
 
 FEW = 128  # rows below which laying out the weight costs oneDNN more than it gains
 FAST = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()
