@@ -4,10 +4,10 @@ Only answers: hidden states are read by transformers, whose layers are the conve
 keeps. The two never hold the target at the same time. The server starts before transformers loads
 the weights, and is gone when the last answer is written.
 
-Every conversation goes on at its own pace, and is kept when it ends. A request has a
-seed of its own, made from the run's seed, the prompt and the turn, so that a capture which is
-resumed, or shared among processes, draws as an uninterrupted one does. Only rounding depends on
-what else is under way.
+Every conversation goes on at its own pace, and is kept when it ends. A request has a seed of its
+own, made from the run's seed, the prompt and the turn, so that a capture which is resumed, or
+shared among processes, draws as an uninterrupted one does. Only rounding depends on what else is
+under way.
 """
 
 import json
