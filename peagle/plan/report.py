@@ -117,7 +117,7 @@ def sequence_of(run: RunShape, data: Forecast, config: PEagleConfig) -> Shape:
             recompute=run.recompute,
         )
     per_slot = sum(run.cod.share(depth) for depth in range(run.cod.num_depths))
-    supervised = packs_of(run, data) or [run.max_tokens]  # unknown: the most
+    supervised = packs_of(run, data) or [float(run.max_tokens)]  # unknown: the most
     rows = max(1, round(per_slot * sum(supervised) / len(supervised)))
     most = max(1, round(per_slot * max(supervised)))
     return Shape(run.max_tokens, rows, math.ceil(most / math.ceil(most / limit)))
@@ -132,7 +132,7 @@ def packs_of(run: RunShape, data: Forecast) -> list[float]:
         max_tokens=run.max_tokens,
         seed=0,
     )
-    return [sum(fitting[i].supervised for i in members) for members in packs]
+    return [float(sum(fitting[i].supervised for i in members)) for members in packs]
 
 
 def mask_token(target: TargetSource, mask: int | None) -> str:
