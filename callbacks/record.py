@@ -15,6 +15,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from callbacks.card import CardOptions, write_card
 from peagle.data.disk import write_atomically
+from peagle.data.hub_store import HubStore
 from peagle.data.prompts import PromptSource
 from peagle.data.store import Store
 from peagle.model.target import TargetSource
@@ -175,6 +176,7 @@ def data_facts(store: Store) -> dict[str, Any]:
     names = [x.source if x.on_hub else Path(x.source).name for x in sources]
     return {
         "prompts": ", ".join(names) or None,
+        "store": str(store.address) if isinstance(store, HubStore) else None,
         "samples": len(store),
         "regenerated": None if converted else made.get("regenerate", True),  # None: not known
         "tokens": sum(entry.tokens for entry in store.entries),

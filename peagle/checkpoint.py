@@ -1,6 +1,5 @@
 """Reading checkpoints as data: tensors and plain values, from a file or the Hub, never code."""
 
-import re
 import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 
-ON_HUB = re.compile(r"hf://(?P<repo>[^/@:]+/[^/@:]+)/(?P<file>[^@:]+)@(?P<revision>[^@:]+)")
+from peagle.address import parse_address
 
 
 def check_address(address: str) -> None:
@@ -16,7 +15,8 @@ def check_address(address: str) -> None:
     if "://" in address or "::" in address:
         if not address.startswith("hf://") or "::" in address:
             raise ValueError(f"{address}: checkpoints are read from files and hf:// only")
-        if ON_HUB.fullmatch(address) is None:
+        place = parse_address(address)
+        if place is None or not place.path:
             raise ValueError(
                 f"{address}: a checkpoint on the Hub is written hf://OWNER/NAME/FILE@REVISION"
             )
@@ -47,16 +47,16 @@ def fetch(address: str) -> str:
     A revision may be a branch, and a branch moves on; the commit that is printed names the same
     bytes for ever.
     """
-    place = ON_HUB.fullmatch(address)
+    place = parse_address(address)
     assert place is not None, "check_address comes first"
-    repo, file, revision = place["repo"], place["file"], place["revision"]
+    options = {"repo_type": place.kind, "revision": place.revision}
     try:
-        path = hf_hub_download(repo, file, revision=revision)
+        path = hf_hub_download(place.repo, place.path, **options)
     except Exception as error:  # the client raises whatever its transport raises
         raise ValueError(f"checkpoint {address} cannot be fetched: {reason(error)}") from error
-    folders = len(PurePosixPath(file).parts)
+    folders = len(PurePosixPath(place.path).parts)
     commit = Path(path).parents[folders - 1].name  # .../snapshots/COMMIT/FILE
-    print(f"checkpoint hf://{repo}/{file}@{commit}", file=sys.stderr)
+    print(f"checkpoint {place._replace(revision=commit)}", file=sys.stderr)
     return path
 
 

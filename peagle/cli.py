@@ -18,10 +18,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 
 from peagle.checkpoint import check_address
-from peagle.data.capture import capture
+from peagle.data.capture import capture, refuse_other_store
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.datamodule import HiddenStatesDataModule
 from peagle.data.disk import write_atomically
+from peagle.data.hub_store import find_store, store_address
 from peagle.evaluation import EvaluationConfig
 from peagle.model.export import Verifier, export_drafter
 from peagle.model.servable import Layout
@@ -72,7 +73,11 @@ class PEagleCLI(LightningCLI):
         parser.add_argument("--target", required=True, help="'tiny', a folder, or a Hub id")
         parser.add_argument("--revision", type=str | None, default=None, help="of a Hub id")
         parser.add_argument("--run_dir", required=True, help="everything a run writes goes here")
-        parser.add_argument("--store", required=True, help="hidden states; shared by runs")
+        parser.add_argument(
+            "--store",
+            required=True,
+            help="hidden states, shared by runs: a folder, or hf://datasets/OWNER/NAME@REVISION",
+        )
         parser.add_class_arguments(CaptureConfig, "capture")
         parser.add_class_arguments(EvaluationConfig, "evaluation")
         for source, goal in (
@@ -123,7 +128,10 @@ class PEagleCLI(LightningCLI):
         return path
 
     def before_fit(self) -> None:
-        """Make the store if it is missing; other ranks wait for the first."""
+        """Make the store if it is missing; other ranks wait for the first.
+
+        One on the Hub is never made, but must be the one for this run.
+        """
         config = self.config_init.fit
         store = Path(config.store)
         self.checkpoint("fit")  # what is wrong is said now, not after capture
@@ -132,10 +140,16 @@ class PEagleCLI(LightningCLI):
                 "capture.part is for `peagle capture`: leave it out here, and what the parts have "
                 "not captured yet is captured now"
             )
+        target = TargetSource(config.target, config.revision)
+        if store_address(config.store) is not None:
+            if rank_zero_only.rank == 0:
+                found = self.datamodule.on_hub()
+                refuse_other_store(target, config.capture, found.folder, str(found))
+            return
         if rank_zero_only.rank == 0:
             # Sampling answers must not move the seed that a drafter's weights are drawn from.
             with torch.random.fork_rng():
-                capture(TargetSource(config.target, config.revision), config.capture, store)
+                capture(target, config.capture, store)
         while not (store / "manifest.json").exists():
             time.sleep(1)
 
@@ -163,6 +177,11 @@ class CaptureCLI(PEagleCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         config = self.parser.instantiate_classes(self.config)[subcommand]
+        if store_address(config.store) is not None:
+            raise ValueError(
+                "a store is captured into a folder: give --store FOLDER, and put it on the Hub "
+                "with `hf upload`"
+            )
         capture(TargetSource(config.target, config.revision), config.capture, Path(config.store))
 
 
@@ -183,13 +202,13 @@ class PlanCLI(PEagleCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         config = self.parser.instantiate_classes(self.config)[subcommand]
-        written = self.config[subcommand]
+        written, address = self.config[subcommand], store_address(config.store)
         text = plan(
             TargetSource(config.target, config.revision),
             config.capture,
             config.evaluation,
             run_shape(config, str(written.model.optimizer)),
-            Path(config.store),
+            Path(config.store) if address is None else find_store(address),
             answers=config.answers,
             seconds=config.seconds,
         )

@@ -1,10 +1,13 @@
-"""Fixtures: seeded tests, a store made of random hidden states, and a Hub to publish on."""
+"""Fixtures: seeded tests, a store of random hidden states, a Hub, and an engine's stand-in."""
 
 import pytest
 import torch
 from hub_server import TOKEN, Hub
+from huggingface_hub import constants, hf_api
 from random_parts import make_head, make_manifest, make_sample
+from stand_in import make_stand_in
 
+from peagle.data import hub_store
 from peagle.data.store import StoreWriter
 from peagle.model.target_layers import TargetLayers
 
@@ -31,9 +34,33 @@ def random_store(tmp_path):
 
 
 @pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Makes stand-ins whose processes can be told from all others."""
+
+    def make(behaviour="", **found):
+        made = make_stand_in(tmp_path, behaviour, **found)
+        monkeypatch.setenv("PEAGLE_STAND_IN", made.python)
+        return made
+
+    return make
+
+
+@pytest.fixture
 def hub(monkeypatch):
     """A Hub on loopback, and a login to it."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     with Hub() as hub:
         yield hub
+
+
+@pytest.fixture
+def own_hub(hub, monkeypatch, tmp_path):
+    """The Hub that the client in this process asks, with caches of its own."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf/hub"))
+    monkeypatch.setattr(hub_store, "cache_root", lambda: tmp_path / "cache")
+    return hub

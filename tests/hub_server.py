@@ -51,10 +51,15 @@ ROUTES = [  # method, path, and the method of HubState that answers
 class Fault:
     """What goes wrong with a route: silence for ``hang`` seconds, then a status or a cut line.
 
-    ``after`` means that the request's work is done before anything goes wrong.
+    ``after`` means that the request's work is done before anything goes wrong; with ``cut`` so many
+    bytes of its answer come, and with ``flip`` all of it, one bit changed. ``where`` is a pattern
+    that method and address must hold.
     """
 
     route: str
+    where: str = ""
+    cut: int | None = None
+    flip: bool = False
     status: int | None = None
     drop: bool = False
     hang: float = 0.0
@@ -88,10 +93,11 @@ class Hub(HubState):
         self.faults.append(Fault(route, **what))
         return self.faults[-1]
 
-    def take_fault(self, name: str) -> Fault | None:
+    def take_fault(self, name: str, address: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
-                if fault.route in (name, "any") and fault.times > 0:
+                named = fault.route in (name, "any") and re.search(fault.where, address)
+                if named and fault.times > 0:
                     fault.times -= 1
                     fault.met += 1
                     return fault
@@ -111,10 +117,15 @@ class Server(ThreadingHTTPServer):
 
 
 def route(method: str, path: str) -> tuple[str, dict[str, str | None]]:
+    """A data set has the routes of a model below a prefix, which is then part of its name."""
+    plain = re.sub(r"^(/api)?/datasets/", lambda m: "/api/models/" if m[1] else "/", path)
     for expected, pattern, name in ROUTES:
-        found = re.fullmatch(pattern, path)
+        found = re.fullmatch(pattern, plain)
         if method == expected and found is not None:
-            return name, {key: value and unquote(value) for key, value in found.groupdict().items()}
+            args = {key: value and unquote(value) for key, value in found.groupdict().items()}
+            if plain != path:
+                args["repo"] = f"datasets/{args['repo']}"
+            return name, args
     return "unknown", {}
 
 
@@ -127,13 +138,13 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.hub.lock:
             self.server.hub.requests.append((name, f"{self.command} {self.path}"))
             self.server.hub.received += self.path.encode() + b"\n" + body + b"\n"
-        fault = self.server.hub.take_fault(name)
+        fault = self.server.hub.take_fault(name, f"{self.command} {self.path}")
         if fault is not None and not fault.after and self.fail(fault):
             return
         query = parse_qs(address.query)
         reply = self.work(name, Request(self.command, None, args, query, self.headers, body))
         if fault is None or not fault.after or not self.fail(fault):
-            self.answer(reply)
+            self.answer(reply, fault)
 
     def do_POST(self) -> None:
         self.do_GET()
@@ -168,14 +179,19 @@ class Handler(BaseHTTPRequestHandler):
             return True
         return False
 
-    def answer(self, reply: Reply) -> None:
+    def answer(self, reply: Reply, fault: Fault | None = None) -> None:
         content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+        size = len(content)
+        if fault is not None and fault.flip:
+            content = bytes([content[0] ^ 1]) + content[1:]
+        if fault is not None and fault.cut is not None:
+            content, self.close_connection = content[: fault.cut], True
         try:
             self.send_response(reply.status)
             for key, value in reply.headers.items():
                 self.send_header(key, value)
             if "Content-Length" not in reply.headers:
-                self.send_header("Content-Length", str(len(content)))
+                self.send_header("Content-Length", str(size))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(content)

@@ -14,7 +14,7 @@ from hub_storage import Blob, RefusalError, Reply, Request, Storage
 
 TOKEN = "hf_" + "loopback" * 4 + "aa"  # the length of a real one
 READ_ONLY = "hf_" + "readonly" * 4 + "aa"
-LFS_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".png")
+LFS_SUFFIXES = (".safetensors", ".parquet", ".ckpt", ".bin", ".pt", ".png")
 PAGE = 20  # commits in one answer
 
 
@@ -79,6 +79,15 @@ class HubState:
         repo.branches[branch] = oid
         return commit
 
+    def put(self, name: str, files: dict[str, bytes], *, branch: str = "main") -> str:
+        """A commit that holds these files alone, in a private repository; returns its oid."""
+        repo = self.repos.setdefault(name, Repo(private=True))
+        blobs = {}
+        for path, content in files.items():
+            blob = self.storage.store(content)
+            blobs[path] = Blob(blob.sha256, blob.size, path.endswith(LFS_SUFFIXES))
+        return self.add_commit(repo, branch, "files", "", blobs).oid
+
     def readable(self, request: Request) -> Repo:
         repo = self.repos.get(request.args["repo"])
         if repo is None or (repo.private and not may_write(request.user, request.args["repo"])):
@@ -110,6 +119,8 @@ class HubState:
     def create(self, request: Request) -> Reply:
         asked = request.json()
         name = f"{asked.get('organization') or request.user.name}/{asked['name']}"
+        if asked.get("type") == "dataset":
+            name = f"datasets/{name}"
         if not may_write(request.user, name) or request.user.role == "read":
             raise RefusalError(403)
         reply = {"url": f"{self.storage.url}/{name}", "name": name}
@@ -256,7 +267,7 @@ class HubState:
         name = request.args["repo"]
         return Reply(
             {
-                "id": name,
+                "id": name.removeprefix("datasets/"),
                 "modelId": name,
                 "sha": commit.oid,
                 "private": repo.private,
@@ -307,4 +318,5 @@ class HubState:
 
 
 def may_write(user: User | None, repo: str) -> bool:
-    return user is not None and repo.split("/")[0] in (user.name, *user.organizations)
+    owner = repo.removeprefix("datasets/").split("/")[0]
+    return user is not None and owner in (user.name, *user.organizations)

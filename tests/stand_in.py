@@ -2,9 +2,11 @@
 too old, dying, hanging. Real engines are asked in ``tests/vllm``.
 
 Called with ``-c`` it answers the probe, called with ``-m`` it is the server, with a child process
-as vLLM has. Its tokens depend on the prompt alone, and of K drafts it accepts (K + 1) // 2.
+as vLLM has. Its tokens depend on the prompt alone, and of K drafts it accepts (K + 1) // 2. It
+notes what it is asked.
 """
 
+import json
 import os
 import sys
 import time
@@ -39,7 +41,7 @@ if "--speculative-config" in arguments:
     k = given["num_speculative_tokens"]
 if not k and behaviour == "dies with the drafter":
     behaviour = ""
-per_round, count = 1 + (k + 1) // 2, dict(rounds=0)
+per_round, count = 1 + (k + 1) // 2, dict(rounds=0, asked=0)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         lines = []
@@ -55,12 +57,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write("\\n".join([*lines, ""]).encode())
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with lock, open(pathlib.Path(__file__).with_name("asked"), "a") as notes:
+            notes.write(json.dumps(asked) + "\\n")
+            count["asked"] += 1
+            number = count["asked"]
+        if behaviour == "dies after two answers" and number > 2:
+            time.sleep(2)
+            print("EngineDeadError: out of memory", flush=True); os._exit(9)
         if behaviour == "dies with the drafter":
             print("EngineDeadError: out of memory", flush=True); os._exit(9)
         self.send_response(200); self.end_headers()
         if behaviour == "never answers":
             time.sleep(600)
         tokens = [(sum(asked["prompt"]) + i) % 97 for i in range(asked["max_tokens"])]
+        if not asked.get("stream"):
+            self.wfile.write(json.dumps(dict(choices=[dict(token_ids=tokens)])).encode())
+            return
         for start in range(0, len(tokens), per_round):
             time.sleep(0.01)
             with lock:
@@ -84,6 +96,13 @@ class StandIn(NamedTuple):
     def served(self) -> bool:
         """Whether a server was ever started."""
         return Path(self.python).with_name("served").exists()
+
+    def asked(self) -> list[dict]:
+        """The requests since this was last called."""
+        notes = Path(self.python).with_name("asked")
+        found = [json.loads(line) for line in notes.read_text().splitlines()]
+        notes.unlink()
+        return found
 
     def processes(self) -> list[int]:
         """Living processes that this script or its server started."""

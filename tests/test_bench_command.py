@@ -11,12 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from random_parts import make_drafter
-from stand_in import make_stand_in
 from transformers import LlamaConfig
 
-from peagle.bench.engine import EngineError
 from peagle.bench.run import BenchConfig, bench
 from peagle.data.prompts import PromptSource
+from peagle.engine.server import EngineError
 from peagle.model.export import export_drafter
 from peagle.model.target import TargetSource
 
@@ -66,18 +65,6 @@ def exported(folder, **changes):
 @pytest.fixture
 def drafter(tmp_path):
     return exported(tmp_path / "run" / "drafter")
-
-
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """Makes stand-ins whose processes can be told from all others."""
-
-    def make(behaviour="", **found):
-        made = make_stand_in(tmp_path, behaviour, **found)
-        monkeypatch.setenv("PEAGLE_STAND_IN", made.python)
-        return made
-
-    return make
 
 
 def small(drafter, vllm, **changes):

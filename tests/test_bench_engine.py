@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,23 +13,22 @@ import torch
 from random_parts import make_drafter
 
 from peagle.bench.client import Question, ask
-from peagle.bench.engine import (
-    EngineError,
-    Server,
+from peagle.bench.run import BenchConfig, bench, warn_beyond_training
+from peagle.engine.server import EngineError, Server, free_port
+from peagle.engine.vllm import (
     Serving,
     Vllm,
     find_vllm,
-    free_port,
     require_parallel_drafting,
     server_command,
     server_environment,
 )
-from peagle.bench.run import BenchConfig, bench, warn_beyond_training
 from peagle.model.export import export_drafter
 
+ROOT = Path(__file__).parent.parent
 VLLM = Vllm("/env/bin/python", "0.32.0", ("LlamaForCausalLMEagle3", "LlamaForCausalLM"), "cpu",
             "cpu", False, "/env/lib/libiomp5.so")  # fmt: skip
-SERVING = Serving("/models/t", None, "/runs/drafter", True, 5, "bfloat16", None, True, ())
+SERVING = Serving("/models/t", None, "/runs/drafter", True, 5, "bfloat16", None, True, False, ())
 
 # A server with a child of its own, as vLLM has; answers /health, dies when asked anything else.
 SERVER = """
@@ -53,11 +53,16 @@ def server(code, timeout_s=30.0):
 def alive(group):
     """Whether any process of a group still runs; those just killed get a moment to go."""
     for _ in range(50):
-        states = [stat_of(path) for path in Path("/proc").glob("[0-9]*/stat")]
-        if not any(found and found[0] != "Z" and int(found[2]) == group for found in states):
+        if not members(group):
             return False
         time.sleep(0.1)
     return True
+
+
+def members(group):
+    """Living processes of a group, by their states."""
+    states = [stat_of(path) for path in Path("/proc").glob("[0-9]*/stat")]
+    return [found for found in states if found and found[0] != "Z" and int(found[2]) == group]
 
 
 def stat_of(path):
@@ -98,6 +103,27 @@ def test_a_server_that_dies_while_asked_shows_its_last_lines_and_leaves_no_child
         with running:
             ask(running.port, Question([1], 1, 0.0))
     assert not alive(running.process.pid)
+
+
+# What starts the server, and is then killed; it says which group to look for.
+ASKER = """
+import os, sys, time
+from peagle.engine.server import Server, free_port
+port = free_port()
+with Server([sys.executable, "-c", sys.argv[1], str(port)], port, environment=dict(os.environ),
+            timeout_s=30.0) as server:
+    print(server.process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_server_is_gone_with_its_children_when_who_started_it_is_killed():
+    command = [sys.executable, "-c", ASKER, SERVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as asker:
+        group = int(asker.stdout.readline())
+        assert len(members(group)) == 3  # what watches, the server and its child
+        asker.kill()
+    assert not alive(group)
 
 
 def test_an_error_of_the_asker_is_not_blamed_on_a_healthy_server():

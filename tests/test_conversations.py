@@ -103,6 +103,20 @@ def test_an_answer_that_leaves_the_room_cuts_its_turn_or_the_first_answer_itself
     assert not answer.finished and sum(map(len, answer.turns[0])) == 40
 
 
+def test_an_answer_for_which_an_engine_had_no_more_room_cuts_its_turn_as_a_longer_one_does():
+    again = talk((ASKED[0], ASKED[1]), max_tokens=100)
+    assert again.ask()
+    again.hear([40, TARGET.tokenizer().eos_token_id], True)
+    assert again.ask()
+    again.hear([40] * (100 - len(again.pending)), False)
+    assert again.answer(greedy=True).cut and len(again.turns) == 1 and len(again.messages) == 2
+    first = talk((ASKED[0], ASKED[1]), max_tokens=40)
+    assert first.ask()
+    first.hear([40] * (40 - len(first.pending)), False)
+    answer = first.answer(greedy=True)
+    assert not answer.finished and sum(map(len, answer.turns[0])) == 40 and not first.ask()
+
+
 def test_a_first_turn_that_does_not_fit_is_left_out_and_counted(tmp_path, capsys):
     rows = [openai("x = 1\n" * 200, "    return 1"), openai(ASKED[0], "    return 2")]
     path = data(tmp_path, *rows, openai(ASKED[1], "    return 3"))

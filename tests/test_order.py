@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from peagle.data.order import PackSampler, even_out, fill_packs, shuffle_packs
+from peagle.data.order import Pack, PackSampler, blocks_of, even_out, fill_packs, shuffle_packs
 
 LENGTHS = [10, 30, 7, 25, 12, 40, 3]
 SAMPLES = list(range(100, 107))
@@ -83,3 +84,55 @@ def test_iterating_again_asks_again_how_far_training_is():
     assert list(packs) == first
     done[0] = 2
     assert list(packs) == first[2:]
+
+
+SHARDS = [f"shard-{n}" for n in (0, 0, 1, 2, 1, 3, 4)]  # of the samples
+
+
+def test_a_block_is_made_of_so_many_shards_and_all_of_their_samples():
+    for seed in range(20):
+        blocks = blocks_of(SHARDS, size=2, seed=seed)
+        shards = {block: {s for s, b in zip(SHARDS, blocks, strict=True) if b == block}
+                  for block in blocks}  # fmt: skip
+        assert sorted(len(names) for names in shards.values()) == [1, 2, 2]
+        assert set().union(*shards.values()) == set(SHARDS)
+        assert sum(map(len, shards.values())) == 5, "no shard is in two blocks"
+    assert len({tuple(blocks_of(SHARDS, size=2, seed=seed)) for seed in range(20)}) > 5
+
+
+def blocked(done=0, world_size=1, rank=0, size=2):
+    blocks = blocks_of(SHARDS, size=size, seed=5)
+    return blocks, PackSampler(
+        SAMPLES, LENGTHS, max_tokens=48, seed=5, rank=rank, world_size=world_size,
+        done=lambda: done, blocks=blocks,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_epoch_finishes_one_block_before_it_begins_another(world_size):
+    orders = set()
+    for epoch in range(8):
+        blocks, packs = blocked(world_size=world_size)
+        packs = packs.epoch(epoch)
+        assert samples_of(packs) == SAMPLES
+        order = [blocks[i - 100] for pack in packs for i in pack.samples]
+        assert order == sorted(order, key=order.index)
+        orders.add(tuple(dict.fromkeys(order)))
+    assert len(orders) > 1, "blocks come in another order in another epoch"
+
+
+def test_one_block_of_all_shards_is_the_order_without_blocks():
+    for done in range(12):
+        assert list(blocked(done, size=None)[1]) == list(blocked(done, size=5)[1])
+        assert list(blocked(done, size=None)[1]) == list(sampler(done))
+
+
+def test_without_blocks_nothing_is_drawn_but_order_and_seeds():
+    """A checkpoint of an earlier version stands at a place in this order."""
+    packs = [(i,) for i in range(9)]
+    generator = torch.Generator().manual_seed(7 * 1_000_003 + 2)
+    order = torch.randperm(9, generator=generator).tolist()
+    seeds = torch.randint(2**62, (9,), generator=generator).tolist()
+    expected = [Pack((i,), draw) for i, draw in zip(order, seeds, strict=True)]
+    assert shuffle_packs(packs, seed=7, epoch=2) == expected
+    assert shuffle_packs(packs, seed=7, epoch=2, blocks=[0] * 9) == expected

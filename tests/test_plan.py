@@ -13,14 +13,15 @@ from random_parts import make_drafter
 from peagle.cod.rollouts import Cod
 from peagle.data.capture import capture, shape_of
 from peagle.data.capture_config import CaptureConfig
+from peagle.data.order import PackSampler
 from peagle.data.prompts import PromptSource
-from peagle.data.store import Manifest
+from peagle.data.store import Manifest, Store
 from peagle.evaluation import EvaluationConfig
 from peagle.model.config import PEagleConfig
 from peagle.model.target import TargetSource
 from peagle.plan.cost import Shape, cost_of
-from peagle.plan.forecast import Forecast, forecast
-from peagle.plan.report import RunShape, mask_token, sequence_of, steps_of, warnings
+from peagle.plan.forecast import Forecast, Size, forecast
+from peagle.plan.report import RunShape, mask_token, packs_of, sequence_of, steps_of, warnings
 
 ROOT = Path(__file__).parent.parent
 TARGET = TargetSource("tiny")
@@ -46,7 +47,10 @@ RUN = RunShape(
 )
 CONFIG = PEagleConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4,
                       num_key_value_heads=2, num_hidden_layers=2, vocab_size=48)  # fmt: skip
-DATA = Forecast(600_000, 1_000_000, 400_000, 10**9, "written by hand", 0.0, frozenset({5, 6}), ())
+SIZES = (Size(514, 100), Size(514, 300), Size(2000, 900)) * 10 + (Size(258, 20),) * 4
+DATA = Forecast(
+    600_000, 1_000_000, 400_000, 10**9, "written by hand", 0.0, frozenset({5, 6}), (), SIZES
+)
 
 
 def manifest_of(target, config):
@@ -76,15 +80,34 @@ def test_without_weights_every_answer_counts_as_long_as_allowed(tmp_path):
     assert found.basis.startswith("upper bound") and found.answer_seconds == 0
 
 
-def test_steps_and_rows_follow_from_tokens_and_settings():
-    # 1,000,000 / 1,024 is 977 sequences, in steps of 2 x 4: 123, three times.
-    assert steps_of(RUN, DATA) == 369
-    assert steps_of(replace(RUN, max_steps=100), DATA) == 100
-    # 40 % of 1,024 slots are supervised, each with 1 + .5 + .25 + .125 rows: 768, in 2 segments.
-    assert sequence_of(RUN, DATA, CONFIG) == Shape(slots=1024, rows=768, segment_rows=384)
-    assert sequence_of(RUN, replace(DATA, tokens=0, supervised=0), CONFIG).rows == 1920
+def test_steps_and_rows_follow_from_the_packed_conversations():
+    # Of 34 conversations 10 are too long; 20 fill 512 slots and 4 fill 256: some 11 to 13
+    # sequences of 1,024, in steps of 2 x 4, three times.
+    packs = packs_of(RUN, DATA)
+    assert 11 <= len(packs) <= 13 and sum(packs) == 10 * 100 + 10 * 300 + 4 * 20
+    assert steps_of(RUN, DATA) == 6
+    assert steps_of(replace(RUN, max_steps=5), DATA) == 5
+    # Each supervised position has 1 + .5 + .25 + .125 rows; the largest sequence has two of 300.
+    shape = sequence_of(RUN, DATA, CONFIG)
+    assert shape.rows == round(1.875 * 4080 / len(packs))
+    assert max(packs) == 600 and shape.segment_rows == 1125 / 2 + 0.5
+    assert sequence_of(RUN, replace(DATA, trained=()), CONFIG).rows == 1920
     budget = replace(RUN, max_rows=None, memory_gb=0.05)
-    assert 0 < sequence_of(budget, DATA, CONFIG).segment_rows <= 768
+    assert 0 < sequence_of(budget, DATA, CONFIG).segment_rows <= 1125
+
+
+def test_the_steps_are_those_that_fit_then_makes(tmp_path):
+    folder = tmp_path / "store"
+    capture(TARGET, CAPTURE, folder)
+    known = forecast(TARGET, CAPTURE, manifest_of(TARGET, CAPTURE), folder, answers=0)
+    run = replace(RUN, max_tokens=256, devices=1, accumulate=1, epochs=1)
+    store = Store(folder)
+    samples = store.split("train")
+    lengths = [store.entries[i].tokens - 2 for i in samples]
+    sampler = PackSampler(
+        samples, lengths, max_tokens=256, seed=0, rank=0, world_size=1, done=lambda: 0
+    )
+    assert steps_of(run, known) == len(sampler) > 3
 
 
 def test_memory_by_part_counts_every_parameter():

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-from peagle.bench.engine import MODEL_NAME
+from peagle.engine.post import posted
+from peagle.engine.vllm import MODEL_NAME
 
 REQUEST_TIMEOUT_S = 1800.0
 
@@ -87,13 +88,7 @@ def ask(port: int, question: Question) -> Answer:
 
 def events(port: int, path: str, body: dict):
     """The JSON objects of a server-sent stream."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=REQUEST_TIMEOUT_S)
-    try:
-        content = json.dumps(body).encode()
-        connection.request("POST", path, content, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            refuse(response.status, response.read().decode(errors="replace"))
+    with posted(port, path, body, timeout_s=REQUEST_TIMEOUT_S) as response:
         for line in response:
             data = line.strip().removeprefix(b"data:").strip()
             if data == b"[DONE]":
@@ -104,19 +99,6 @@ def events(port: int, path: str, body: dict):
                     raise OSError(f"the engine broke off an answer: {event['error']}")
                 yield event
         raise OSError("the engine broke off an answer")
-    finally:
-        connection.close()
-
-
-def refuse(status: int, text: str) -> None:
-    """A request that the engine does not accept is the user's to mend; all else is its own."""
-    try:
-        message = json.loads(text)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = text.strip()
-    if 400 <= status < 500:
-        raise ValueError(f"the engine refuses the request: {message}")
-    raise OSError(f"the engine answered with status {status}: {message}")
 
 
 def closed_loop(port: int, questions: Sequence[Question], concurrency: int) -> Load:

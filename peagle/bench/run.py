@@ -11,13 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from peagle.bench.client import Question, closed_loop, read_counters
-from peagle.bench.engine import (
-    Serving,
-    Vllm,
-    find_vllm,
-    require_parallel_drafting,
-    serve,
-)
 from peagle.bench.plots import draw
 from peagle.bench.report import (
     Conditions,
@@ -32,6 +25,14 @@ from peagle.data.chat import prompt_ids
 from peagle.data.disk import write_atomically
 from peagle.data.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
 from peagle.data.talks import words
+from peagle.engine.vllm import (
+    Serving,
+    Vllm,
+    absolute,
+    find_vllm,
+    require_parallel_drafting,
+    serve,
+)
 from peagle.model.config import PEagleConfig
 from peagle.model.servable import check_folder
 from peagle.model.target import TargetSource, refuse_other_target
@@ -151,11 +152,6 @@ def end_by_signals() -> None:
             signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
-def absolute(path: str) -> str:
-    """A folder by its full path, as the engine runs elsewhere; a Hub id as it is."""
-    return str(Path(path).resolve()) if Path(path).is_dir() else path
-
-
 def warn_beyond_training(drafter: PEagleConfig, k: tuple[int, ...]) -> None:
     deeper = [number for number in k if number > drafter.num_depths]
     if deeper:
@@ -222,6 +218,7 @@ def measure(
         dtype=config.dtype,
         max_model_len=config.max_model_len,
         enforce_eager=eager,
+        prefix_caching=False,  # the same prompts are asked again, and each must pay for its prefill
         arguments=tuple(config.vllm_args),
     )
     name = f"{drafter.method}, K = {k}" if drafter else "no drafter"

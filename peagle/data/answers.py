@@ -1,10 +1,15 @@
-"""The target answers the prompts: greedily or sampled, batch by batch, resumable after a kill."""
+"""The target answers the prompts: greedily or sampled, resumable after a kill.
+
+Who answers is transformers, batch by batch (here), or vLLM (``peagle/data/served.py``).
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
+from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +31,11 @@ class Unit(NamedTuple):
 
     greedy: bool
     prompts: list[Prompt]
+
+
+Answers = Generator[list[Answer], None, None]
+# Answers the prompts of units as far as they are not among the ids that are known.
+Ask = Callable[[list[Unit], Collection[str]], Answers]
 
 
 def different(prompts: list[Prompt], config: CaptureConfig) -> list[Prompt]:
@@ -57,7 +67,19 @@ def regenerate(
     config: CaptureConfig,
     path: Path,
 ) -> dict[str, Answer]:
-    """The target's answers to all prompts by their ids, appended to ``path`` as they come.
+    """The target's answers to all prompts by their ids; what is missing in ``path`` is asked."""
+    known = add_answers(partial(by_model, model, tokenizer, config), units, path)
+    found = {prompt.id: known[prompt.id] for unit in units for prompt in unit.prompts}
+    answered = {name: answer for name, answer in found.items() if answer.turns}
+    if len(answered) < len(found):
+        print(f"{len(found) - len(answered)} of {len(found)} prompts are longer than max_tokens "
+              "and were left out")  # fmt: skip
+    say_cut(answered.values(), config)
+    return answered
+
+
+def add_answers(ask: Ask, units: list[Unit], path: Path) -> dict[str, Answer]:
+    """Ask what is missing, and append the answers to ``path`` as they come; returns all of them.
 
     What other processes wrote into the same folder is not asked again.
     """
@@ -65,28 +87,35 @@ def regenerate(
     cut_torn_line(path)
     known = {a.id: a for other in path.parent.glob("answers*.jsonl") for a in read_answers(other)}
     refuse_other_prompts(known.values(), prompts, path.parent)
+    missing = [unit for unit in units if any(prompt.id not in known for prompt in unit.prompts)]
+    if not missing:
+        return known
     mine = sum(prompt.id in known for prompt in prompts)
     with (
         open(path, "a", encoding="utf-8") as file,
         tqdm(total=len(prompts), initial=mine, desc="answers", disable=None) as bar,
+        closing(ask(missing, frozenset(known))) as said,
     ):
-        for unit in units:
-            new = {prompt.id for prompt in unit.prompts if prompt.id not in known}
-            if not new:
-                continue
-            fresh = [a for a in answer_unit(model, tokenizer, unit, config) if a.id in new]
+        for answers in said:
+            fresh = [answer for answer in answers if answer.id not in known]
             file.writelines(json.dumps(asdict(answer)) + "\n" for answer in fresh)
             file.flush()
             os.fsync(file.fileno())
             known |= {answer.id: answer for answer in fresh}
             bar.update(len(fresh))
-    found = {prompt.id: known[prompt.id] for prompt in prompts}
-    answered = {name: answer for name, answer in found.items() if answer.turns}
-    if len(answered) < len(found):
-        print(f"{len(found) - len(answered)} of {len(found)} prompts are longer than max_tokens "
-              "and were left out")  # fmt: skip
-    say_cut(answered.values(), config)
-    return answered
+    return known
+
+
+def by_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: CaptureConfig,
+    units: list[Unit],
+    known: Collection[str],
+) -> Answers:
+    """Whole units, known answers included: which tokens are drawn depends on all of them."""
+    for unit in units:
+        yield answer_unit(model, tokenizer, unit, config)
 
 
 def answer_unit(

@@ -1,6 +1,6 @@
 """Make a hidden-state store: the target answers the prompts, then its hidden states are read.
 
-Both halves resume after a kill: answers are appended to ``answers.jsonl`` unit by unit, and the
+Both halves resume after a kill: answers are appended to ``answers.jsonl`` as they come, and the
 store keeps every finished shard. Several processes may share the work (``peagle/data/parts.py``).
 """
 
@@ -8,19 +8,29 @@ import json
 import os
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from peagle.data.answers import Unit, different, given, regenerate, too_small, units_of
+from peagle.data.answers import (
+    Unit,
+    add_answers,
+    different,
+    given,
+    regenerate,
+    too_small,
+    units_of,
+)
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import conversation_id, documents, without_reasoning
 from peagle.data.converted import convert
 from peagle.data.disk import require_disk, write_atomically
 from peagle.data.parts import Part, alone, locked
 from peagle.data.prompts import Prompt, load_prompts
+from peagle.data.served import by_engine
 from peagle.data.states import Document, read_hidden_states, sample_bytes_per_token
 from peagle.data.store import Manifest
 from peagle.data.talks import Answer
@@ -128,6 +138,17 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
     return wanted
 
 
+def refuse_other_store(
+    target: TargetSource, config: CaptureConfig, folder: Path, name: str
+) -> None:
+    """Raise ``ValueError`` unless the store in ``folder``, known as ``name``, is this run's."""
+    wanted, made = wanted_manifest(target, config), config.made_with()
+    try:
+        finished(folder, wanted, made)
+    except ValueError as error:
+        raise ValueError(f"{name} is not for this run: {error}") from error
+
+
 def finished(folder: Path, wanted: Manifest, made: dict[str, Any]) -> bool:
     """Whether the store is there; raises ``ValueError`` when it, or its beginning, is another."""
     for place in (folder, folder / PARTIAL):
@@ -144,7 +165,8 @@ def begin(folder: Path, wanted: Manifest, made: dict[str, Any], config: CaptureC
             return True
         require_disk(folder, config.max_tokens * sample_bytes_per_token(wanted))
         wanted.write(folder / PARTIAL)
-        record = json.dumps({**asdict(config), "part": None, "made_with": made}, indent=2)
+        mine = {"part": None, "vllm_python": None}  # this process's and machine's own affair
+        record = json.dumps({**asdict(config), **mine, "made_with": made}, indent=2)
         write_atomically(folder / "capture.json", record.encode())
     return False
 
@@ -156,6 +178,10 @@ def capture_part(
     text, device = target.config(), pick_device(config.device)
     sources = [] if config.speculators is not None else config.prompts
     prompts = different([p for source in sources for p in load_prompts(source)], config)
+    if config.engine == "vllm" and config.regenerate:
+        # Now, while the target is not loaded here: two copies of its weights may not fit.
+        units, path = part.of(units_of(prompts, config)), answers_path(folder, part)
+        add_answers(partial(by_engine, target, config), units, path)
     model = target.model(dtype=getattr(torch, config.dtype), device=device)
     head = target_head_of(model, text)
     if config.speculators is not None:
@@ -192,8 +218,7 @@ def answered(
     places = {prompt.id: number for number, prompt in enumerate(prompts)}
     units = part.of(units_of(prompts, config))
     if config.regenerate:
-        path = folder / part.own_name("answers.jsonl")
-        answers = regenerate(model, tokenizer, units, config, path)
+        answers = regenerate(model, tokenizer, units, config, answers_path(folder, part))
     else:
         mine = [prompt for unit in units for prompt in unit.prompts]
         answers = given(tokenizer, mine, config, end_tokens(model))
@@ -203,6 +228,10 @@ def answered(
     if not any(found) and part.count == 1:
         raise ValueError("no answer has supervised tokens: check chat template and max_new_tokens")
     return found
+
+
+def answers_path(folder: Path, part: Part) -> Path:
+    return folder / part.own_name("answers.jsonl")
 
 
 def refuse_other_settings(folder: Path, made: dict[str, Any]) -> None:

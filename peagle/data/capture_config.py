@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,11 @@ class CaptureConfig:
             Each resumes by itself; the last one, or a capture without parts, completes the store.
         speculators: folder of a data set that speculators prepared and whose hidden states it
             captured: they are taken instead of prompts and answers.
+        engine: who writes the answers, ``transformers`` or ``vllm``, which answers as many prompts
+            at once as it has room for, whatever the ``batch_size``.
+        vllm_python: interpreter of the environment that has vLLM; default the running one.
+        vllm_args: further arguments of its server, such as ``[--tensor-parallel-size, "2"]``; none
+            that change what the target says, because stores are not told apart by them.
     """
 
     prompts: list[PromptSource]
@@ -75,6 +80,9 @@ class CaptureConfig:
     template_options: dict[str, Any] | None = None
     part: str | None = None
     speculators: str | None = None
+    engine: Literal["transformers", "vllm"] = "transformers"
+    vllm_python: str | None = None
+    vllm_args: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -91,8 +99,9 @@ class CaptureConfig:
         """What the conversations and states of a store depend on, besides its target.
 
         Prompt sets by their content, so that an edited file is another one and a moved one is not.
-        Batch sizes, device and shards are left out: they change rounding, and which of equally
-        likely sampled answers is drawn.
+        Batch sizes, device, engine and shards are left out: they change rounding, and which of
+        equally likely sampled answers is drawn. So an interrupted capture may go on with another
+        engine.
         """
         own = {key: getattr(self, key) for key in SETTINGS}
         if self.speculators is not None:

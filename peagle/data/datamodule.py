@@ -24,7 +24,9 @@ from peagle.cod.segments import partition
 from peagle.data.bad_samples import BadSamples
 from peagle.data.batch import Batch, StatesInPlace, pack, unsupervised
 from peagle.data.buffers import Buffers
-from peagle.data.order import Pack, PackSampler, even_out, fill_packs
+from peagle.data.fetch_ahead import FetchAhead, traffic
+from peagle.data.hub_store import FoundStore, HubStore, find_store, open_store, store_address
+from peagle.data.order import Pack, PackSampler, blocks_of, even_out, fill_packs, refuse_other_order
 from peagle.data.read_ahead import ReadAhead
 from peagle.data.store import BadSample, Sample, Store, token_counts
 from peagle.evaluation import EvaluationConfig, PromptBatch, prompt_batches
@@ -87,7 +89,8 @@ class HiddenStatesDataModule(L.LightningDataModule):
     Args:
         target: ``tiny`` (embedded), a folder or a Hub id; only ``test`` opens it.
         revision: of the Hub id.
-        store: folder of the store (``peagle capture`` makes it, ``fit`` does so when missing).
+        store: folder of the store (``peagle capture`` makes it, ``fit`` does so when missing), or
+            hf://datasets/OWNER/NAME/FOLDER@REVISION for one that was put on the Hub.
         cod: the COD settings of the model; given once, linked by the command line.
         mask_token_id: id of the reserved mask token, if the drafter has one; linked from the model.
         evaluation: what ``test`` decodes.
@@ -97,8 +100,14 @@ class HiddenStatesDataModule(L.LightningDataModule):
         memory_gb: gigabytes that a step may take beside the interpreter and its libraries; decides
             ``max_rows`` where that is not given. Sequences that are read ahead, averaged weights
             and what DDP keeps come on top.
-        num_workers: threads that read ahead, one packed sequence each; 0 reads when asked.
+        num_workers: threads that read ahead, one packed sequence each; 0 reads when asked. With a
+            store on the Hub as many more fetch shards ahead.
         seed: decides the order of every epoch and every COD draw.
+        block_shards: sequences are made of the samples of so many shards, drawn at random, and all
+            of theirs are trained before those of others; default all shards at once. With a store
+            on the Hub and a cache smaller than it, this fetches each shard once an epoch.
+        cache_gb: gigabytes of shards of stores on the Hub that this machine keeps, two shards at
+            least. The target's parts and the index come on top.
         on_bad_sample: ``error`` stops at a damaged sample; ``skip`` leaves it out, counted and
             named. No other sample ever takes its place.
         bad_sample_budget: share of the store that ``skip`` may leave out before it stops too; each
@@ -118,17 +127,24 @@ class HiddenStatesDataModule(L.LightningDataModule):
         memory_gb: float | None = None,
         num_workers: int = 2,
         seed: int = 0,
+        block_shards: int | None = None,
+        cache_gb: float = 50.0,
         on_bad_sample: Literal["error", "skip"] = "error",
         bad_sample_budget: float = 0.001,
     ):
         super().__init__()
         self.target, self.evaluation = TargetSource(target, revision), evaluation
+        if block_shards is not None and block_shards < 1:
+            raise ValueError(f"block_shards must be at least 1, got {block_shards}")
+        self.address = store_address(store)  # on the Hub; without a commit until it was asked
         self.folder, self.cod, self.mask_token_id = Path(store), cod, mask_token_id
         self.max_tokens, self.max_rows, self.memory_gb = max_tokens, max_rows, memory_gb
         self.num_workers, self.seed = num_workers, seed
+        self.block_shards, self.cache_gb = block_shards, cache_gb
         self.bad = BadSamples(skip=on_bad_sample == "skip", budget=bad_sample_budget)
         self.buffers = Buffers()
         self.store: Store | None = None
+        self.found: FoundStore | None = None
         self.resumed = 0  # batches that the run had finished when its checkpoint was written
         self.order: dict[str, Any] = {}  # what the place in the data depends on
         self.saved_order: dict[str, Any] = {}
@@ -138,13 +154,29 @@ class HiddenStatesDataModule(L.LightningDataModule):
             device = self.trainer.strategy.root_device
             self.buffers = Buffers(pinned=device.type == "cuda")
         if self.store is None and not (stage == "test" and not self.folder.exists()):
-            self.store = Store(self.folder, allow_missing=self.bad.skip)
+            self.store = self.opened()
             self.bad.samples = len(self.store)
             vocab_size = self.store.manifest.vocab_size
             if self.mask_token_id is not None and not 0 <= self.mask_token_id < vocab_size:
                 raise ValueError(
                     f"mask_token_id must lie in 0..{vocab_size - 1}, got {self.mask_token_id}"
                 )
+
+    def opened(self) -> Store:
+        """The store, if it is on the Hub at the commit that the first process found."""
+        if self.address is None:
+            return Store(self.folder, allow_missing=self.bad.skip)
+        if self.trainer is not None:  # a branch may move on between the processes' questions
+            first = self.on_hub().address if self.trainer.is_global_zero else None
+            self.address = self.trainer.strategy.broadcast(first)
+        return open_store(self.on_hub(), cache_gb=self.cache_gb, allow_missing=self.bad.skip)
+
+    def on_hub(self) -> FoundStore:
+        """The store on the Hub, asked for once."""
+        if self.found is None:
+            self.found = find_store(self.address)
+            self.address, self.folder = self.found.address, self.found.folder
+        return self.found
 
     def train_dataloader(self) -> ReadAhead:
         """Raises ``ValueError`` when the checkpoint's place is one in another order of the data."""
@@ -154,6 +186,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
             "max_tokens": self.max_tokens,
             "world_size": self.trainer.world_size,
             "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+            "block_shards": self.block_shards,
             "training samples": len(samples),
             "their hash": self.hash_of(samples),
         }
@@ -168,8 +201,22 @@ class HiddenStatesDataModule(L.LightningDataModule):
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
             done=self.batches_done,
+            blocks=self.blocks(samples),
         )
+        self.say_traffic("an epoch of training", sampler.epoch(0))
         return self.loader(sampler, self.cod)
+
+    def blocks(self, samples: list[int]) -> list[int]:
+        shards = [self.store.entries[i].shard for i in samples]
+        return blocks_of(shards, size=self.block_shards, seed=self.seed)
+
+    def needs(self, pack_: Pack) -> list[str]:
+        """The shards of a pack, in its order."""
+        return list(dict.fromkeys(self.store.entries[i].shard for i in pack_.samples))
+
+    def say_traffic(self, what: str, packs: list[Pack]) -> None:
+        if isinstance(self.store, HubStore) and self.trainer.is_global_zero:
+            print(traffic(what, map(self.needs, packs), self.store.cache), file=sys.stderr)
 
     def batches_done(self) -> int:
         """Batches that this rank has finished since the run began.
@@ -184,6 +231,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
         packs = fill_packs(samples, lengths, max_tokens=self.max_tokens, seed=None)
         if len(packs) < self.trainer.world_size:  # Lightning ends a rank that has none
             packs = even_out(packs, self.trainer.world_size)
+        self.say_traffic("a validation", [Pack(members, 0) for members in packs])
         mine = packs[self.trainer.global_rank :: self.trainer.world_size]
         return self.loader([Pack(members, 0) for members in mine], self.cod.keeping_all())
 
@@ -206,7 +254,10 @@ class HiddenStatesDataModule(L.LightningDataModule):
             mask_token_id=self.mask_token_id,
             buffers=self.buffers,
         )
-        return ReadAhead(data.__getitem__, packs, threads=self.num_workers)
+        threads = self.num_workers
+        if isinstance(self.store, HubStore):
+            packs = FetchAhead(packs, self.needs, self.store.cache, threads=threads, lag=threads)
+        return ReadAhead(data.__getitem__, packs, threads=threads)
 
     def segment_rows(self) -> int:
         """Raises ``ValueError`` when the memory budget cannot hold one segment."""
@@ -282,8 +333,11 @@ class HiddenStatesDataModule(L.LightningDataModule):
         return moved._replace(**kept)
 
     def hash_of(self, samples: list[int]) -> str:
-        entries = (self.store.entries[i] for i in samples)
+        """Of what the order depends on: with blocks also in which shards the samples are."""
+        entries = [self.store.entries[i] for i in samples]
         text = "".join(f"{entry.sample} {entry.tokens}\n" for entry in entries)
+        if self.block_shards is not None:
+            text += "".join(f"{entry.shard}\n" for entry in entries)
         return xxhash.xxh3_64_hexdigest(text.encode())
 
     def state_dict(self) -> dict[str, Any]:
@@ -292,17 +346,3 @@ class HiddenStatesDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.saved_order = state_dict["order"]
         self.bad.found = dict.fromkeys(state_dict["bad"])
-
-
-def refuse_other_order(saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raise ``ValueError`` with the differences; ``saved`` is empty when nothing is resumed."""
-    differences = [
-        f"{key}: checkpoint {value!r}, this run {ours.get(key)!r}"
-        for key, value in saved.items()
-        if value != ours.get(key)
-    ]
-    if differences:
-        raise ValueError(
-            "the checkpoint stands at a place in another order of the data, and would repeat some "
-            f"samples and miss others here ({'; '.join(differences)}): resume with the same values"
-        )

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,16 +195,33 @@ class StoreWriter:
         self.next_shard += 1
 
 
+class Shards:
+    """Where a store's shards are: in its own folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def has(self, shard: str) -> bool:
+        return (self.folder / shard).exists()
+
+    def open(self, shard: str) -> FileIO:
+        return open(self.folder / shard, "rb", buffering=0)
+
+
 class Store:
     """Reads samples by number; a sample is verified whenever it is read.
+
+    Args:
+        folder: of everything but, perhaps, the shards.
+        shards: where those are; default in the folder too.
 
     Raises:
         ValueError: if manifest or index are not in order, or a shard is missing. With
             ``allow_missing``, reading the samples of a missing shard raises ``BadSample`` instead.
     """
 
-    def __init__(self, folder: Path, *, allow_missing: bool = False):
-        self.folder = folder
+    def __init__(self, folder: Path, *, allow_missing: bool = False, shards: Shards | None = None):
+        self.folder, self.shards = folder, shards or Shards(folder)
         self.manifest = Manifest.read(folder)
         found: list[Entry] = []
         for part in index_parts(folder):
@@ -212,7 +230,7 @@ class Store:
             for name in {entry.shard for entry in entries}:
                 if name != shard.name or shard.is_symlink() or part.is_symlink():
                     raise ValueError(f"{part.name} names {name!r}, not a file of this store")
-            if not shard.exists() and not allow_missing:
+            if not self.shards.has(shard.name) and not allow_missing:
                 raise ValueError(f"shard {shard.name} is missing from {folder}: capture again")
             found += entries
         self.entries = in_order(found)
@@ -222,7 +240,7 @@ class Store:
         return len(self.entries)
 
     def read_spans(self, shard: str) -> dict[str, Span]:
-        with open(self.folder / shard, "rb", buffering=0) as file:
+        with self.shards.open(shard) as file:
             return read_spans(file)
 
     def split(self, name: str) -> list[int]:
@@ -237,7 +255,7 @@ class Store:
         """
         entry = self.entries[index]
         try:
-            with open(self.folder / entry.shard, "rb", buffering=0) as file:
+            with self.shards.open(entry.shard) as file:
                 header = self.spans(entry.shard)
                 spans = [header[f"{entry.slot}.{key}"] for key in TENSORS]
                 check_shapes(spans, entry, self.manifest)

@@ -62,7 +62,10 @@ class Talk:
         self.finished, self.cut = True, False
 
     def ask(self) -> bool:
-        """Render the next turn's prompt; false when nothing is left to ask, or no room."""
+        """Render the next turn's prompt; false when nothing is left to ask, or no room.
+
+        Where the first one leaves no room, there is no turn.
+        """
         done = len(self.turns)
         if done == len(self.prompt.turns) or not self.finished or self.cut:
             return False
@@ -72,14 +75,17 @@ class Talk:
         self.pending = prompt_ids(
             self.tokenizer, asked, self.prompt.options(self.config.template_options)
         )
-        self.cut = bool(done) and len(self.pending) >= self.config.max_tokens - 1
-        if not self.cut:
+        full = len(self.pending) >= self.config.max_tokens - 1
+        self.cut = bool(done) and full
+        if not full:
             self.messages = asked
-        return not self.cut
+        return not full
 
     def hear(self, answer: list[int], ended: bool) -> None:
+        """Take an answer; one that neither ended nor is as long as allowed had no more room."""
         room = self.config.max_tokens - len(self.pending)
-        if self.turns and len(answer) > room:  # cut at a turn: the first one must fit somehow
+        longer = len(answer) > room or not (ended or len(answer) >= self.config.max_new_tokens)
+        if self.turns and longer:  # cut at a turn: the first one must fit somehow
             self.messages.pop()
             self.cut = True
             return

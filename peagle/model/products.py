@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 for limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(limit, "16")  # as many as the products of a layer, so that its likes share
+    os.environ.setdefault(limit, "16")  # as many as a layer has, so that the layers share them
 
 FEW = 128  # rows below which laying out the weight costs oneDNN more than it gains
 FAST = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()

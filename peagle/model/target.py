@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -49,6 +51,14 @@ class TargetSource:
     def model(self, *, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
         model = opened(AutoModelForCausalLM, self, dtype=dtype, use_safetensors=True)
         return model.to(device).eval().requires_grad_(False)
+
+    def end_tokens(self) -> set[int]:
+        """What ``end_tokens`` finds in the model, without loading it."""
+        read = partial(GenerationConfig.from_pretrained, self.path, revision=self.revision)
+        try:
+            return ends_of(read())
+        except OSError:  # there is none: the model's configuration may say it, as for transformers
+            return ends_of(read(config_file_name="config.json"))
 
     def fingerprint(self) -> str:
         """Identity of the weights without loading them.
@@ -221,7 +231,11 @@ def compact(tensor: Tensor) -> Tensor:
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
     """The tokens that end an answer, by the target's generation settings."""
-    found = model.generation_config.eos_token_id
+    return ends_of(model.generation_config)
+
+
+def ends_of(settings: GenerationConfig) -> set[int]:
+    found = settings.eos_token_id
     if found is None:
         raise ValueError("the target's generation_config.json names no eos_token_id")
     return set(found) if isinstance(found, list) else {found}

@@ -17,6 +17,7 @@ from peagle.data.answers import different, given, is_greedy, too_small
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import documents
 from peagle.data.converted import opened
+from peagle.data.hub_store import FoundStore
 from peagle.data.prompts import Prompt, load_prompts
 from peagle.data.states import sample_bytes_per_token
 from peagle.data.store import Manifest, Store
@@ -36,6 +37,13 @@ class Lengths(NamedTuple):
     ids: frozenset[int]  # the tokens that occurred
 
 
+class Size(NamedTuple):
+    """Of one conversation."""
+
+    tokens: float
+    supervised: float
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What a store holds or will hold."""
@@ -48,14 +56,24 @@ class Forecast:
     answer_seconds: float  # the target will need to answer all prompts; 0 if not measured
     ids: frozenset[int]  # tokens that were seen
     unread: tuple[str, ...]  # prompt sets that could not be read here
+    trained: tuple[Size, ...]  # the conversations that are not kept for validation
 
 
 def forecast(
-    target: TargetSource, config: CaptureConfig, manifest: Manifest, folder: Path, *, answers: int
+    target: TargetSource,
+    config: CaptureConfig,
+    manifest: Manifest,
+    place: Path | FoundStore,
+    *,
+    answers: int,
 ) -> Forecast:
     """The data of a run; ``answers`` prompts are answered to learn how long answers are."""
-    if (folder / "manifest.json").exists():
-        return counted(folder)
+    if isinstance(place, FoundStore):
+        size = sum(file.size for file in place.files.values())
+        return counted(Store(place.folder, allow_missing=True), size)
+    if (place / "manifest.json").exists():
+        size = sum(path.stat().st_size for path in place.iterdir() if path.is_file())
+        return counted(Store(place), size)
     if config.speculators is not None:
         return to_convert(target, config, manifest)
     prompts, unknown, unread = readable(config)
@@ -65,30 +83,36 @@ def forecast(
     openings = [first_prompt(tokenizer, p, config) for p in prompts] if tokenizer else []
     fits = [i for i, ids in enumerate(openings) if len(ids) < config.max_tokens - 1]
     lengths, basis = measured(target, tokenizer, [prompts[i] for i in fits], config, answers)
-    known = sum(min(len(openings[i]) + lengths.after_prompt, config.max_tokens) for i in fits)
-    tokens = round(known) + unknown * config.max_tokens
-    supervised = round(len(fits) * lengths.supervised)
-    supervised += unknown * min(config.max_new_tokens, config.max_tokens)
+    found = [
+        Size(min(len(openings[i]) + lengths.after_prompt, config.max_tokens), lengths.supervised)
+        for i in fits
+    ]
+    found += [Size(config.max_tokens, min(config.max_new_tokens, config.max_tokens))] * unknown
+    tokens = round(sum(size.tokens for size in found))
     if unknown:
         basis += (
             f"; {unknown} conversations that cannot be read here count {config.max_tokens} each"
         )
     return Forecast(
-        conversations=len(fits) + unknown,
+        conversations=len(found),
         tokens=tokens,
-        supervised=supervised,
+        supervised=round(sum(size.supervised for size in found)),
         bytes=tokens * sample_bytes_per_token(manifest) + target_bytes(text, config),
         basis=basis,
         answer_seconds=len(fits) * lengths.seconds,
         ids=lengths.ids | {token for ids in openings for token in ids},
         unread=tuple(unread),
+        trained=training(found, config),
     )
 
 
-def counted(folder: Path) -> Forecast:
-    """What a finished store holds."""
-    store = Store(folder)
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+def training(found: list[Size], config: CaptureConfig) -> tuple[Size, ...]:
+    """Those that are not kept for validation, which are drawn by hash: any will do."""
+    return tuple(found[: round(len(found) * (1 - config.val_share))])
+
+
+def counted(store: Store, size: int) -> Forecast:
+    """What a finished store holds; ``size`` is that of its files."""
     return Forecast(
         conversations=len(store),
         tokens=sum(entry.tokens for entry in store.entries),
@@ -98,22 +122,27 @@ def counted(folder: Path) -> Forecast:
         answer_seconds=0.0,
         ids=frozenset(),
         unread=(),
+        trained=tuple(
+            Size(store.entries[i].tokens, store.entries[i].supervised) for i in store.split("train")
+        ),
     )
 
 
 def to_convert(target: TargetSource, config: CaptureConfig, manifest: Manifest) -> Forecast:
     """What speculators' data set holds."""
     rows = opened(Path(config.speculators))
-    tokens = sum(len(row["input_ids"]) for row in rows)
+    found = [Size(len(row["input_ids"]), int(row["loss_mask"].sum())) for row in rows]
+    tokens = sum(size.tokens for size in found)
     return Forecast(
         conversations=len(rows),
         tokens=tokens,
-        supervised=sum(int(row["loss_mask"].sum()) for row in rows),
+        supervised=sum(size.supervised for size in found),
         bytes=tokens * sample_bytes_per_token(manifest) + target_bytes(target.config(), config),
         basis=f"counted in {config.speculators}",
         answer_seconds=0.0,
         ids=frozenset(token for row in rows for token in row["input_ids"].tolist()),
         unread=(),
+        trained=training(found, config),
     )
 
 

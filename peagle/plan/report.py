@@ -1,7 +1,9 @@
 """``python -m peagle plan``: what a run will cost, said before anything of it runs."""
 
 import math
+import resource
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from peagle.cod.rollouts import Cod
 from peagle.data.capture import shape_of
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.datamodule import DEFAULT_ROWS
+from peagle.data.hub_store import FoundStore
+from peagle.data.order import fill_packs
 from peagle.data.store import Manifest
 from peagle.evaluation import EvaluationConfig
 from peagle.model.config import PEagleConfig
@@ -47,7 +51,7 @@ def plan(
     capture: CaptureConfig,
     evaluation: EvaluationConfig,
     run: RunShape,
-    folder: Path,
+    place: Path | FoundStore,
     *,
     answers: int = 128,
     seconds: float = 2.0,
@@ -55,13 +59,14 @@ def plan(
     """The plan as text.
 
     Args:
+        place: of the store: its folder, whether it is there yet or not, or on the Hub.
         answers: prompts that the target answers to learn how long answers are.
         seconds: how long this machine's speed is measured.
     """
-    text = target.config()
+    program, text = program_bytes(), target.config()
     shape = shape_of(text, capture)
     manifest = Manifest(target.name, target.revision, "", tokenizer="", answers="", **shape)
-    data = forecast(target, capture, manifest, folder, answers=answers)
+    data = forecast(target, capture, manifest, place, answers=answers)
     config = PEagleConfig(
         **{**manifest.block, **run.architecture},
         vocab_size=manifest.vocab_size,
@@ -78,20 +83,28 @@ def plan(
         train_embeddings=run.train_embeddings,
         recompute=run.recompute,
     )
+    if run.device == "cpu":
+        cost.memory["program"] = program
     rate = matrix_rate(run.device, half=run.half, seconds=seconds)
     lines = [
         f"target     {target.name}: {text.model_type}, {shape['num_layers']} layers of width "
         f"{shape['hidden_size']}, vocabulary {shape['vocab_size']}; captured {shape['layer_ids']}",
         f"mask token {mask_token(target, config.mask_token_id)}",
-        *data_lines(data, folder),
+        *data_lines(data, place),
         *cost_lines(config, cost, sequence, run, data, rate),
-        *warnings(data, config, capture, evaluation, run, folder),
+        *warnings(data, config, capture, evaluation, run, place),
     ]
     return "\n".join(lines)
 
 
+def program_bytes() -> int:
+    """What Python and its libraries take, in this process as in one that trains."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def sequence_of(run: RunShape, data: Forecast, config: PEagleConfig) -> Shape:
-    """A full packed sequence: its slots, and its rows after the draw."""
+    """A full packed sequence: its slots, its rows after the draw, and those of the largest."""
     limit = run.max_rows or DEFAULT_ROWS
     if run.max_rows is None and run.memory_gb is not None:
         limit = rows_within(
@@ -104,10 +117,22 @@ def sequence_of(run: RunShape, data: Forecast, config: PEagleConfig) -> Shape:
             recompute=run.recompute,
         )
     per_slot = sum(run.cod.share(depth) for depth in range(run.cod.num_depths))
-    supervised = data.supervised / data.tokens if data.tokens else 1.0  # unknown: the most
-    rows = max(1, round(run.max_tokens * supervised * per_slot))
-    segments = math.ceil(rows / limit)
-    return Shape(run.max_tokens, rows, math.ceil(rows / segments))
+    supervised = packs_of(run, data) or [float(run.max_tokens)]  # unknown: the most
+    rows = max(1, round(per_slot * sum(supervised) / len(supervised)))
+    most = max(1, round(per_slot * max(supervised)))
+    return Shape(run.max_tokens, rows, math.ceil(most / math.ceil(most / limit)))
+
+
+def packs_of(run: RunShape, data: Forecast) -> list[float]:
+    """Supervised positions of each packed sequence of an epoch, packed as training packs them."""
+    fitting = [size for size in data.trained if 1 <= size.tokens - 2 <= run.max_tokens]
+    packs = fill_packs(
+        list(range(len(fitting))),
+        [math.ceil(size.tokens) - 2 for size in fitting],
+        max_tokens=run.max_tokens,
+        seed=0,
+    )
+    return [float(sum(fitting[i].supervised for i in members)) for members in packs]
 
 
 def mask_token(target: TargetSource, mask: int | None) -> str:
@@ -121,11 +146,11 @@ def mask_token(target: TargetSource, mask: int | None) -> str:
     return f"{mask}, {token!r}" if token else f"{mask}, a row that no token of the tokenizer uses"
 
 
-def data_lines(data: Forecast, folder: Path) -> list[str]:
+def data_lines(data: Forecast, place: Path | FoundStore) -> list[str]:
     lines = [
         f"samples    {data.conversations:,} conversations ({data.basis})",
         f"tokens     {data.tokens:,}, of which {data.supervised:,} are supervised",
-        f"disk       {size(data.bytes)} in {folder}",
+        f"disk       {size(data.bytes)} in {place}",
     ]
     if data.answer_seconds:
         lines.append(f"answers    {duration(data.answer_seconds)} for the target to write here")
@@ -157,7 +182,7 @@ def steps_of(run: RunShape, data: Forecast) -> int:
         raise ValueError("training needs an end: set trainer.max_epochs or trainer.max_steps")
     if run.epochs < 0:
         return run.max_steps
-    sequences = math.ceil(data.tokens / run.max_tokens)
+    sequences = len(packs_of(run, data))
     steps = math.ceil(sequences / (run.devices * run.accumulate)) * run.epochs
     return min(steps, run.max_steps) if run.max_steps > 0 else steps
 
@@ -168,7 +193,7 @@ def warnings(
     capture: CaptureConfig,
     evaluation: EvaluationConfig,
     run: RunShape,
-    folder: Path,
+    place: Path | FoundStore,
 ) -> list[str]:
     """What will go wrong, or less well than hoped."""
     found = [f"cannot be read here, counted by its limit only: {text}" for text in data.unread]
@@ -192,10 +217,11 @@ def warnings(
             f"data.max_tokens = {run.max_tokens} is smaller than capture.max_tokens = "
             f"{capture.max_tokens}: longer conversations are captured, but not trained"
         )
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    if data.bytes > free and not (folder / "manifest.json").exists():
-        found.append(f"the disk is too small: {size(data.bytes)} needed, {size(free)} free")
+    if isinstance(place, Path) and not (place / "manifest.json").exists():
+        there = next(p for p in (place, *place.absolute().parents) if p.exists())
+        free = shutil.disk_usage(there).free
+        if data.bytes > free:
+            found.append(f"the disk is too small: {size(data.bytes)} needed, {size(free)} free")
     return [f"warning    {problem}" for problem in found]
 
 

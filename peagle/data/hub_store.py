@@ -1,0 +1,274 @@
+"""A store that lies on the Hub: read at one commit, its shards by way of a bounded cache.
+
+``hf://datasets/OWNER/NAME/FOLDER@REVISION`` (the folder may be left out). What is small, and the
+target's parts, stay in the cache; shards come and go (``peagle/data/shard_cache.py``). Nothing is
+ever written there: a store is put on the Hub with the client's own ``hf upload``.
+"""
+
+import hashlib
+import math
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from huggingface_hub import (
+    cached_assets_path,
+    dataset_info,
+    hf_hub_download,
+    list_repo_tree,
+    snapshot_download,
+)
+from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars
+from torch import Tensor
+
+from peagle.address import HubAddress, parse_address
+from peagle.checkpoint import reason
+from peagle.data.parts import locked
+from peagle.data.shard_cache import ShardCache
+from peagle.data.store import BadSample, Sample, Store
+
+NEEDED = ("manifest.json", "capture.json", "target.safetensors", "target_layers.safetensors")
+SHARD = re.compile(r"shard-\d{5,}\.safetensors")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+WAITS = (1.0, 4.0, 16.0)  # seconds between attempts, each with the client's own retries inside
+
+Result = TypeVar("Result")
+
+
+class FetchError(ValueError):
+    """Something of a store could not be fetched. No damage: no sample is left out for it."""
+
+
+class RemoteFile(NamedTuple):
+    size: int
+    sha256: str | None  # of what the Hub does not keep in git itself
+
+
+@dataclass(frozen=True)
+class FoundStore:
+    """A store on the Hub at a commit, everything but its shards at hand."""
+
+    address: HubAddress
+    files: dict[str, RemoteFile]
+    folder: Path
+
+    def __str__(self) -> str:
+        return str(self.address)
+
+    @property
+    def shards(self) -> dict[str, int]:
+        """Sizes in bytes."""
+        return {name: f.size for name, f in self.files.items() if SHARD.fullmatch(name)}
+
+    def fetch(self, shard: str, folder: Path) -> Path:
+        """Download a shard into an empty folder.
+
+        Raises:
+            FetchError: naming the shard, when it does not come whole.
+        """
+
+        def attempt() -> Path:
+            path = download(self.address, shard, folder)
+            refuse_other_content(path, self.files[shard])
+            return path
+
+        return patiently(f"{shard} of {self.address}", attempt)
+
+
+class HubStore(Store):
+    """A damaged sample is read once more from a fresh copy: only what is so on the Hub is bad."""
+
+    def __init__(self, found: FoundStore, cache: ShardCache, *, allow_missing: bool):
+        super().__init__(found.folder, allow_missing=allow_missing, shards=cache)
+        self.address, self.cache = found.address, cache
+        self.renewed: set[str] = set()
+
+    def read(self, index: int, states: tuple[Tensor, Tensor] | None = None) -> Sample:
+        try:
+            return super().read(index, states)
+        except BadSample:
+            shard = self.entries[index].shard
+            if shard in self.renewed or not self.cache.has(shard):
+                raise
+            self.renewed.add(shard)
+            self.cache.drop(shard)
+            self.spans.cache_clear()
+            return super().read(index, states)
+
+
+def store_address(store: str) -> HubAddress | None:
+    """``None`` for a folder. Raises ``ValueError`` for what is neither that nor on the Hub."""
+    if "://" not in store:
+        return None
+    address = parse_address(store)
+    if address is None or address.kind != "dataset":
+        raise ValueError(
+            f"{store}: a store is a folder, or hf://datasets/OWNER/NAME/FOLDER@REVISION (without "
+            "FOLDER, if it is all of the data set)"
+        )
+    if "/" in address.revision and not address.revision.startswith("refs/"):
+        raise ValueError(
+            f"{store}: the folder goes before the revision, hf://datasets/OWNER/NAME/FOLDER@"
+            "REVISION; for a branch with / in its name give the commit"
+        )
+    return address
+
+
+def find_store(address: HubAddress) -> FoundStore:
+    """Say at which commit a store is read from now on, and fetch what is small.
+
+    Raises:
+        ValueError: if there is no whole store, or the Hub cannot be asked.
+    """
+    if not COMMIT.fullmatch(address.revision):
+        info = patiently(
+            str(address), lambda: dataset_info(address.repo, revision=address.revision)
+        )
+        address = address._replace(revision=info.sha)
+        print(f"store {address}", file=sys.stderr)
+    files = patiently(str(address), lambda: listing(address))
+    if "manifest.json" not in files:
+        raise ValueError(
+            f"there is no store at {address}, and none is captured there: capture into a folder "
+            "(--store FOLDER), and put that on the Hub with `hf upload`"
+        )
+    missing = [name for name in NEEDED if name not in files]
+    if missing:
+        raise ValueError(f"{address} is no whole store, it has no {missing[0]}: upload it again")
+    return FoundStore(address, files, fetch_small(address, files))
+
+
+def open_store(found: FoundStore, *, cache_gb: float, allow_missing: bool) -> HubStore:
+    """Raises ``ValueError`` for a cache that is too small, or larger than the disk allows."""
+    sizes, limit, root = found.shards, int(cache_gb * 1e9), cache_root()
+    least = 2 * max(sizes.values(), default=0)
+    if limit < least:
+        raise ValueError(
+            f"data.cache_gb = {cache_gb:g} does not hold two shards of {found.address}: give "
+            f"{math.ceil(least / 1e7) / 100:g} or more"
+        )
+    cache = ShardCache(root, name_of(found.address), sizes, limit=limit, fetch=found.fetch)
+    held, free = cache.held(), shutil.disk_usage(root).free
+    if min(limit, sum(sizes.values())) > held + free:
+        raise ValueError(
+            f"data.cache_gb = {cache_gb:g} is more than {root} has room for: {free / 1e9:.3g} GB "
+            f"are free, {held / 1e9:.3g} GB are in the cache; lower it, or set HF_ASSETS_CACHE to "
+            "a folder on a larger disk"
+        )
+    return HubStore(found, cache, allow_missing=allow_missing)
+
+
+def cache_root() -> Path:
+    """Where the client keeps what other programs cache: below HF_ASSETS_CACHE, or HF_HOME."""
+    return cached_assets_path("peagle", "hub", "stores")
+
+
+def name_of(address: HubAddress) -> str:
+    """Of a store's folder in the cache."""
+    parts = (*address.repo.split("/"), *address.path.split("/"), address.revision)
+    return "--".join(part for part in parts if part)
+
+
+def listing(address: HubAddress) -> dict[str, RemoteFile]:
+    """The files of the store's folder."""
+    try:
+        entries = list(
+            list_repo_tree(
+                address.repo,
+                address.path or None,
+                repo_type=address.kind,
+                revision=address.revision,
+            )
+        )
+    except EntryNotFoundError:  # no such folder
+        return {}
+    return {
+        entry.path.rpartition("/")[2]: RemoteFile(entry.size, entry.lfs and entry.lfs.sha256)
+        for entry in entries
+        if isinstance(entry, RepoFile)
+    }
+
+
+def fetch_small(address: HubAddress, files: dict[str, RemoteFile]) -> Path:
+    """Bring everything but the shards into the cache; returns its folder."""
+    for kind in ("http_get", "xet_get"):  # a bar per shard would drown that of training
+        disable_progress_bars(f"huggingface_hub.{kind}")
+    root = cache_root() / "small" / name_of(address)
+    folder, names = root / address.path, [*NEEDED, "shard-*.parquet"]
+    small = [name for name in files if name in NEEDED or name.endswith(".parquet")]
+    with locked(root.with_name(root.name + ".lock")):
+        for leftover in root.glob(".cache/huggingface/download/**/*.incomplete"):
+            leftover.unlink()
+        for name in small:  # the client takes what is there for whole
+            if size_of(folder / name) != files[name].size:
+                (folder / name).unlink(missing_ok=True)
+        patiently(
+            str(address),
+            lambda: snapshot_download(
+                address.repo,
+                repo_type=address.kind,
+                revision=address.revision,
+                local_dir=root,
+                allow_patterns=[address.inside(name) for name in names],
+            ),
+        )
+    torn = [name for name in small if size_of(folder / name) != files[name].size]
+    if torn:
+        raise FetchError(f"{torn[0]} of {address} did not come whole: start again")
+    return folder
+
+
+def download(address: HubAddress, name: str, folder: Path) -> Path:
+    path = hf_hub_download(
+        address.repo,
+        address.inside(name),
+        repo_type=address.kind,
+        revision=address.revision,
+        local_dir=folder,
+    )
+    return Path(path)
+
+
+def refuse_other_content(path: Path, wanted: RemoteFile) -> None:
+    """Raise ``OSError`` and remove the file unless it is the one that the Hub lists."""
+    try:
+        if size_of(path) != wanted.size:
+            raise OSError(f"it came with {size_of(path)} bytes instead of {wanted.size}")
+        with open(path, "rb") as file:
+            found = wanted.sha256 and hashlib.file_digest(file, "sha256").hexdigest()
+        if found != wanted.sha256:
+            raise OSError("it came with another content than the Hub says (its sha256 differs)")
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
+
+
+def patiently(what: str, attempt: Callable[[], Result]) -> Result:
+    """Try again for a while what the network may have spoilt.
+
+    Raises:
+        FetchError: with what and why, when it lasts, or when the Hub refuses.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return attempt()
+        except Exception as error:  # the client raises whatever its transport raises
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            # Below 500 the Hub has understood, and will answer the same again.
+            final = status is not None and status < 500 and status not in (408, 429)
+            if wait is None or final:
+                hint = " (a private one needs HF_TOKEN or `hf auth login`)" if final else ""
+                raise FetchError(f"{what} cannot be fetched: {reason(error)}{hint}") from error
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")

@@ -1,0 +1,1 @@
+"""vLLM as a server: found, started, asked over HTTP, and gone afterwards."""

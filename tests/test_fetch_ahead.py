@@ -1,0 +1,130 @@
+"""What comes next is fetched meanwhile, no further than the cache holds, in the same order."""
+
+import threading
+import time
+
+import pytest
+from test_shard_cache import NAMES, SIZES, Source, held, make_cache, of_size, read
+
+from peagle.data.fetch_ahead import FetchAhead, Window, bytes_to_fetch, traffic
+from peagle.data.order import Pack
+from peagle.data.read_ahead import ReadAhead
+
+PACKS = [Pack((n, n + 1), seed=n) for n in range(7)]
+
+
+def needs(pack):
+    return [NAMES[n] for n in pack.samples]
+
+
+def ahead(cache, *, threads=2, lag=0, packs=PACKS):
+    return FetchAhead(packs, needs, cache, threads=threads, lag=lag)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert condition()
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("shards", [2, 4, 20])
+def test_the_packs_are_the_same_in_the_same_order(tmp_path, threads, shards):
+    packs = ahead(make_cache(tmp_path, shards=shards), threads=threads)
+    assert len(packs) == 7
+    for _ in range(2):
+        assert list(packs) == PACKS
+
+
+def test_the_shards_of_later_packs_are_there_before_they_are_read(tmp_path):
+    source = Source(tmp_path)
+    packs = iter(ahead(make_cache(tmp_path, shards=5, source=source), threads=1))
+    assert next(packs) == PACKS[0]
+    wait_for(lambda: len(source.asked) == 4)
+    time.sleep(0.05)
+    assert source.asked == NAMES[:4], "one place is left for whoever reads something else"
+    for _ in range(3):
+        next(packs)
+    wait_for(lambda: len(source.asked) == 7)
+    assert held(tmp_path) <= 5000
+    assert {path.name for path in tmp_path.glob("shards/*/*")} >= set(NAMES[3:7])
+
+
+LONG = [Pack((n,), seed=m) for n in range(8) for m in range(4)]  # four packs of each shard
+
+
+@pytest.mark.parametrize("packs", [PACKS, LONG], ids=["in passing", "read for long"])
+def test_each_shard_comes_once_although_the_cache_is_smaller_than_the_store(tmp_path, packs):
+    """What was fetched first for later is then the longest unused, but nothing else is finished."""
+
+    def read_slowly(pack):
+        time.sleep(0.005)
+        return [read(cache, NAMES[n]) for n in pack.samples]
+
+    source = Source(tmp_path, delay=0.001)
+    cache = make_cache(tmp_path, shards=4, source=source)
+    order = FetchAhead(packs, needs, cache, threads=1, lag=1)
+    read_packs = list(ReadAhead(read_slowly, order, threads=1))
+    assert read_packs == [[of_size(name) for name in needs(pack)] for pack in packs]
+    assert sorted(source.asked) == NAMES
+
+
+def test_an_error_comes_from_the_reader_in_its_turn(tmp_path):
+    def fetch(name, folder):
+        if name == NAMES[3]:
+            raise ValueError(f"{name} does not come")
+        return Source(tmp_path)(name, folder)
+
+    cache = make_cache(tmp_path, shards=20, source=fetch)
+    batches = iter(ReadAhead(
+        lambda pack: [read(cache, name) for name in needs(pack)], ahead(cache, lag=1), threads=1
+    ))  # fmt: skip
+    assert len([next(batches), next(batches)]) == 2
+    with pytest.raises(ValueError, match="does not come"):
+        next(batches)
+
+
+def test_no_thread_goes_on_when_nobody_iterates_any_more(tmp_path):
+    before = threading.active_count()
+    packs = iter(ahead(make_cache(tmp_path, shards=20), threads=3))
+    next(packs)
+    assert threading.active_count() == before + 3
+    del packs
+    wait_for(lambda: threading.active_count() == before)
+
+
+def test_a_window_holds_what_fits_and_the_pack_that_is_asked_for():
+    lists = [["a"], ["a", "b"], ["c"], ["a", "d", "e"], ["f"]]
+    window = Window(lists, dict.fromkeys("abcdef", 10), room=20)
+    assert window.extend(0) == ["a", "b"]
+    assert window.leave(1) == [] and window.extend(1) == []
+    assert window.leave(2) == ["a", "b"] and window.extend(2) == ["c"]
+    assert window.leave(3) == ["c"] and window.extend(3) == ["a", "d", "e"]
+    assert window.leave(4) == ["a", "d", "e"] and window.extend(4) == ["f"]
+    assert window.leave(2) == []
+
+
+ORDERS = {  # three shards of ten bytes: bytes fetched with room for one, two, three
+    "one after the other": ("aabbcc", [30, 30, 30]),
+    "in turn": ("abcabc", [60, 60, 30]),
+    "two and then one": ("ababcc", [50, 30, 30]),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_an_order_fetches_is_counted_as_a_cache_would(order):
+    letters, expected = ORDERS[order]
+    sizes = dict.fromkeys("abc", 10)
+    packs = [[letter] for letter in letters]
+    assert [bytes_to_fetch(packs, sizes, room) for room in (10, 20, 30)] == expected
+
+
+def test_an_order_that_fetches_much_comes_with_advice(tmp_path):
+    few, many = make_cache(tmp_path, shards=2), make_cache(tmp_path, shards=8)
+    again = [[name] for name in NAMES] * 3
+    said = traffic("an epoch", again, few)
+    assert said.startswith("an epoch fetches about 2.4e-05 GB")
+    assert "or fewer data.block_shards" in said
+    assert sum(SIZES.values()) == 8000 and "with data.cache_gb 0.01" in said
+    assert "block_shards" not in traffic("an epoch", again, many)
