@@ -135,6 +135,15 @@ def test_a_vllm_that_does_not_know_the_target_is_refused_before_it_starts(stand_
     assert not vllm.served
 
 
+def test_conversations_longer_than_the_target_knows_are_refused_before_it_starts(
+    stand_in, tmp_path
+):
+    vllm = stand_in()
+    with pytest.raises(ValueError, match=r"max_tokens = 9999 exceeds the \d+ positions"):
+        capture(TARGET, served_by(vllm, max_tokens=9999), tmp_path / "store")
+    assert not vllm.served
+
+
 def test_prompts_that_leave_no_room_are_not_asked_and_answers_only_for_the_room(
     stand_in, tmp_path, capsys
 ):

@@ -53,7 +53,13 @@ def by_engine(
     if not missing:
         return
     vllm = find_vllm(config.vllm_python, option="--capture.vllm_python")
-    require_architectures(vllm, target.config().architectures or ())
+    text = target.config()
+    require_architectures(vllm, text.architectures or ())
+    if config.max_tokens > text.max_position_embeddings:
+        raise ValueError(
+            f"capture.max_tokens = {config.max_tokens} exceeds the {text.max_position_embeddings} "
+            "positions of the target, and vLLM serves no more: lower it"
+        )
     tokenizer, ends = target.tokenizer(), target.end_tokens()
     print(f"{vllm.name}: starting the engine for {len(missing)} prompts", file=sys.stderr)
     with serve(vllm, serving(target, config, vllm), timeout_s=START_TIMEOUT_S) as server:
