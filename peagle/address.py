@@ -31,9 +31,19 @@ class HubAddress(NamedTuple):
 
 
 def parse_address(text: str) -> HubAddress | None:
-    """``None`` for what is written otherwise."""
+    """``None`` for what is written otherwise; a path may end with one slash.
+
+    Raises:
+        ValueError: for a path that a cache's folder could not have, or that leads out of it.
+    """
     found = FORM.fullmatch(text)
     if found is None:
         return None
-    kind = "dataset" if found["kind"] else "model"
-    return HubAddress(kind, found["repo"], (found["path"] or "").rstrip("/"), found["revision"])
+    kind, path = "dataset" if found["kind"] else "model", ""
+    if found["path"] is not None:
+        path = found["path"].removesuffix("/")
+        if {"", ".", ".."} & set(path.split("/")):
+            raise ValueError(
+                f"{text}: the path on the Hub has an empty part, . or ..: write it without"
+            )
+    return HubAddress(kind, found["repo"], path, found["revision"])

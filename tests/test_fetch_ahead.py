@@ -46,9 +46,8 @@ def test_the_shards_of_later_packs_are_there_before_they_are_read(tmp_path):
     assert source.asked == NAMES[:4], "one place is left for whoever reads something else"
     for _ in range(3):
         next(packs)
-    wait_for(lambda: len(source.asked) == 7)
-    assert held(tmp_path) <= 5000
-    assert {path.name for path in tmp_path.glob("shards/*/*")} >= set(NAMES[3:7])
+    wait_for(lambda: {path.name for path in tmp_path.glob("shards/*/*")} >= set(NAMES[3:7]))
+    assert len(source.asked) == 7 and held(tmp_path) <= 5000
 
 
 LONG = [Pack((n,), seed=m) for n in range(8) for m in range(4)]  # four packs of each shard
@@ -125,6 +124,24 @@ def test_an_order_that_fetches_much_comes_with_advice(tmp_path):
     again = [[name] for name in NAMES] * 3
     said = traffic("an epoch", again, few)
     assert said.startswith("an epoch fetches about 2.4e-05 GB")
-    assert "or fewer data.block_shards" in said
-    assert sum(SIZES.values()) == 8000 and "with data.cache_gb 0.01" in said
-    assert "block_shards" not in traffic("an epoch", again, many)
+    assert sum(SIZES.values()) == 8000 and said.endswith(": with data.cache_gb 0.01 it is less")
+    assert "with" not in traffic("an epoch", again, many, blocks=8)
+
+
+@pytest.mark.parametrize(("shards", "blocks", "advised"), [(2, 8, 1), (5, 8, 2), (5, 3, 2),
+                                                           (7, 8, 3)])  # fmt: skip
+def test_the_blocks_that_are_advised_fit_twice_and_fetch_each_shard_once(
+    tmp_path, shards, blocks, advised
+):
+    cache = make_cache(tmp_path, shards=shards)
+    again = [[name] for name in NAMES] * 3
+    said = traffic("an epoch", again, cache, blocks=blocks)
+    assert said.endswith(f"data.cache_gb 0.01, or with data.block_shards {advised}, it is less")
+    in_blocks = [[name] for n in range(0, 8, advised) for name in NAMES[n : n + advised] * 3]
+    assert bytes_to_fetch(in_blocks, cache.sizes, cache.limit) == 8000
+
+
+def test_blocks_that_are_small_enough_are_not_advised(tmp_path):
+    again = [[name] for name in NAMES] * 3
+    said = traffic("an epoch", again, make_cache(tmp_path, shards=5), blocks=2)
+    assert "cache_gb 0.01 it is less" in said and "block_shards" not in said

@@ -1,6 +1,8 @@
 """A store on the Hub is read as it is in its folder, at one commit, and never half."""
 
 import os
+import re
+import shutil
 import threading
 import time
 
@@ -21,6 +23,10 @@ SHARD = r"shard-00001\.safetensors"
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(hub_store, "WAITS", (0.01, 0.01))
+
+
+def at_address(problem):
+    return rf"^hf://datasets/{NAME}/tiny@\w{{40}}: .*{problem}.*: put the store on the Hub again$"
 
 
 def same(ours, theirs):
@@ -54,6 +60,10 @@ def test_a_folder_is_no_address(text):
         ("hf://datasets/a@main", "a store is a folder, or hf"),
         ("s3://bucket/store", "a store is a folder, or hf"),
         ("hf://datasets/a/b@main/x", "the folder goes before the revision"),
+        ("hf://datasets/a/b/../c@main", r"the path on the Hub has an empty part, \. or \.\."),
+        ("hf://datasets/a/b/x/./y@main", r"has an empty part, \. or \.\.: write it without"),
+        ("hf://datasets/a/b/x//y@main", "the path on the Hub has an empty part"),
+        ("hf://datasets/a/b//@main", "the path on the Hub has an empty part"),
     ],
 )
 def test_an_address_that_says_too_little_is_refused(text, words):
@@ -124,12 +134,53 @@ def test_a_shard_that_is_not_on_the_hub_is_an_error_or_bad_samples(own_hub, rand
     files = own_hub.content(f"datasets/{NAME}")
     del files["tiny/shard-00001.safetensors"]
     own_hub.put(f"datasets/{NAME}", files)
-    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing"):
+    with pytest.raises(ValueError, match=at_address("shard-00001.safetensors is missing")):
         opened()
     store = opened(skip=True)
     number = next(i for i, e in enumerate(store.entries) if e.shard.startswith("shard-00001"))
-    with pytest.raises(BadSample, match="is not where the store is"):
+    with pytest.raises(BadSample, match=r"is not where the store is.*on the Hub again .*hf://"):
         store.read(number)
+
+
+def test_an_index_that_is_damaged_on_the_hub_is_said_of_its_address(own_hub, random_store):
+    part = random_store / "shard-00001.parquet"
+    part.write_bytes(part.read_bytes()[:-20])
+    put_store(own_hub, random_store)
+    with pytest.raises(ValueError, match=at_address("index part shard-00001.parquet is damaged")):
+        opened()
+
+
+@pytest.mark.parametrize("name", ["notes.parquet", "shard-of-notes.parquet"])
+def test_another_table_beside_a_store_is_no_part_of_it(own_hub, random_store, name):
+    files = {f"tiny/{p.name}": p.read_bytes() for p in random_store.iterdir()}
+    put_store(own_hub, random_store)
+    own_hub.put(f"datasets/{NAME}", own_hub.content(f"datasets/{NAME}") | {f"tiny/{name}": b"x"})
+    assert len(files) == 9 and len(opened()) == 24 and fetched(own_hub, name) == []
+
+
+SMALL = ["manifest.json", "capture.json", "target.safetensors", "shard-00002.parquet"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_file_that_changed_in_the_cache_is_fetched_again(own_hub, random_store, name):
+    put_store(own_hub, random_store)
+    copy = opened().folder / name
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:-3] + bytes([whole[-3] ^ 4]) + whole[-2:])
+    own_hub.requests.clear()
+    assert len(opened()) == 24 and copy.read_bytes() == whole
+    assert fetched(own_hub, r"[\w.-]+") == [name]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("manifest.json", "git"), (SMALL[3], "sha256")])
+def test_a_small_file_that_comes_otherwise_is_not_kept(own_hub, random_store, name, kind):
+    put_store(own_hub, random_store)
+    fault = own_hub.fault("resolve", where=f"GET .*{name}", flip=True)
+    with pytest.raises(FetchError, match=rf"^{name} of hf://.*/tiny@.*another content.*{kind}"):
+        opened()
+    assert fault.met == 3
+    own_hub.faults.clear()
+    assert len(opened()) == 24
 
 
 def test_somebody_elses_private_store_is_not_found(own_hub, random_store, monkeypatch):
@@ -206,8 +257,76 @@ def test_a_damaged_copy_is_fetched_anew_and_damage_on_the_hub_is_bad(own_hub, ra
             bad.append(str(error))
     assert same(store.read(0), first)
     assert len(bad) == 1 and "shard-00001.safetensors" in bad[0]
+    assert f"put the store on the Hub again (it is so at {store.address})" in bad[0]
     assert sorted(fetched(own_hub)) == sorted(2 * ["shard-00000.safetensors"] + 2 * [
         "shard-00001.safetensors"] + ["shard-00002.safetensors"])  # fmt: skip
+
+
+def test_threads_that_read_one_damaged_copy_lose_no_sample(own_hub, random_store, monkeypatch):
+    """Both have read it before either can do anything about it."""
+    put_store(own_hub, random_store)
+    store, expected = opened(), Store(random_store)
+    store.read(0)
+    copy = store.cache.folder / "shard-00000.safetensors"
+    copy.write_bytes(copy.read_bytes()[:-2] + b"xx")
+    last = max(range(8), key=lambda i: store.entries[i].slot)
+    barrier, waited, read = threading.Barrier(2), set(), Store.read
+
+    def read_together(self, index, states=None):
+        try:
+            return read(self, index, states)
+        except BadSample:
+            if threading.get_ident() not in waited:
+                waited.add(threading.get_ident())
+                barrier.wait(10)
+            raise
+
+    monkeypatch.setattr(Store, "read", read_together)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(store.read(last))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(waited) == 2 and len(found) == 2
+    assert all(same(sample, read(expected, last)) for sample in found)
+    assert fetched(own_hub) == 2 * ["shard-00000.safetensors"]
+
+
+def test_the_header_of_a_copy_that_is_gone_is_not_taken_for_that_of_the_new_one(
+    own_hub, random_store
+):
+    """One reader has the damaged header in hand while another fetches the shard anew."""
+    put_store(own_hub, random_store)
+    store, expected = opened(), Store(random_store)
+    store.cache.open("shard-00000.safetensors").close()
+    copy = store.cache.folder / "shard-00000.safetensors"
+    content = copy.read_bytes()
+    swapped = {b"0": b"1", b"1": b"0"}
+    copy.write_bytes(re.sub(rb'(?<=")[01](?=\.aux")', lambda found: swapped[found[0]], content))
+    assert copy.read_bytes() != content
+    read_spans, entered = store.read_spans, []
+
+    def slowly(shard):
+        spans = read_spans(shard)
+        entered.append(shard)
+        if len(entered) == 1:
+            assert same(store.read(1), expected.read(1))
+        return spans
+
+    store.read_spans = slowly
+    assert same(store.read(0), expected.read(0)) and same(store.read(1), expected.read(1))
+    assert len(entered) == 3 and fetched(own_hub) == 2 * ["shard-00000.safetensors"]
+
+
+@pytest.mark.parametrize("folder", ["arriving", "locks", "shards"])
+def test_trouble_with_the_caches_own_disk_is_no_damage(own_hub, random_store, folder):
+    put_store(own_hub, random_store)
+    store = opened(skip=True)
+    shutil.rmtree(store.cache.root / folder)
+    (store.cache.root / folder).write_bytes(b"in the way")
+    with pytest.raises(FetchError, match=r"^shard-00000.safetensors cannot be .*cache.*: \[Errno"):
+        store.read(0)
 
 
 def test_a_cache_must_hold_two_shards_and_be_on_a_disk_that_holds_it(own_hub, random_store):

@@ -72,6 +72,10 @@ def test_a_fit_from_the_hub_is_the_one_from_the_folder_to_the_bit(
     said = capsys.readouterr().err
     assert said.count(f"store {data.address}\n") == 1
     assert "an epoch of training fetches about" in said and "a validation fetches" in said
+    lines = {line.split(" fetches")[0]: line for line in said.splitlines() if " fetches" in line}
+    assert "block_shards" not in lines["a validation"]
+    if (shards, blocks) == (2, None):
+        assert "or with data.block_shards 1, it is less" in lines["an epoch of training"]
 
 
 @pytest.mark.parametrize(("first", "second"), [("hub", "folder"), ("folder", "hub")])

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import threading
 import time
 from contextlib import suppress
@@ -11,7 +12,7 @@ import pytest
 
 from peagle.data import shard_cache
 from peagle.data.parts import locked
-from peagle.data.shard_cache import ShardCache
+from peagle.data.shard_cache import FetchError, ShardCache
 
 SIZES = {f"shard-{n:05d}.safetensors": 1000 for n in range(8)}
 NAMES = sorted(SIZES)
@@ -109,6 +110,24 @@ def test_a_fetch_that_fails_leaves_nothing_and_the_next_one_works(tmp_path):
     assert held(tmp_path) == 0 and not list((tmp_path / "arriving").iterdir())
     cache.fetch = source
     assert read(cache, NAMES[0]) == of_size(NAMES[0])
+
+
+def test_too_many_open_files_are_no_damage(tmp_path):
+    cache = make_cache(tmp_path, shards=2)
+    read(cache, NAMES[0])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for name in NAMES[:2]:  # one that is there, and one that is not
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            cache.open(name)
+            error = None
+        except Exception as raised:
+            error = raised
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert isinstance(error, FetchError) and "Too many open files" in str(error)
+        assert str(error).startswith(name)
+        assert read(cache, name) == of_size(name)
 
 
 def test_a_name_that_the_store_has_not_is_no_file(tmp_path):

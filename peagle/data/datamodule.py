@@ -203,7 +203,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
             done=self.batches_done,
             blocks=self.blocks(samples),
         )
-        self.say_traffic("an epoch of training", sampler.epoch(0))
+        self.say_traffic("an epoch of training", sampler.epoch(0), blocks=True)
         return self.loader(sampler, self.cod)
 
     def blocks(self, samples: list[int]) -> list[int]:
@@ -214,9 +214,12 @@ class HiddenStatesDataModule(L.LightningDataModule):
         """The shards of a pack, in its order."""
         return list(dict.fromkeys(self.store.entries[i].shard for i in pack_.samples))
 
-    def say_traffic(self, what: str, packs: list[Pack]) -> None:
+    def say_traffic(self, what: str, packs: list[Pack], *, blocks: bool = False) -> None:
+        """With what would lower it; for a validation ``block_shards`` means nothing."""
         if isinstance(self.store, HubStore) and self.trainer.is_global_zero:
-            print(traffic(what, map(self.needs, packs), self.store.cache), file=sys.stderr)
+            cache = self.store.cache
+            size = (self.block_shards or len(cache.sizes)) if blocks else None
+            print(traffic(what, map(self.needs, packs), cache, blocks=size), file=sys.stderr)
 
     def batches_done(self) -> int:
         """Batches that this rank has finished since the run began.

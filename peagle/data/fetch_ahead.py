@@ -113,14 +113,24 @@ def bytes_to_fetch(needs: Iterable[list[str]], sizes: dict[str, int], limit: int
     return fetched
 
 
-def traffic(what: str, needs: Iterable[list[str]], cache: ShardCache) -> str:
-    """How much an order fetches, and what would help if it is more than the store."""
+def traffic(
+    what: str, needs: Iterable[list[str]], cache: ShardCache, *, blocks: int | None = None
+) -> str:
+    """How much an order fetches, and what would help if it is more than the store.
+
+    Args:
+        blocks: shards whose samples the order takes together; none where it knows no blocks.
+    """
     total = sum(cache.sizes.values())
     fetched = bytes_to_fetch(needs, cache.sizes, cache.limit)
     advice = ""
     if fetched > 1.5 * total:
         enough = math.ceil(total / 1e7) / 100
-        advice = f": with data.cache_gb {enough:g}, or fewer data.block_shards, it is less"
+        advice = f": with data.cache_gb {enough:g}"
+        half = max(1, cache.limit // 2 // max(cache.sizes.values()))  # the next block comes beside
+        if blocks is not None and half < blocks:
+            advice += f", or with data.block_shards {half},"
+        advice += " it is less"
     return (
         f"{what} fetches about {fetched / 1e9:.3g} GB where nothing is cached; the store has "
         f"{total / 1e9:.3g} GB, the cache {cache.limit / 1e9:.3g}{advice}"

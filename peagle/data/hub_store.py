@@ -10,9 +10,14 @@ import math
 import re
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -21,7 +26,6 @@ from huggingface_hub import (
     dataset_info,
     hf_hub_download,
     list_repo_tree,
-    snapshot_download,
 )
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
@@ -31,24 +35,25 @@ from torch import Tensor
 from peagle.address import HubAddress, parse_address
 from peagle.checkpoint import reason
 from peagle.data.parts import locked
-from peagle.data.shard_cache import ShardCache
-from peagle.data.store import BadSample, Sample, Store
+from peagle.data.shard import Span
+from peagle.data.shard_cache import FetchError, ShardCache
+from peagle.data.store import HEADERS, BadSample, DamageError, Sample, Store
 
 NEEDED = ("manifest.json", "capture.json", "target.safetensors", "target_layers.safetensors")
 SHARD = re.compile(r"shard-\d{5,}\.safetensors")
+INDEX = re.compile(r"shard-\d{5,}\.parquet")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+REMEDY = "put the store on the Hub again"
+TOGETHER = 8  # small files that are fetched at a time
 WAITS = (1.0, 4.0, 16.0)  # seconds between attempts, each with the client's own retries inside
 
 Result = TypeVar("Result")
 
 
-class FetchError(ValueError):
-    """Something of a store could not be fetched. No damage: no sample is left out for it."""
-
-
 class RemoteFile(NamedTuple):
     size: int
     sha256: str | None  # of what the Hub does not keep in git itself
+    blob: str | None  # git's name of the content, where git keeps it
 
 
 @dataclass(frozen=True)
@@ -86,21 +91,49 @@ class HubStore(Store):
     """A damaged sample is read once more from a fresh copy: only what is so on the Hub is bad."""
 
     def __init__(self, found: FoundStore, cache: ShardCache, *, allow_missing: bool):
-        super().__init__(found.folder, allow_missing=allow_missing, shards=cache)
+        with damage_named(found.address):
+            super().__init__(found.folder, allow_missing=allow_missing, shards=cache)
         self.address, self.cache = found.address, cache
-        self.renewed: set[str] = set()
+        self.renewing = threading.Lock()
+        self.renewals: Counter[str] = Counter()  # of a shard; raised when the old copy is gone
+        self.headers = lru_cache(HEADERS)(self.header_of)
 
     def read(self, index: int, states: tuple[Tensor, Tensor] | None = None) -> Sample:
+        shard = self.entries[index].shard
+        fresh = self.renewals[shard] > 0 or not self.cache.has(shard)
         try:
             return super().read(index, states)
-        except BadSample:
-            shard = self.entries[index].shard
-            if shard in self.renewed or not self.cache.has(shard):
-                raise
-            self.renewed.add(shard)
-            self.cache.drop(shard)
-            self.spans.cache_clear()
-            return super().read(index, states)
+        except BadSample as error:
+            if fresh:
+                remedy = f"{REMEDY} (it is so at {self.address})"
+                raise BadSample(error.problem, remedy) from error
+        self.renew(shard)
+        return self.read(index, states)
+
+    def renew(self, shard: str) -> None:
+        """Drop the copy, unless another thread that has read it too was faster."""
+        with self.renewing:
+            if not self.renewals[shard]:
+                self.cache.drop(shard)
+                self.renewals[shard] += 1
+
+    def header(self, shard: str) -> dict[str, Span]:
+        return self.headers(shard, self.renewals[shard])
+
+    def header_of(self, shard: str, renewals: int) -> dict[str, Span]:
+        """Of a copy after so many renewals: that of an older one is never taken for it."""
+        return self.read_spans(shard)
+
+
+@contextmanager
+def damage_named(address: HubAddress | None) -> Iterator[None]:
+    """What is wrong with a file of a store on the Hub is said of its address, not of the cache."""
+    try:
+        yield
+    except DamageError as error:
+        if address is None:  # a folder
+            raise
+        raise DamageError(str(address), error.problem, REMEDY) from error
 
 
 def store_address(store: str) -> HubAddress | None:
@@ -190,38 +223,43 @@ def listing(address: HubAddress) -> dict[str, RemoteFile]:
     except EntryNotFoundError:  # no such folder
         return {}
     return {
-        entry.path.rpartition("/")[2]: RemoteFile(entry.size, entry.lfs and entry.lfs.sha256)
+        entry.path.rpartition("/")[2]: RemoteFile(
+            entry.size,
+            entry.lfs.sha256 if entry.lfs else None,
+            None if entry.lfs else entry.blob_id,
+        )
         for entry in entries
         if isinstance(entry, RepoFile)
     }
 
 
 def fetch_small(address: HubAddress, files: dict[str, RemoteFile]) -> Path:
-    """Bring everything but the shards into the cache; returns its folder."""
+    """Bring everything but the shards into the cache, each file as the Hub lists it.
+
+    Returns its folder. Whoever finds all in order there waits for nobody.
+    """
     for kind in ("http_get", "xet_get"):  # a bar per shard would drown that of training
         disable_progress_bars(f"huggingface_hub.{kind}")
     root = cache_root() / "small" / name_of(address)
-    folder, names = root / address.path, [*NEEDED, "shard-*.parquet"]
-    small = [name for name in files if name in NEEDED or name.endswith(".parquet")]
-    with locked(root.with_name(root.name + ".lock")):
-        for leftover in root.glob(".cache/huggingface/download/**/*.incomplete"):
-            leftover.unlink()
-        for name in small:  # the client takes what is there for whole
-            if size_of(folder / name) != files[name].size:
-                (folder / name).unlink(missing_ok=True)
-        patiently(
-            str(address),
-            lambda: snapshot_download(
-                address.repo,
-                repo_type=address.kind,
-                revision=address.revision,
-                local_dir=root,
-                allow_patterns=[address.inside(name) for name in names],
-            ),
-        )
-    torn = [name for name in small if size_of(folder / name) != files[name].size]
-    if torn:
-        raise FetchError(f"{torn[0]} of {address} did not come whole: start again")
+    folder = root / address.path
+
+    def differing(names: Iterable[str]) -> list[str]:
+        return [name for name in names if difference(folder / name, files[name])]
+
+    def fetch(name: str) -> None:
+        def attempt() -> None:
+            (folder / name).unlink(missing_ok=True)  # the client takes what is there for whole
+            refuse_other_content(download(address, name, root), files[name])
+
+        patiently(f"{name} of {address}", attempt)
+
+    wanted = differing(name for name in files if name in NEEDED or INDEX.fullmatch(name))
+    if wanted:
+        with locked(root.with_name(root.name + ".lock")):
+            for leftover in root.glob(".cache/huggingface/download/**/*.incomplete"):
+                leftover.unlink()
+            with ThreadPoolExecutor(TOGETHER) as pool:
+                list(pool.map(fetch, differing(wanted)))
     return folder
 
 
@@ -238,16 +276,28 @@ def download(address: HubAddress, name: str, folder: Path) -> Path:
 
 def refuse_other_content(path: Path, wanted: RemoteFile) -> None:
     """Raise ``OSError`` and remove the file unless it is the one that the Hub lists."""
-    try:
-        if size_of(path) != wanted.size:
-            raise OSError(f"it came with {size_of(path)} bytes instead of {wanted.size}")
-        with open(path, "rb") as file:
-            found = wanted.sha256 and hashlib.file_digest(file, "sha256").hexdigest()
-        if found != wanted.sha256:
-            raise OSError("it came with another content than the Hub says (its sha256 differs)")
-    except OSError:
+    problem = difference(path, wanted)
+    if problem:
         path.unlink(missing_ok=True)
-        raise
+        raise OSError(f"it came with {problem}")
+
+
+def difference(path: Path, wanted: RemoteFile) -> str | None:
+    """What tells a file from the one that the Hub lists; ``None`` if it is that one."""
+    if size_of(path) != wanted.size:
+        return f"{size_of(path)} bytes instead of {wanted.size}"
+    if wanted.sha256:
+        name, listed, found = "sha256", wanted.sha256, hashlib.sha256()
+    elif wanted.blob:
+        name, listed, found = "git hash", wanted.blob, hashlib.sha1(usedforsecurity=False)
+        found.update(b"blob %d\0" % wanted.size)
+    else:
+        return None
+    with open(path, "rb") as file:
+        hashlib.file_digest(file, lambda: found)
+    if found.hexdigest() != listed:
+        return f"another content than the Hub says (its {name} differs)"
+    return None
 
 
 def size_of(path: Path) -> int:

@@ -11,8 +11,8 @@ keeps its contents until it is closed, and who comes later fetches it again.
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
@@ -20,6 +20,10 @@ from peagle.data.parts import locked
 from peagle.data.store import Shards
 
 POLL = 0.05  # seconds between looks for room that others' arrivals take
+
+
+class FetchError(ValueError):
+    """Something of a store could not be fetched. No damage: no sample is left out for it."""
 
 
 class ShardCache(Shards):
@@ -56,10 +60,16 @@ class ShardCache(Shards):
         return shard in self.sizes
 
     def open(self, shard: str) -> FileIO:
-        """The copy, from now on the last to be removed; fetched if need be."""
+        """The copy, from now on the last to be removed; fetched if need be.
+
+        Raises:
+            FileNotFoundError: if the store has no such shard.
+            FetchError: if it cannot be fetched or kept.
+        """
         if shard not in self.sizes:
             raise FileNotFoundError(f"{shard} is not where the store is")
-        return self.present(shard) or self.fetched(shard)
+        with self.own_trouble(shard):
+            return self.present(shard) or self.fetched(shard)
 
     def present(self, shard: str) -> FileIO | None:
         """The copy if it is there; one that a crash of the machine has cut is not."""
@@ -92,8 +102,19 @@ class ShardCache(Shards):
             return file
 
     def drop(self, shard: str) -> None:
-        with locked(self.root / "locks" / "all"):
+        """Raises ``FetchError`` where the disk does not allow it."""
+        with self.own_trouble(shard), locked(self.root / "locks" / "all"):
             (self.folder / shard).unlink(missing_ok=True)
+
+    @contextmanager
+    def own_trouble(self, shard: str) -> Iterator[None]:
+        """A full disk or too many open files say nothing of the samples in a shard."""
+        try:
+            yield
+        except OSError as error:
+            raise FetchError(
+                f"{shard} cannot be fetched into {self.root} or opened there: {error}"
+            ) from error
 
     def held(self) -> int:
         """Bytes of all copies."""

@@ -37,7 +37,24 @@ IDENTITY = b"peagle.identity"  # in an index part: of the store that its shard w
 
 
 class BadSample(ValueError):  # noqa: N818 (what it is, not that it is one)
-    """One sample cannot be used as it was captured; the message names it and its shard."""
+    """One sample cannot be used as it was captured; the message names it and its shard.
+
+    Args:
+        problem: all of the message but what to do.
+        remedy: what to do.
+    """
+
+    def __init__(self, problem: str, remedy: str = "capture again"):
+        super().__init__(f"{problem}: {remedy}")
+        self.problem = problem
+
+
+class DamageError(ValueError):
+    """A file of a store is not as captured. ``problem`` is what is wrong, without where."""
+
+    def __init__(self, place: Path | str, problem: str, remedy: str = "capture again"):
+        super().__init__(f"{place}: {problem}: {remedy}")
+        self.problem = problem
 
 
 class Sample(NamedTuple):
@@ -77,10 +94,10 @@ class Manifest:
         try:
             found = json.loads(path.read_text())
         except ValueError as error:  # neither JSON nor, perhaps, text
-            raise ValueError(f"{path} is damaged ({error}): capture again") from error
+            raise DamageError(folder, f"{path.name} is damaged ({error})") from error
         known = {field.name for field in fields(cls)}
         if not isinstance(found, dict) or set(found) != known or found["format"] != FORMAT:
-            raise ValueError(f"{path} is not a manifest of format {FORMAT}: capture again")
+            raise DamageError(folder, f"{path.name} is not a manifest of format {FORMAT}")
         return cls(**{**found, "layer_ids": tuple(found["layer_ids"])})
 
     def identity(self) -> str:
@@ -231,13 +248,16 @@ class Store:
                 if name != shard.name or shard.is_symlink() or part.is_symlink():
                     raise ValueError(f"{part.name} names {name!r}, not a file of this store")
             if not self.shards.has(shard.name) and not allow_missing:
-                raise ValueError(f"shard {shard.name} is missing from {folder}: capture again")
+                raise DamageError(folder, f"shard {shard.name} is missing")
             found += entries
         self.entries = in_order(found)
         self.spans = lru_cache(HEADERS)(self.read_spans)
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def header(self, shard: str) -> dict[str, Span]:
+        return self.spans(shard)
 
     def read_spans(self, shard: str) -> dict[str, Span]:
         with self.shards.open(shard) as file:
@@ -256,7 +276,7 @@ class Store:
         entry = self.entries[index]
         try:
             with self.shards.open(entry.shard) as file:
-                header = self.spans(entry.shard)
+                header = self.header(entry.shard)
                 spans = [header[f"{entry.slot}.{key}"] for key in TENSORS]
                 check_shapes(spans, entry, self.manifest)
                 places = states or [torch.empty(s.shape, dtype=torch.bfloat16) for s in spans[2:]]
@@ -273,7 +293,7 @@ class Store:
 
 
 def bad(entry: Entry, problem: str) -> BadSample:
-    return BadSample(f"shard {entry.shard}, sample {entry.sample}: {problem}: capture again")
+    return BadSample(f"shard {entry.shard}, sample {entry.sample}: {problem}")
 
 
 def check_shapes(spans: list[Span], entry: Entry, manifest: Manifest) -> None:
@@ -335,9 +355,10 @@ def index_parts(folder: Path) -> list[Path]:
     parts = {number_of_shard(path): path for path in folder.glob("shard-*.parquet")}
     for number in sorted(parts):
         if number % SHARDS_PER_PART and number - 1 not in parts:
-            raise ValueError(
-                f"{folder} has {parts[number].name} but no shard-{number - 1:05d}.parquet: a part "
-                "of the index is missing: capture again"
+            raise DamageError(
+                folder,
+                f"there is {parts[number].name} but no shard-{number - 1:05d}.parquet: a part of "
+                "the index is missing",
             )
     return [parts[number] for number in sorted(parts)]
 
@@ -350,12 +371,13 @@ def read_index(part: Path, identity: str | None = None) -> list[Entry]:
             table = table.append_column("place", [[0] * len(table)])
         columns = [table[key].to_pylist() for key in Entry._fields]
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise ValueError(f"index part {part.name} is damaged ({error}): capture again") from error
+        raise DamageError(part.parent, f"index part {part.name} is damaged ({error})") from error
     owner = (table.schema.metadata or {}).get(IDENTITY, b"").decode()
     if identity and owner and owner != identity:
-        raise ValueError(
+        raise DamageError(
+            part.parent,
             f"index part {part.name} belongs to a store of another target or with other settings "
-            f"than {part.parent / 'manifest.json'} says: capture again"
+            "than manifest.json says",
         )
     found = [Entry(*values) for values in zip(*columns, strict=True)]
     return [entry._replace(hashes=tuple(entry.hashes)) for entry in found]

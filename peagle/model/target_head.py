@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peagle.data.store import IDENTITY, digest
+from peagle.data.store import IDENTITY, DamageError, digest
 
 TENSORS = ("norm", "head", "embedding")
 
@@ -46,13 +46,13 @@ class TargetHead(nn.Module):
                 hashes = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in TENSORS}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): capture again") from error
+            raise DamageError(path.parent, f"{path.name} cannot be read ({error})") from error
         found = hashes.pop(IDENTITY.decode(), None)
         if identity and found and found != identity:
-            raise ValueError(f"{path} belongs to a store of another target: capture again")
+            raise DamageError(path.parent, f"{path.name} belongs to a store of another target")
         for name, hash_ in hashes.items():
             if name not in tensors or digest(tensors[name]) != hash_:
-                raise ValueError(f"{path}: {name} is corrupt (its hash differs): capture again")
+                raise DamageError(path.parent, f"{path.name}: {name} is corrupt (its hash differs)")
         return cls(**tensors, eps=eps, softcap=softcap)
 
     def save(self, path: Path, identity: str | None = None) -> None:

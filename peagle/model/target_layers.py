@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peagle.data.store import IDENTITY, digest
+from peagle.data.store import IDENTITY, DamageError, digest
 
 LLAMA_LAYER = {
     "input_layernorm.weight",
@@ -31,17 +31,19 @@ class TargetLayers(NamedTuple):
                 hashes = file.metadata() or {}
                 found = hashes.pop(IDENTITY.decode(), None)
                 if identity and found and found != identity:
-                    raise ValueError(f"{path} belongs to a store of another target: capture again")
+                    raise DamageError(
+                        path.parent, f"{path.name} belongs to a store of another target"
+                    )
                 for key, hash_ in hashes.items():
                     index, name = key.split(".", 1)
                     tensor = file.get_tensor(key)
                     if digest(tensor) != hash_:
-                        raise ValueError(
-                            f"{path}: {key} is corrupt (its hash differs): capture again"
+                        raise DamageError(
+                            path.parent, f"{path.name}: {key} is corrupt (its hash differs)"
                         )
                     layers.setdefault(int(index), {})[name] = tensor
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): capture again") from error
+            raise DamageError(path.parent, f"{path.name} cannot be read ({error})") from error
         return cls(dict(sorted(layers.items())))
 
     def save(self, path: Path, identity: str | None = None) -> None:
