@@ -85,12 +85,13 @@ def test_an_error_comes_from_the_reader_in_its_turn(tmp_path):
 
 
 def test_no_thread_goes_on_when_nobody_iterates_any_more(tmp_path):
-    before = threading.active_count()
+    before = set(threading.enumerate())  # some may be those of another test, about to end
     packs = iter(ahead(make_cache(tmp_path, shards=20), threads=3))
     next(packs)
-    assert threading.active_count() == before + 3
+    ours = set(threading.enumerate()) - before
+    assert len(ours) == 3
     del packs
-    wait_for(lambda: threading.active_count() == before)
+    wait_for(lambda: not any(thread.is_alive() for thread in ours))
 
 
 def test_a_window_holds_what_fits_and_the_pack_that_is_asked_for():

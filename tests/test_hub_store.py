@@ -13,8 +13,9 @@ from hub_state import User
 from hub_stores import ADDRESS, NAME, fetched, opened, put_store, shards_of
 from random_parts import make_manifest
 
-from peagle.data import hub_store
-from peagle.data.hub_store import FetchError, find_store, store_address
+from peagle.data import hub_files, hub_store
+from peagle.data.hub_store import find_store, store_address
+from peagle.data.shard_cache import FetchError
 from peagle.data.store import BadSample, Store
 
 SHARD = r"shard-00001\.safetensors"
@@ -22,7 +23,7 @@ SHARD = r"shard-00001\.safetensors"
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(hub_store, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(hub_files, "WAITS", (0.01, 0.01))
 
 
 def at_address(problem):

@@ -8,8 +8,8 @@ from random_parts import make_head, make_manifest, make_sample
 from test_training import Losses, make_data, make_module, make_trainer
 
 from callbacks.checkpoint import Checkpoint
-from peagle.data import hub_store
-from peagle.data.hub_store import FetchError
+from peagle.data import hub_files, hub_store
+from peagle.data.shard_cache import FetchError
 from peagle.data.store import Store, StoreWriter
 from peagle.model.target_layers import TargetLayers
 from peagle.module import load_drafter
@@ -138,7 +138,7 @@ def test_a_shard_that_stays_away_ends_the_run_with_its_checkpoint(
     own_hub, store, tmp_path, monkeypatch
 ):
     """Also where damaged samples may be left out: a network that is down is no damage."""
-    monkeypatch.setattr(hub_store, "WAITS", (0.01,))
+    monkeypatch.setattr(hub_files, "WAITS", (0.01,))
     put_store(own_hub, store)
     small = {"cache_gb": gigabytes(store, 3), "on_bad_sample": "skip", "bad_sample_budget": 1.0}
 

@@ -5,38 +5,35 @@ target's parts, stay in the cache; shards come and go (``peagle/data/shard_cache
 ever written there: a store is put on the Hub with the client's own ``hf upload``.
 """
 
-import hashlib
 import math
 import re
 import shutil
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
-from huggingface_hub import (
-    cached_assets_path,
-    dataset_info,
-    hf_hub_download,
-    list_repo_tree,
-)
-from huggingface_hub.errors import EntryNotFoundError
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub import cached_assets_path, dataset_info
 from huggingface_hub.utils import disable_progress_bars
 from torch import Tensor
 
 from peagle.address import HubAddress, parse_address
-from peagle.checkpoint import reason
+from peagle.data.hub_files import (
+    RemoteFile,
+    difference,
+    download,
+    listing,
+    patiently,
+    refuse_other_content,
+)
 from peagle.data.parts import locked
 from peagle.data.shard import Span
-from peagle.data.shard_cache import FetchError, ShardCache
+from peagle.data.shard_cache import ShardCache
 from peagle.data.store import HEADERS, BadSample, DamageError, Sample, Store
 
 NEEDED = ("manifest.json", "capture.json", "target.safetensors", "target_layers.safetensors")
@@ -45,15 +42,6 @@ INDEX = re.compile(r"shard-\d{5,}\.parquet")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REMEDY = "put the store on the Hub again"
 TOGETHER = 8  # small files that are fetched at a time
-WAITS = (1.0, 4.0, 16.0)  # seconds between attempts, each with the client's own retries inside
-
-Result = TypeVar("Result")
-
-
-class RemoteFile(NamedTuple):
-    size: int
-    sha256: str | None  # of what the Hub does not keep in git itself
-    blob: str | None  # git's name of the content, where git keeps it
 
 
 @dataclass(frozen=True)
@@ -209,30 +197,6 @@ def name_of(address: HubAddress) -> str:
     return "--".join(part for part in parts if part)
 
 
-def listing(address: HubAddress) -> dict[str, RemoteFile]:
-    """The files of the store's folder."""
-    try:
-        entries = list(
-            list_repo_tree(
-                address.repo,
-                address.path or None,
-                repo_type=address.kind,
-                revision=address.revision,
-            )
-        )
-    except EntryNotFoundError:  # no such folder
-        return {}
-    return {
-        entry.path.rpartition("/")[2]: RemoteFile(
-            entry.size,
-            entry.lfs.sha256 if entry.lfs else None,
-            None if entry.lfs else entry.blob_id,
-        )
-        for entry in entries
-        if isinstance(entry, RepoFile)
-    }
-
-
 def fetch_small(address: HubAddress, files: dict[str, RemoteFile]) -> Path:
     """Bring everything but the shards into the cache, each file as the Hub lists it.
 
@@ -261,64 +225,3 @@ def fetch_small(address: HubAddress, files: dict[str, RemoteFile]) -> Path:
             with ThreadPoolExecutor(TOGETHER) as pool:
                 list(pool.map(fetch, differing(wanted)))
     return folder
-
-
-def download(address: HubAddress, name: str, folder: Path) -> Path:
-    path = hf_hub_download(
-        address.repo,
-        address.inside(name),
-        repo_type=address.kind,
-        revision=address.revision,
-        local_dir=folder,
-    )
-    return Path(path)
-
-
-def refuse_other_content(path: Path, wanted: RemoteFile) -> None:
-    """Raise ``OSError`` and remove the file unless it is the one that the Hub lists."""
-    problem = difference(path, wanted)
-    if problem:
-        path.unlink(missing_ok=True)
-        raise OSError(f"it came with {problem}")
-
-
-def difference(path: Path, wanted: RemoteFile) -> str | None:
-    """What tells a file from the one that the Hub lists; ``None`` if it is that one."""
-    if size_of(path) != wanted.size:
-        return f"{size_of(path)} bytes instead of {wanted.size}"
-    if wanted.sha256:
-        name, listed, found = "sha256", wanted.sha256, hashlib.sha256()
-    elif wanted.blob:
-        name, listed, found = "git hash", wanted.blob, hashlib.sha1(usedforsecurity=False)
-        found.update(b"blob %d\0" % wanted.size)
-    else:
-        return None
-    with open(path, "rb") as file:
-        hashlib.file_digest(file, lambda: found)
-    if found.hexdigest() != listed:
-        return f"another content than the Hub says (its {name} differs)"
-    return None
-
-
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
-
-
-def patiently(what: str, attempt: Callable[[], Result]) -> Result:
-    """Try again for a while what the network may have spoilt.
-
-    Raises:
-        FetchError: with what and why, when it lasts, or when the Hub refuses.
-    """
-    for wait in (*WAITS, None):
-        try:
-            return attempt()
-        except Exception as error:  # the client raises whatever its transport raises
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            # Below 500 the Hub has understood, and will answer the same again.
-            final = status is not None and status < 500 and status not in (408, 429)
-            if wait is None or final:
-                hint = " (a private one needs HF_TOKEN or `hf auth login`)" if final else ""
-                raise FetchError(f"{what} cannot be fetched: {reason(error)}{hint}") from error
-            time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
