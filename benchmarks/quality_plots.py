@@ -54,7 +54,9 @@ def main() -> None:
             runs = runs_by_k(found["rows"], measurement, recipes, args.temperature)
             if not runs and args.groups:
                 raise ValueError(f"group {name}: fewer than two of its recipes were measured")
-            for kind, figure in figures(groups[name].about, runs, args.temperature).items():
+            drawn = list(dict.fromkeys(name for chosen in runs.values() for name in chosen))
+            about = groups[name].about if drawn == groups[name].recipes else ", ".join(drawn)
+            for kind, figure in figures(about, runs, args.temperature).items():
                 path = out / f"quality_{name}_{kind}.png"
                 path.write_bytes(png(figure))
                 print(f"wrote {path}")

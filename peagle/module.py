@@ -253,6 +253,8 @@ class PEagleModule(L.LightningModule):
         """All rows of depth 0, and whole rollouts where a round would start with this drafter."""
         seen = objective(self.drafter, self.target_head, batch, rows, mix=self.mix)
         starts = round_starts(rows, seen.correct.cpu(), batch.supervised, batch.document)
+        # Older torch would use weights that were cast without gradients again (pytorch#112583).
+        torch.clear_autocast_cache()
         return rows.where((rows.depth == 0) | starts[rows.anchor])
 
     def configure_gradient_clipping(

@@ -20,10 +20,12 @@ from peagle.engine.vllm import (
     Vllm,
     find_vllm,
     require_parallel_drafting,
+    serve,
     server_command,
     server_environment,
 )
 from peagle.model.export import export_drafter
+from peagle.model.products import CACHE_LIMITS
 
 ROOT = Path(__file__).parent.parent
 VLLM = Vllm("/env/bin/python", "0.32.0", ("LlamaForCausalLMEagle3", "LlamaForCausalLM"), "cpu",
@@ -189,6 +191,13 @@ def test_what_the_user_has_set_for_the_engine_stays():
         "PATH": "/bin",
     }
     assert server_environment(VLLM._replace(device="cuda"), {}) == {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+
+
+def test_what_peagle_set_for_its_own_products_does_not_reach_the_engine():
+    environment = serve(VLLM, SERVING, timeout_s=1.0).environment
+    assert CACHE_LIMITS.keys() <= os.environ.keys()
+    assert not CACHE_LIMITS.keys() & environment.keys()
+    assert environment["PATH"] == os.environ["PATH"]
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ CONFIG = PEagleConfig(hidden_size=32, intermediate_size=64, num_attention_heads=
                       num_key_value_heads=2, num_hidden_layers=2, vocab_size=48)  # fmt: skip
 SIZES = (Size(514, 100), Size(514, 300), Size(2000, 900)) * 10 + (Size(258, 20),) * 4
 DATA = Forecast(
-    600_000, 1_000_000, 400_000, 10**9, "written by hand", 0.0, frozenset({5, 6}), (), SIZES
+    600_000, 1_000_000, 400_000, 10**9, "written by hand", 0.0, frozenset({5, 6}), (), SIZES, True
 )
 
 
@@ -92,6 +92,8 @@ def test_steps_and_rows_follow_from_the_packed_conversations():
     assert shape.rows == round(1.875 * 4080 / len(packs))
     assert max(packs) == 600 and shape.segment_rows == 1125 / 2 + 0.5
     assert sequence_of(RUN, replace(DATA, trained=()), CONFIG).rows == 1920
+    guessed = packs_of(RUN, replace(DATA, exact=False))  # the long ones are perhaps not so long
+    assert sum(guessed) == 4080 + 10 * 900 and len(guessed) >= len(packs) + 5
     budget = replace(RUN, max_rows=None, memory_gb=0.05)
     assert 0 < sequence_of(budget, DATA, CONFIG).segment_rows <= 1125
 

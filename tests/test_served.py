@@ -135,6 +135,20 @@ def test_a_vllm_that_does_not_know_the_target_is_refused_before_it_starts(stand_
     assert not vllm.served
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"engine": "transformers", "vllm_args": ["--seed", "1"]}, "need engine: vllm"),
+        ({"engine": "transformers", "vllm_python": "python"}, "need engine: vllm"),
+        ({"engine": "vllm", "regenerate": False}, "engine: vllm is for answers"),
+        ({"engine": "vllm", "speculators": "folder"}, "engine: vllm is for answers"),
+    ],
+)
+def test_settings_of_an_engine_that_would_not_be_asked_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        replace(CONFIG, **settings)
+
+
 def test_conversations_longer_than_the_target_knows_are_refused_before_it_starts(
     stand_in, tmp_path
 ):

@@ -94,6 +94,18 @@ class CaptureConfig:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not 0 < self.val_share < 1:
             raise ValueError(f"val_share must lie between 0 and 1, got {self.val_share}")
+        self.refuse_idle_engine()
+
+    def refuse_idle_engine(self) -> None:
+        """Raise ``ValueError`` for settings of an engine that would not be asked."""
+        if self.engine == "vllm" and not (self.regenerate and self.speculators is None):
+            raise ValueError(
+                "engine: vllm is for answers, and here the data have them: leave it out"
+            )
+        if self.engine != "vllm" and (self.vllm_python or self.vllm_args):
+            raise ValueError(
+                "vllm_python and vllm_args need engine: vllm: set it, or leave them out"
+            )
 
     def made_with(self) -> dict[str, Any]:
         """What the conversations and states of a store depend on, besides its target.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from peagle.engine.server import Server, free_port
+from peagle.model.products import CACHE_LIMITS
 
 FIRST_VERSION = (0, 16)  # the first vLLM with parallel_drafting (vllm-project/vllm#32887)
 MODEL_NAME = "target"
@@ -183,6 +184,8 @@ def absolute(path: str) -> str:
 def serve(vllm: Vllm, serving: Serving, *, timeout_s: float) -> Server:
     """A server of this vLLM, to be entered as a context."""
     port = free_port()
-    environment = server_environment(vllm, os.environ)
+    # It has oneDNN, too, and is to be measured as users run it.
+    inherited = {name: value for name, value in os.environ.items() if name not in CACHE_LIMITS}
+    environment = server_environment(vllm, inherited)
     command = server_command(vllm, serving, port)
     return Server(command, port, environment=environment, timeout_s=timeout_s)

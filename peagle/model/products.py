@@ -16,8 +16,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-for limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(limit, "16")  # as many as a layer has, so that the layers share them
+# As many as a layer has, so that the layers share them; what a user has set stays.
+CACHE_LIMITS = {
+    name: "16"
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    if name not in os.environ
+}
+os.environ.update(CACHE_LIMITS)
 
 FEW = 128  # rows below which laying out the weight costs oneDNN more than it gains
 FAST = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()

@@ -57,6 +57,7 @@ class Forecast:
     ids: frozenset[int]  # tokens that were seen
     unread: tuple[str, ...]  # prompt sets that could not be read here
     trained: tuple[Size, ...]  # the conversations that are not kept for validation
+    exact: bool  # their sizes are counted; else estimated, and the long ones not known
 
 
 def forecast(
@@ -103,6 +104,7 @@ def forecast(
         ids=lengths.ids | {token for ids in openings for token in ids},
         unread=tuple(unread),
         trained=training(found, config),
+        exact=False,
     )
 
 
@@ -125,6 +127,7 @@ def counted(store: Store, size: int) -> Forecast:
         trained=tuple(
             Size(store.entries[i].tokens, store.entries[i].supervised) for i in store.split("train")
         ),
+        exact=True,
     )
 
 
@@ -143,6 +146,7 @@ def to_convert(target: TargetSource, config: CaptureConfig, manifest: Manifest) 
         ids=frozenset(token for row in rows for token in row["input_ids"].tolist()),
         unread=(),
         trained=training(found, config),
+        exact=True,
     )
 
 

@@ -124,11 +124,15 @@ def sequence_of(run: RunShape, data: Forecast, config: PEagleConfig) -> Shape:
 
 
 def packs_of(run: RunShape, data: Forecast) -> list[float]:
-    """Supervised positions of each packed sequence of an epoch, packed as training packs them."""
-    fitting = [size for size in data.trained if 1 <= size.tokens - 2 <= run.max_tokens]
+    """Supervised positions of each packed sequence of an epoch, packed as training packs them.
+
+    Training leaves out conversations that are too long; where sizes are estimates, none is.
+    """
+    most = run.max_tokens + 2
+    fitting = [size for size in data.trained if 3 <= size.tokens <= most or not data.exact]
     packs = fill_packs(
         list(range(len(fitting))),
-        [math.ceil(size.tokens) - 2 for size in fitting],
+        [min(math.ceil(size.tokens), most) - 2 for size in fitting],
         max_tokens=run.max_tokens,
         seed=0,
     )
