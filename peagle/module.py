@@ -18,6 +18,7 @@ from peagle.checkpoint import read_checkpoint
 from peagle.cod.rollouts import Cod, Rows, sample_rows
 from peagle.cod.rounds import round_starts
 from peagle.data.batch import Batch
+from peagle.data.hub_store import damage_named
 from peagle.data.store import Manifest
 from peagle.data.vocab import choose_vocabulary
 from peagle.decoding import Decoder
@@ -166,7 +167,7 @@ class PEagleModule(L.LightningModule):
             return
         # Lightning makes the GPU the default here, and moves the module there afterwards. What a
         # store holds is read on the CPU, and random weights are the same on every device.
-        with torch.device("cpu"):
+        with torch.device("cpu"), damage_named(self.trainer.datamodule.address):
             self.build()
 
     def build(self) -> None:
