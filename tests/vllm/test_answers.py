@@ -31,8 +31,8 @@ SETTINGS = {
     "temperature": 0.8,
     "dtype": "float32",  # in bf16 near ties go either way
     "val_share": 0.3,
-    "vllm_args": ["--max-num-seqs", "2"],  # some answers come while others wait
 }
+WAITING = {"vllm_args": ["--max-num-seqs", "2"]}  # some answers come while others wait
 LONG = "x = 1\n" * 200
 TALKS = [
     ["def pop(self):", "def push(self, item):"],
@@ -84,7 +84,7 @@ def served(folder, vllm_python, environment):
             patch.setenv(name, value)
         patch.setattr(Server, "__enter__", entering)
         patch.setattr(states_module, "run_batch", reading)
-        config = config_of(folder, engine="vllm", vllm_python=vllm_python)
+        config = config_of(folder, engine="vllm", vllm_python=vllm_python, **WAITING)
         capture(TARGET, config, folder / "served")
     return answers_in(folder / "served"), left
 
@@ -138,7 +138,8 @@ def test_a_capture_ended_by_a_kill_leaves_no_engine_and_asks_the_rest_with_the_s
     folder, served, vllm_python, environment
 ):
     store, path = folder / "again", folder / "again" / "answers.jsonl"
-    options = {**SETTINGS, "prompts": prompts(folder), "engine": "vllm", "vllm_python": vllm_python}
+    options = {**SETTINGS, **WAITING, "prompts": prompts(folder)}
+    options |= {"engine": "vllm", "vllm_python": vllm_python}
     arguments = [f"--capture.{name}={as_yaml(value)}" for name, value in options.items()]
     command = [sys.executable, "-m", "peagle", "capture", "--config=configs/quickstart.yaml"]
     command += [f"--store={store}", "--target=tiny", *arguments]
