@@ -24,9 +24,12 @@ from report import machine, save, table
 
 from peagle.cod.rollouts import Cod
 from peagle.data.datamodule import HiddenStatesDataModule
+from peagle.data.manifest import Manifest
 from peagle.data.order import fill_packs, shuffle_packs
 from peagle.data.read_ahead import ReadAhead
-from peagle.data.store import Manifest, Sample, Store, StoreWriter
+from peagle.data.sample import Sample
+from peagle.data.store import Store
+from peagle.data.store_writer import StoreWriter
 from peagle.evaluation import EvaluationConfig
 
 WIDTH, LAYERS, LENGTH, PIECE = 1024, (2, 12, 21), 2048, 8 * 2**20

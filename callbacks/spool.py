@@ -23,6 +23,7 @@ from pathlib import Path
 from huggingface_hub import get_token
 
 from callbacks.tables import public
+from peagle.data.disk import sync
 
 MAIN, CHECKPOINTS = "main", "ckpts"
 PROVENANCE = "provenance.json"
@@ -122,13 +123,13 @@ def write_entry(
             place(source, path)
             if name == PROVENANCE or name.startswith("metrics/"):
                 _without_folders(path)
-            _sync(path)
+            sync(path)
         description = {"run_id": run_id, "step": step, "channel": channel, "final": final}
         (stage / "entry.json").write_text(json.dumps(description))
-        _sync(stage / "entry.json")
+        sync(stage / "entry.json")
         folder = spool / f"{time.time_ns()}-step-{step}-{channel}"
         stage.rename(folder)
-    _sync(spool)
+    sync(spool)
     return Entry(folder, **description)
 
 
@@ -204,11 +205,3 @@ def _regular_files(folder: Path) -> list[tuple[str, Path]]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -27,8 +27,9 @@ from peagle.evaluation import EvaluationConfig
 from peagle.model.export import Verifier, export_drafter
 from peagle.model.servable import Layout
 from peagle.model.target import TargetSource, pick_device, refuse_other_target
-from peagle.module import PEagleModule, load_drafter
+from peagle.module import PEagleModule
 from peagle.plan.report import RunShape, plan
+from peagle.saved_drafter import load_drafter
 
 
 class RunConfig(SaveConfigCallback):

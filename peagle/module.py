@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -14,12 +13,11 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from peagle.checkpoint import read_checkpoint
 from peagle.cod.rollouts import Cod, Rows, sample_rows
 from peagle.cod.rounds import round_starts
 from peagle.data.batch import Batch
 from peagle.data.hub_store import damage_named
-from peagle.data.store import Manifest
+from peagle.data.manifest import Manifest
 from peagle.data.vocab import choose_vocabulary
 from peagle.decoding import Decoder
 from peagle.evaluation import PromptBatch, Run, decode_batch
@@ -39,12 +37,12 @@ from peagle.optimizer import MATRICES
 from peagle.optimizer_options import impose, impose_schedule, options_of, schedule_options_of
 from peagle.restore import (
     refuse_differences,
-    refuse_incomplete,
     refuse_other_kind,
     refuse_other_tensors,
     refuse_unknown_fields,
     saved_config,
 )
+from peagle.saved_drafter import load_drafter
 
 
 class LinearSchedule(LambdaLR):
@@ -402,19 +400,3 @@ def parameter_groups(drafter: Drafter) -> list[dict[str, Any]]:
     inside = {id(p) for p in matrices}
     rest = [p for _, p in trained if id(p) not in inside]
     return [{"params": matrices, MATRICES: True}, {"params": rest, MATRICES: False}]
-
-
-def load_drafter(ckpt_path: Path | str) -> Drafter:
-    """The drafter of a checkpoint, for export and decoding; runs no code from the file."""
-    checkpoint = read_checkpoint(str(ckpt_path))
-    refuse_incomplete(checkpoint)
-    config = saved_config(checkpoint)
-    drafter = drafter_class(config)(config)
-    weights = {
-        name.removeprefix("drafter."): tensor
-        for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith("drafter.")
-    }
-    refuse_other_tensors(weights, drafter.state_dict())
-    drafter.load_state_dict(weights)
-    return drafter.eval()

@@ -4,12 +4,10 @@ import pytest
 import torch
 from hub_server import TOKEN, Hub
 from huggingface_hub import constants, hf_api
-from random_parts import make_head, make_manifest, make_sample
+from random_parts import write_random_store
 from stand_in import make_stand_in
 
 from peagle.data import hub_store
-from peagle.data.store import StoreWriter
-from peagle.model.target_layers import TargetLayers
 
 
 @pytest.fixture(autouse=True)
@@ -20,17 +18,7 @@ def _seed():
 @pytest.fixture
 def random_store(tmp_path):
     """A complete store of 24 random conversations of 10 to 40 tokens, in three shards."""
-    folder = tmp_path / "store"
-    writer = StoreWriter(folder, shard_bytes=10**9)
-    for number in range(24):
-        split = "val" if number % 6 == 0 else "train"
-        writer.append(f"{number:016x}", split, make_sample(10 + (number * 7) % 31, number))
-        if number % 8 == 7:
-            writer.flush()
-    make_head(torch.bfloat16).save(folder / "target.safetensors")
-    TargetLayers({}).save(folder / "target_layers.safetensors")
-    make_manifest().write(folder)
-    return folder
+    return write_random_store(tmp_path / "store", 24, per_shard=8)
 
 
 @pytest.fixture

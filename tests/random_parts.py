@@ -3,11 +3,14 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peagle.data.store import Manifest, Sample
+from peagle.data.manifest import Manifest
+from peagle.data.sample import Sample
+from peagle.data.store_writer import StoreWriter
 from peagle.model.base import Drafter
 from peagle.model.config import PEagleConfig
 from peagle.model.kinds import drafter_class
 from peagle.model.target_head import TargetHead
+from peagle.model.target_layers import TargetLayers
 
 WIDTH, VOCABULARY, LAYER_IDS = 32, 48, (1, 2, 3)
 BLOCK = {
@@ -94,3 +97,17 @@ def make_manifest(**changes) -> Manifest:
             **changes,
         }
     )
+
+
+def write_random_store(folder, conversations, *, per_shard):
+    """A complete store of random conversations of 10 to 40 tokens, every sixth for validation."""
+    writer = StoreWriter(folder, shard_bytes=10**9)
+    for number in range(conversations):
+        split = "val" if number % 6 == 0 else "train"
+        writer.append(f"{number:016x}", split, make_sample(10 + (number * 7) % 31, number))
+        if (number + 1) % per_shard == 0:
+            writer.flush()
+    make_head(torch.bfloat16).save(folder / "target.safetensors")
+    TargetLayers({}).save(folder / "target_layers.safetensors")
+    make_manifest().write(folder)
+    return folder

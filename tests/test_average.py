@@ -9,7 +9,7 @@ from torch.optim import AdamW
 from callbacks.average import AveragedWeights
 from callbacks.checkpoint import Checkpoint
 from peagle.checkpoint import read_checkpoint
-from peagle.module import load_drafter
+from peagle.saved_drafter import load_drafter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 NAME = "drafter.fc.weight"

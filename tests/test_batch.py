@@ -8,7 +8,8 @@ from random_parts import make_sample
 
 from peagle.data.batch import StatesInPlace, joined, pack, slots_of
 from peagle.data.buffers import Buffers
-from peagle.data.store import BadSample, Sample, Store
+from peagle.data.sample import Sample
+from peagle.data.store import BadSample, Store
 
 
 def numbered_sample(mask):

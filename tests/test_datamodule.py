@@ -4,10 +4,11 @@ from random_parts import VOCABULARY, make_manifest, make_sample
 
 from peagle.cod.rollouts import Cod
 from peagle.data.buffers import Buffers
-from peagle.data.datamodule import PackedSequences
 from peagle.data.order import Pack
+from peagle.data.packed import PackedSequences
 from peagle.data.read_ahead import ReadAhead
-from peagle.data.store import Store, StoreWriter
+from peagle.data.store import Store
+from peagle.data.store_writer import StoreWriter
 
 
 def reader(store, **changes):

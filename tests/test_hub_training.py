@@ -4,15 +4,14 @@ import lightning as L
 import pytest
 import torch
 from hub_stores import ADDRESS, fetched, put_store, shards_of
-from random_parts import make_head, make_manifest, make_sample
+from random_parts import write_random_store
 from test_training import Losses, make_data, make_module, make_trainer
 
 from callbacks.checkpoint import Checkpoint
 from peagle.data import hub_files, hub_store
 from peagle.data.shard_cache import FetchError
-from peagle.data.store import Store, StoreWriter
-from peagle.model.target_layers import TargetLayers
-from peagle.module import load_drafter
+from peagle.data.store import Store
+from peagle.saved_drafter import load_drafter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -20,17 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 @pytest.fixture
 def store(tmp_path):
     """48 conversations in twelve shards, those of the validation split among all."""
-    folder = tmp_path / "made"
-    writer = StoreWriter(folder, shard_bytes=10**9)
-    for number in range(48):
-        split = "val" if number % 6 == 0 else "train"
-        writer.append(f"{number:016x}", split, make_sample(10 + (number * 7) % 31, number))
-        if number % 4 == 3:
-            writer.flush()
-    make_head(torch.bfloat16).save(folder / "target.safetensors")
-    TargetLayers({}).save(folder / "target_layers.safetensors")
-    make_manifest().write(folder)
-    return folder
+    return write_random_store(tmp_path / "made", 48, per_shard=4)
 
 
 def gigabytes(store, shards):

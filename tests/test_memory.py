@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from peagle.cod.rollouts import Cod, expected_rows, sample_rows
 from peagle.cod.segments import partition
 from peagle.data.batch import Batch, pack
-from peagle.data.store import Sample
+from peagle.data.sample import Sample
 from peagle.model.config import PEagleConfig
 from peagle.model.drafter import PEagleDrafter
 from peagle.model.memory import parameters, rows_within

@@ -9,9 +9,11 @@ from peagle.data import answers as answers_module
 from peagle.data import states as states_module
 from peagle.data.capture import capture
 from peagle.data.capture_config import CaptureConfig
+from peagle.data.index import SHARDS_PER_PART, index_parts
 from peagle.data.parts import Part, alone
 from peagle.data.prompts import PromptSource, load_prompts
-from peagle.data.store import SHARDS_PER_PART, Store, StoreWriter, index_parts
+from peagle.data.store import Store
+from peagle.data.store_writer import StoreWriter
 from peagle.model.target import TargetSource
 
 TARGET = TargetSource("tiny")

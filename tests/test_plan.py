@@ -13,9 +13,10 @@ from random_parts import make_drafter
 from peagle.cod.rollouts import Cod
 from peagle.data.capture import capture, shape_of
 from peagle.data.capture_config import CaptureConfig
+from peagle.data.manifest import Manifest
 from peagle.data.order import PackSampler
 from peagle.data.prompts import PromptSource
-from peagle.data.store import Manifest, Store
+from peagle.data.store import Store
 from peagle.evaluation import EvaluationConfig
 from peagle.model.config import PEagleConfig
 from peagle.model.target import TargetSource

@@ -1,17 +1,12 @@
 """The harness of the quality benchmark: recipes, refusals, intervals, summary; nothing trains."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from intervals import compared, draw, interval, mean_length, summary  # noqa: E402
-from quality_results import (  # noqa: E402
+from intervals import compared, draw, interval, mean_length, summary
+from quality_results import (
     Measurement,
     format_runs,
     headline,
@@ -20,10 +15,10 @@ from quality_results import (  # noqa: E402
     runs_of,
     save_rows,
 )
-from quality_runs import figures, pooled  # noqa: E402
-from quality_speculators import drafter_of, training_order  # noqa: E402
-from random_parts import LAYER_IDS, make_drafter  # noqa: E402
-from recipes import (  # noqa: E402
+from quality_runs import figures, pooled
+from quality_speculators import drafter_of, training_order
+from random_parts import LAYER_IDS, make_drafter
+from recipes import (
     Recipe,
     check_size,
     choose,
@@ -31,11 +26,12 @@ from recipes import (  # noqa: E402
     resolved,
     steps_per_epoch,
 )
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import save_file
 
-from peagle.data.order import PackSampler  # noqa: E402
-from peagle.data.store import Store  # noqa: E402
+from peagle.data.order import PackSampler
+from peagle.data.store import Store
 
+ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 RECIPES, GROUPS = read_recipes(ROOT / "benchmarks" / "recipes.yaml")
 MEASUREMENT = Measurement(steps=7, minutes=None, store="s", evaluation="e")

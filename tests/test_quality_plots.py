@@ -1,19 +1,12 @@
 """The quality benchmark's plots: what was measured, and nothing that cannot be compared."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
+from quality_plots import accuracy_by_depth, figures, runs_by_k
+from quality_results import Measurement
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from quality_plots import accuracy_by_depth, figures, runs_by_k  # noqa: E402
-from quality_results import Measurement  # noqa: E402
-
-from callbacks.plots import png  # noqa: E402
+from callbacks.plots import png
 
 MEASUREMENT = Measurement(steps=7, minutes=None, store="s", evaluation="e")
 

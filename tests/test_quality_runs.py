@@ -2,27 +2,24 @@
 
 import json
 import shutil
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from quality import arguments, compare  # noqa: E402
-from quality_results import RESULTS, read_rows  # noqa: E402
-from quality_runs import (  # noqa: E402
+from quality import arguments, compare
+from quality_results import RESULTS, read_rows
+from quality_runs import (
     evaluation_of,
     refuse_unrelated,
     steps_at,
     store_folder,
 )
-from recipes import Recipe  # noqa: E402
+from recipes import Recipe
 
-from peagle.data.store import Manifest, Store  # noqa: E402
+from peagle.data.manifest import Manifest
+from peagle.data.store import Store
 
+ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 DEFAULT, GREEDY = Recipe("default", "", {}), Recipe("greedy", "", {}, {"greedy_share": 1.0})
 

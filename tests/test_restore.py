@@ -5,7 +5,6 @@ import torch
 from random_parts import make_drafter, make_target
 
 from peagle.model.target import TargetSource
-from peagle.module import load_drafter
 from peagle.restore import (
     PARTS,
     refuse_differences,
@@ -14,6 +13,7 @@ from peagle.restore import (
     refuse_unknown_fields,
     saved_config,
 )
+from peagle.saved_drafter import load_drafter
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from trained_drafters import COD, trained_drafter
 from peagle.cod.rollouts import Cod, Rows, rows_of, sample_rows
 from peagle.cod.rounds import right_prefix, round_starts
 from peagle.data.batch import Batch, pack
-from peagle.data.store import Sample
+from peagle.data.sample import Sample
 from peagle.decoding import Decoder
 from peagle.model.objective import objective
 from peagle.model.target import TargetSource, decoder_layers, hidden_states, target_head_of

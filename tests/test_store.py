@@ -7,7 +7,11 @@ from random_parts import make_manifest, make_sample
 
 from peagle.data import disk
 from peagle.data.disk import require_disk
-from peagle.data.store import Manifest, Store, StoreWriter, split_of, token_counts
+from peagle.data.index import split_of
+from peagle.data.manifest import Manifest
+from peagle.data.store import Store
+from peagle.data.store_writer import StoreWriter
+from peagle.data.vocab import token_counts
 
 
 def test_what_is_written_is_read_back_bit_for_bit(random_store):

@@ -11,7 +11,8 @@ from peagle.cod.rollouts import Cod
 from peagle.data.datamodule import HiddenStatesDataModule
 from peagle.evaluation import EvaluationConfig
 from peagle.model.target import target_layers_of
-from peagle.module import LinearSchedule, PEagleModule, load_drafter
+from peagle.module import LinearSchedule, PEagleModule
+from peagle.saved_drafter import load_drafter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 COD = Cod(4, 0.8)

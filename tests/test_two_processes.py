@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from peagle.data.store import SHARDS_PER_PART, Store, index_parts
+from peagle.data.index import SHARDS_PER_PART, index_parts
+from peagle.data.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parent.parent

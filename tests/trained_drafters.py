@@ -9,7 +9,7 @@ import torch
 from peagle.cod.rollouts import Cod, sample_rows
 from peagle.data.batch import Batch, pack
 from peagle.data.capture import block_of
-from peagle.data.store import Sample
+from peagle.data.sample import Sample
 from peagle.decoding import Decoder
 from peagle.model.base import Drafter
 from peagle.model.config import PEagleConfig, default_layer_ids

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from peagle.cod.segments import Segment
 from peagle.data.buffers import Buffers
-from peagle.data.store import Manifest, Sample, Store
+from peagle.data.manifest import Manifest
+from peagle.data.sample import Sample
+from peagle.data.store import Store
 
 
 class Batch(NamedTuple):

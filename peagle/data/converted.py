@@ -24,9 +24,12 @@ from transformers import PreTrainedModel
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import Rendered
 from peagle.data.disk import require_disk
+from peagle.data.index import split_of
+from peagle.data.manifest import Manifest
 from peagle.data.parts import Part
+from peagle.data.sample import Sample
 from peagle.data.states import run_batch, sample_bytes_per_token
-from peagle.data.store import Manifest, Sample, StoreWriter, split_of
+from peagle.data.store_writer import StoreWriter
 
 TOLERANCE = 0.1  # engines round otherwise; another layer differs by more than its own size
 

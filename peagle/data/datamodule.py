@@ -19,68 +19,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from peagle.cod.rollouts import Cod, expected_rows
-from peagle.cod.segments import partition
+from peagle.cod.rollouts import Cod
 from peagle.data.bad_samples import BadSamples
-from peagle.data.batch import Batch, StatesInPlace, pack, unsupervised
+from peagle.data.batch import Batch
 from peagle.data.buffers import Buffers
 from peagle.data.fetch_ahead import FetchAhead, traffic
 from peagle.data.hub_store import FoundStore, HubStore, find_store, open_store, store_address
 from peagle.data.order import Pack, PackSampler, blocks_of, even_out, fill_packs, refuse_other_order
+from peagle.data.packed import PackedSequences
 from peagle.data.read_ahead import ReadAhead
-from peagle.data.store import BadSample, Sample, Store, token_counts
+from peagle.data.sample import Sample
+from peagle.data.store import BadSample, Store
+from peagle.data.vocab import token_counts
 from peagle.evaluation import EvaluationConfig, PromptBatch, prompt_batches
 from peagle.model.memory import rows_within
 from peagle.model.target import TargetSource
 
 DEFAULT_ROWS = 8192  # per segment
 ON_CPU = ("document", "supervised")  # the draw is made on the CPU, the same on every device
-
-
-class PackedSequences:
-    """Reads packs from a store and segments them."""
-
-    def __init__(
-        self,
-        store: Store,
-        *,
-        cod: Cod,
-        max_rows: int,
-        mask_token_id: int | None,
-        buffers: Buffers,
-    ):
-        self.store, self.cod, self.max_rows = store, cod, max_rows
-        self.mask_token_id, self.buffers = mask_token_id, buffers
-
-    def __getitem__(self, pack_: Pack) -> Batch:
-        """What is wrong with a sample travels in ``bad``; nothing is trained in its place.
-
-        Raises:
-            ValueError: naming the sample that holds the mask token.
-        """
-        slots = sum(self.store.entries[i].tokens - 2 for i in pack_.samples)
-        states = StatesInPlace(slots, self.store.manifest, self.buffers)
-        samples, bad = [], []
-        for index in pack_.samples:
-            try:
-                samples.append(states.read(self.store, index))
-            except BadSample as error:
-                bad.append(str(error))
-            else:
-                self.refuse_mask_token(samples[-1], index)
-        packed = pack(samples or [unsupervised(self.store.manifest)])
-        expected = expected_rows(packed["supervised"], packed["document"], cod=self.cod)
-        segments = partition(expected, max_rows=self.max_rows)
-        if self.buffers.pinned:
-            packed = {name: tensor.pin_memory() for name, tensor in packed.items()}
-        return Batch(**packed, segments=segments, seed=pack_.seed, bad=tuple(bad))
-
-    def refuse_mask_token(self, sample: Sample, index: int) -> None:
-        if self.mask_token_id is not None and (sample.input_ids == self.mask_token_id).any():
-            raise ValueError(
-                f"sample {self.store.entries[index].sample} contains the mask token "
-                f"{self.mask_token_id}: choose a token id that never occurs"
-            )
 
 
 class HiddenStatesDataModule(L.LightningDataModule):

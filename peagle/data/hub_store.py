@@ -31,10 +31,12 @@ from peagle.data.hub_files import (
     patiently,
     refuse_other_content,
 )
+from peagle.data.manifest import DamageError
 from peagle.data.parts import locked
+from peagle.data.sample import Sample
 from peagle.data.shard import Span
 from peagle.data.shard_cache import ShardCache
-from peagle.data.store import HEADERS, BadSample, DamageError, Sample, Store
+from peagle.data.store import HEADERS, BadSample, Store
 
 NEEDED = ("manifest.json", "capture.json", "target.safetensors", "target_layers.safetensors")
 SHARD = re.compile(r"shard-\d{5,}\.safetensors")

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from peagle.data.store import SHARDS_PER_PART
+from peagle.data.index import SHARDS_PER_PART
 
 Unit = TypeVar("Unit")
 

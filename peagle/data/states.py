@@ -12,7 +12,10 @@ from transformers import PreTrainedModel
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import Rendered
 from peagle.data.disk import require_disk
-from peagle.data.store import Manifest, Sample, StoreWriter, split_of
+from peagle.data.index import split_of
+from peagle.data.manifest import Manifest
+from peagle.data.sample import Sample
+from peagle.data.store_writer import StoreWriter
 from peagle.model.target import hidden_states
 
 

@@ -1,10 +1,13 @@
 """The draft vocabulary: the target's tokens that the assistant uses most."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from peagle.data.sample import Sample
 
 
 class DraftVocabulary(NamedTuple):
@@ -37,3 +40,11 @@ def choose_vocabulary(counts: Int[Tensor, " V"], size: int | None) -> DraftVocab
     order = torch.argsort(counts, descending=True, stable=True)
     kept = order[:size].sort().values
     return DraftVocabulary(kept, float(counts[kept].sum() / counts.sum().clamp(min=1)))
+
+
+def token_counts(samples: Iterable[Sample], vocab_size: int) -> Int[Tensor, " V"]:
+    """How often each token is the assistant's; decides which tokens a draft vocabulary keeps."""
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for sample in samples:
+        counts += torch.bincount(sample.input_ids[sample.loss_mask], minlength=vocab_size)
+    return counts

@@ -7,7 +7,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peagle.data.store import IDENTITY, DamageError, digest
+from peagle.data.index import IDENTITY
+from peagle.data.manifest import DamageError
+from peagle.data.sample import digest
 
 LLAMA_LAYER = {
     "input_layernorm.weight",

@@ -18,9 +18,10 @@ from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import documents
 from peagle.data.converted import opened
 from peagle.data.hub_store import FoundStore
+from peagle.data.manifest import Manifest
 from peagle.data.prompts import Prompt, load_prompts
 from peagle.data.states import sample_bytes_per_token
-from peagle.data.store import Manifest, Store
+from peagle.data.store import Store
 from peagle.data.talks import Answer, answer_batch, first_prompt
 from peagle.model.target import TargetSource, pick_device
 from peagle.model.target_layers import default_start_layers

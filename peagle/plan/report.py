@@ -13,8 +13,8 @@ from peagle.data.capture import shape_of
 from peagle.data.capture_config import CaptureConfig
 from peagle.data.datamodule import DEFAULT_ROWS
 from peagle.data.hub_store import FoundStore
+from peagle.data.manifest import Manifest
 from peagle.data.order import fill_packs
-from peagle.data.store import Manifest
 from peagle.evaluation import EvaluationConfig
 from peagle.model.config import PEagleConfig
 from peagle.model.memory import rows_within

@@ -12,10 +12,13 @@ import torch
 from peagle.cod.rollouts import Cod, sample_rows
 from peagle.data.batch import Batch, pack
 from peagle.data.buffers import Buffers
-from peagle.data.datamodule import PackedSequences
+from peagle.data.manifest import Manifest
 from peagle.data.order import PackSampler
+from peagle.data.packed import PackedSequences
 from peagle.data.read_ahead import ReadAhead
-from peagle.data.store import Manifest, Sample, Store, StoreWriter
+from peagle.data.sample import Sample
+from peagle.data.store import Store
+from peagle.data.store_writer import StoreWriter
 from peagle.model.config import PEagleConfig
 from peagle.model.drafter import PEagleDrafter
 from peagle.model.objective import objective

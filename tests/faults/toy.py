@@ -13,7 +13,9 @@ import torch
 
 import peagle.cli
 from peagle.__main__ import main
-from peagle.data.store import Manifest, Sample, StoreWriter
+from peagle.data.manifest import Manifest
+from peagle.data.sample import Sample
+from peagle.data.store_writer import StoreWriter
 from peagle.model.target_head import TargetHead
 from peagle.model.target_layers import TargetLayers
 
