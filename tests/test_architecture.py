@@ -12,7 +12,7 @@ LEVELS = [
     {"address"},
     {"provenance", "optimizer", "optimizer_options", "guard", "checkpoint", "data.order",
      "cod.rollouts", "model.config", "model.products", "data.chat", "data.prompts",
-     "data.read_ahead", "data.shard", "data.disk", "data.buffers", "data.sample",
+     "data.read_ahead", "data.shard", "data.disk", "data.buffers", "data.sample", "data.locks",
      "engine.server", "engine.post"},
     {"data.manifest"},
     {"data.index"},

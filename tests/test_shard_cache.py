@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from peagle.data import shard_cache
-from peagle.data.parts import locked
+from peagle.data.locks import locked
 from peagle.data.shard_cache import FetchError, ShardCache
 
 SIZES = {f"shard-{n:05d}.safetensors": 1000 for n in range(8)}

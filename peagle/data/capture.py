@@ -28,8 +28,9 @@ from peagle.data.capture_config import CaptureConfig
 from peagle.data.chat import conversation_id, documents, without_reasoning
 from peagle.data.converted import convert
 from peagle.data.disk import require_disk, write_atomically
+from peagle.data.locks import locked
 from peagle.data.manifest import Manifest
-from peagle.data.parts import Part, alone, locked
+from peagle.data.parts import Part, alone
 from peagle.data.prompts import Prompt, load_prompts
 from peagle.data.served import by_engine
 from peagle.data.states import Document, read_hidden_states, sample_bytes_per_token

@@ -31,8 +31,8 @@ from peagle.data.hub_files import (
     patiently,
     refuse_other_content,
 )
+from peagle.data.locks import locked
 from peagle.data.manifest import DamageError
-from peagle.data.parts import locked
 from peagle.data.sample import Sample
 from peagle.data.shard import Span
 from peagle.data.shard_cache import ShardCache

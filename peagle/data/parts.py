@@ -5,8 +5,6 @@ Prompts are answered in units, which depend on the prompts alone. Part ``i`` of 
 its place among all, so the finished store is the same, whoever captured what.
 """
 
-import errno
-import fcntl
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from peagle.data.index import SHARDS_PER_PART
+from peagle.data.locks import locked
 
 Unit = TypeVar("Unit")
 
@@ -71,18 +70,4 @@ def alone(folder: Path, part: Part) -> Iterator[None]:
                 f"another process is capturing into {folder.parent}: wait for it, or give each "
                 "a part of its own (--capture.part 0/2, 1/2)"
             ) from error
-        yield
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[None]:
-    """Hold a lock file. Where the file system knows no locks, nothing is held."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with open(path, "a+") as file:  # a shared lock may need a readable file
-        try:
-            fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise
         yield

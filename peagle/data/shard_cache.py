@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from peagle.data.parts import locked
+from peagle.data.locks import locked
 from peagle.data.store import Shards
 
 POLL = 0.05  # seconds between looks for room that others' arrivals take
