@@ -40,12 +40,13 @@ class Source:
         path.write_bytes(of_size(name)[:500])
         time.sleep(self.delay)
         path.write_bytes(of_size(name))
-        self.most = max(self.most, held(self.root))
+        with locked(self.root / "locks" / "all"):  # what moves meanwhile would be counted twice
+            self.most = max(self.most, held(self.root))
         return path
 
 
 def held(root: Path) -> int:
-    """Bytes of copies and arrivals; files and folders may vanish meanwhile."""
+    """Bytes of copies and arrivals; what is being fetched may vanish meanwhile."""
     total = 0
     for kind in ("shards", "arriving"):
         for folder, _, names in os.walk(root / kind):

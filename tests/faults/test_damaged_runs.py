@@ -65,9 +65,11 @@ def test_a_strict_run_stops_and_names_shard_and_sample(store, tmp_path, tally):
         workers = f"--data.num_workers={2 * (len(kind) % 2)}"
         run = start(tmp_path / f"run-{name}", broken, workers)
         code, said = run.wait(), run.said()
-        named = "peagle: shard shard-00002.safetensors" in said and "Traceback" not in said
-        named &= kind == "missing shard" or "sample 00000000000000" in said
-        return "" if code == 1 and named else f"{kind}: exit code {code}: {said[-500:]}"
+        what = f"{broken}: shard" if kind == "missing shard" else "shard"
+        which = "" if kind == "missing shard" else ", sample 00000000000000"
+        named = f"peagle: {what} shard-00002.safetensors{which}" in said
+        right = code == 1 and named and "Traceback" not in said
+        return "" if right else f"{kind}: exit code {code}: {said[-500:]}"
 
     tally("damaged store, strict", each(stopped, DAMAGE))
 
