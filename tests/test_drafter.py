@@ -7,7 +7,7 @@ from random_parts import VOCABULARY, make_drafter
 
 from peagle.cod.rollouts import Cod, Rows, sample_rows
 from peagle.cod.visibility import visible
-from peagle.model import flash
+from peagle.model import attention_plan
 from peagle.model.drafting import draft, new_cache
 
 
@@ -65,8 +65,8 @@ def all_rows(document, cod):
     ids=lambda changes: "+".join(f"{key} {value}" for key, value in changes.items()) or "plain",
 )
 def test_two_streams_equal_the_flat_masked_form(lengths, changes, monkeypatch):
-    monkeypatch.setattr(flash, "LEAF_ROWS", 16)  # several parts, also within a document
-    monkeypatch.setattr(flash, "LEAF_SLOTS", 4)
+    monkeypatch.setattr(attention_plan, "LEAF_ROWS", 16)  # several parts, also within a document
+    monkeypatch.setattr(attention_plan, "LEAF_SLOTS", 4)
     drafter = make_drafter(**changes).eval()
     document, position, tokens, aux = documents(*lengths)
     rows = all_rows(document, Cod(5, 0.8))

@@ -10,7 +10,8 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from peagle.cod.rollouts import Cod, Rows, sample_rows
 from peagle.cod.visibility import visible
-from peagle.model.flash import flash_rollout_attention, plan_flash
+from peagle.model.attention_plan import plan_flash
+from peagle.model.flash import flash_rollout_attention
 from peagle.model.flex import BLOCK, flex_rollout_attention, plan_flex, whole_blocks
 
 CPU = torch.device("cpu")

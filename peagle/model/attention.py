@@ -11,13 +11,8 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
 from peagle.cod.rollouts import Rows
-from peagle.model.flash import (
-    Plan,
-    fast_dtype,
-    flash_causal_attention,
-    flash_rollout_attention,
-    plan_flash,
-)
+from peagle.model.attention_plan import Plan, plan_flash
+from peagle.model.flash import fast_dtype, flash_causal_attention, flash_rollout_attention
 from peagle.model.flex import flex_rollout_attention, plan_flex
 
 

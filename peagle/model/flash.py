@@ -1,104 +1,23 @@
 """Attention of both streams on the CPU: flash-kernel calls that are merged by their log-sum-exp.
 
-A softmax can be taken over disjoint parts of its keys and put together exactly, given each part's
-log-sum-exp; in the backward pass a part takes the *merged* output and log-sum-exp (as in ring
-attention). So the slots that a block of rows sees in full need no mask, no mask of [rows, prefix]
-ever exists, and hardly anything invisible is computed: only the last slots before a leaf's anchors
-and the leaf's own rollouts are masked, both in one call.
+``attention_plan.py`` says what each call sees. In the backward pass a part takes the *merged*
+output and log-sum-exp (as in ring attention).
 """
 
-import math
-from bisect import bisect_right
-from collections.abc import Iterator
-from itertools import accumulate, pairwise
-from typing import NamedTuple
-
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from peagle.cod.rollouts import Rows
-from peagle.cod.visibility import visible
+from peagle.model.attention_plan import Part, Plan, plan_causal
+from peagle.model.unmasked import weigh, weigh_backward
 
-LEAF_ROWS = 256  # rows per masked call: few enough to waste little, enough for the kernel
-LEAF_SLOTS = 256  # slots that a leaf takes along rather than leave them to a call of their own
 LONG = 1024  # slots from which on bf16 is faster, for a CPU without tiles for its products
+CAUSAL_LEAF = 512  # slots of depth 0 that the kernel takes at a time where products do the rest
+MOST = 400.0  # beyond what was seen before; more would be rounded by more than one per cent
 MATRIX_TILES = torch.cpu._is_amx_tile_supported()
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-class Part(NamedTuple):
-    """Rows and depth-0 slots: one kernel call.
-
-    Without a mask every row sees every slot. With one, the rows are a leaf: they see these slots
-    and each other where it is 0, not where it is -inf.
-    """
-
-    rows: slice
-    slots: slice
-    mask: Float[Tensor, "q k"] | None  # over [slots | rows]
-
-    def bias(self, dtype: torch.dtype) -> Float[Tensor, "q k"] | None:
-        """What is added to the scores."""
-        return None if self.mask is None else self.mask.to(dtype)
-
-
-class Plan(NamedTuple):
-    """How the rows of a segment (depth >= 1, sorted) see the prefix and their own rollout."""
-
-    leaves: tuple[Part, ...]  # every row is in one of them
-    full: tuple[Part, ...]
-
-
-def plan_flash(rows: Rows, document: Int[Tensor, " S"]) -> Plan:
-    """Cut what the rows see into parts, document by document."""
-    rollouts = torch.nonzero(rows.depth == 1).flatten()
-    number = document[rows.anchor[rollouts]]
-    first = torch.ones_like(number, dtype=torch.bool)
-    first[1:] = number[1:] != number[:-1]
-    cuts = [*rollouts[first].tolist(), len(rows.anchor)]
-    begins = torch.searchsorted(document, number[first]).tolist()
-    layout = _Layout(rows, document, rollouts.tolist(), rows.anchor.tolist())
-    found = [
-        part
-        for begin, (start, stop) in zip(begins, pairwise(cuts), strict=True)
-        for part in layout.parts(start, stop, begin)
-    ]
-    leaves = tuple(part for part in found if part.mask is not None)
-    return Plan(leaves, tuple(part for part in found if part.mask is None))
-
-
-class _Layout(NamedTuple):
-    rows: Rows
-    document: Int[Tensor, " S"]
-    rollouts: list[int]  # where each rollout begins
-    anchor: list[int]
-
-    def parts(self, start: int, stop: int, begin: int) -> Iterator[Part]:
-        """What rows of one document see from slot ``begin`` on.
-
-        All of them see what lies before the first anchor; for the rest, each half by itself.
-        """
-        end = self.anchor[start]
-        if end - begin > LEAF_SLOTS:
-            yield Part(slice(start, stop), slice(begin, end), None)
-            begin = end
-        middle = self.rollouts[bisect_right(self.rollouts, (start + stop) // 2) - 1]
-        if stop - start <= LEAF_ROWS or middle <= start:
-            yield self.leaf(start, stop, begin)
-            return
-        yield from self.parts(start, middle, begin)
-        yield from self.parts(middle, stop, begin)
-
-    def leaf(self, start: int, stop: int, begin: int) -> Part:
-        slots = torch.arange(begin, self.anchor[stop - 1] + 1)
-        own = Rows(self.rows.anchor[start:stop], self.rows.depth[start:stop])
-        keys = Rows(torch.cat([slots, own.anchor]), torch.cat([torch.zeros_like(slots), own.depth]))
-        seen = visible(own, keys, self.document)
-        mask = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
-        return Part(slice(start, stop), slice(begin, begin + len(slots)), mask)
 
 
 def flash_causal_attention(
@@ -110,39 +29,8 @@ def flash_causal_attention(
 ) -> Float[Tensor, "S A E"]:
     """Every slot sees the slots of its document up to itself; computed in the query's precision,
     returned in that of ``value``."""
-    cuts = [0, *accumulate(document_lengths)]
-    return _CausalAttention.apply(query, key, value, [slice(a, b) for a, b in pairwise(cuts)])
-
-
-class _CausalAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, documents):
-        total = torch.empty_like(query, dtype=value.dtype)
-        norm = torch.empty(heads_first(query, key).shape[:-1], dtype=precise(query))
-        out, queries = heads_first(total, key), heads_first(query, key)
-        pairs = [shared(x, query) for x in (key, value)]
-        for slots in documents:
-            here = (slice(None), slice(None), slots)
-            out[here], norm[here] = flash(queries[here], *(x[here] for x in pairs), is_causal=True)
-        ctx.documents = documents
-        ctx.save_for_backward(query, key, value, total, norm)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        query, key, value, total, norm = ctx.saved_tensors
-        grads = [torch.empty_like(x, dtype=query.dtype) for x in (query, key, value)]
-        for_query = heads_first(grads[0], key)
-        onward, out = (heads_first(x.to(query.dtype), key) for x in (grad, total))
-        queries, pairs = heads_first(query, key), [shared(x, query) for x in (key, value)]
-        for slots in ctx.documents:
-            here = (slice(None), slice(None), slots)
-            for_query[here], *for_pairs = flash_backward(
-                *(x[here] for x in (onward, queries, *pairs, out, norm)), 0.0, True
-            )
-            for grad_pair, part in zip(grads[1:], for_pairs, strict=True):
-                grad_pair[slots] = part.sum(0).transpose(0, 1)
-        return *(g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True)), None
+    plan = plan_causal(document_lengths, CAUSAL_LEAF if by_products(query) else None)
+    return _Attention.apply(query, key[:0], value[:0], key, value, plan)
 
 
 def flash_rollout_attention(
@@ -158,10 +46,12 @@ def flash_rollout_attention(
 
     Computed in the query's precision, returned in that of ``value``.
     """
-    return _RolloutAttention.apply(query, key, value, prefix_key, prefix_value, plan)
+    return _Attention.apply(query, key, value, prefix_key, prefix_value, plan)
 
 
-class _RolloutAttention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
+    """Leaves first, since every row is in one; then what all rows of a part see."""
+
     @staticmethod
     def forward(ctx, query, key, value, prefix_key, prefix_value, plan):
         queries, own, prefix = in_parts(query, key, value, prefix_key, prefix_value)
@@ -170,13 +60,12 @@ class _RolloutAttention(torch.autograd.Function):
         norm = total.new_empty(out.shape[:-1])
         for part in plan.leaves:
             here = (slice(None), slice(None), part.rows)
-            out[here], norm[here] = flash(
-                queries[here], *leaf_pairs(part, own, prefix), attn_mask=part.bias(norm.dtype)
-            )
+            inputs = for_kernel(queries[here], *leaf_pairs(part, own, prefix))
+            bias = part.bias(norm.dtype)
+            out[here], norm[here] = flash(*inputs, 0.0, bias is None, attn_mask=bias)
         for part in plan.full:
             here = (slice(None), slice(None), part.rows)
-            seen = (x[:, :, part.slots] for x in prefix)
-            merge(out[here], norm[here], *flash(queries[here], *seen))
+            add_seen(out[here], norm[here], queries[here], *(x[:, :, part.slots] for x in prefix))
         total = total.to(value.dtype)
         ctx.plan = plan
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, total, norm)
@@ -190,29 +79,19 @@ class _RolloutAttention(torch.autograd.Function):
         onward, out = (heads_first(x.to(inputs[0].dtype), key) for x in (grad, total))
         grads = [torch.zeros_like(x, dtype=precise(x)) for x in inputs]
         for_query = heads_first(grads[0], key)
-        for part in (*ctx.plan.leaves, *ctx.plan.full):
+
+        def given(part: Part, pairs: list[Tensor]) -> list[Tensor]:
             here = (slice(None), slice(None), part.rows)
-            if part.mask is None:
-                pairs = [x[:, :, part.slots] for x in prefix]
-            else:
-                pairs = leaf_pairs(part, own, prefix)
-            part_query, *for_pairs = flash_backward(
-                *(x[here] for x in (onward, queries)),
-                *pairs,
-                *(x[here] for x in (out, norm)),
-                0.0,
-                False,
-                attn_mask=part.bias(norm.dtype),
-            )
-            for_query[here] += part_query
-            count = part.slots.stop - part.slots.start
-            for part_pair, for_own, for_prefix in zip(
-                for_pairs, grads[1:3], grads[3:], strict=True
-            ):
-                summed = part_pair.sum(0).transpose(0, 1)
-                for_prefix[part.slots] += summed[:count]
-                if part.mask is not None:
-                    for_own[part.rows] += summed[count:]
+            return [onward[here], queries[here], *pairs, out[here], norm[here]]
+
+        for part in ctx.plan.leaves:
+            some = for_kernel(*given(part, leaf_pairs(part, own, prefix)))
+            bias = part.bias(norm.dtype)
+            found = flash_backward(*some, 0.0, bias is None, attn_mask=bias)
+            add_found(part, found, for_query, grads)
+        for part in ctx.plan.full:
+            found = seen_backward(*given(part, [x[:, :, part.slots] for x in prefix]))
+            add_found(part, found, for_query, grads)
         return *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), None
 
 
@@ -222,8 +101,64 @@ def in_parts(query, key, value, prefix_key, prefix_value):
     return heads_first(query, key), own, [shared(x, query) for x in (prefix_key, prefix_value)]
 
 
+def by_products(query: Float[Tensor, "..."]) -> bool:
+    """Whether products are faster than the kernel where nothing is masked."""
+    return query.dtype == torch.bfloat16 and not MATRIX_TILES
+
+
+def add_seen(
+    total: Float[Tensor, "R G T E"],
+    norm: Float[Tensor, "R G T"],
+    query: Float[Tensor, "R G T E"],
+    key: Float[Tensor, "R G S E"],
+    value: Float[Tensor, "R G S E"],
+) -> None:
+    """Attend to slots that all rows see, and add it to what they have attended to, in place."""
+    if by_products(query):
+        gained, weight = weigh(query, key[:1], value[:1], norm)
+        if weight.amax() <= MOST:  # not so if it is infinite
+            total.add_(gained).div_(1 + weight[..., None])
+            norm.add_(weight.log1p())
+            return
+    merge(total, norm, *flash(*for_kernel(query, key, value)))
+
+
+def seen_backward(
+    grad: Float[Tensor, "R G T E"],
+    query: Float[Tensor, "R G T E"],
+    key: Float[Tensor, "R G S E"],
+    value: Float[Tensor, "R G S E"],
+    out: Float[Tensor, "R G T E"],
+    norm: Float[Tensor, "R G T"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; the latter two of all heads together, or of each."""
+    if by_products(query):
+        return weigh_backward(grad, query, key[:1], value[:1], out, norm)
+    return flash_backward(grad, query, key, value, out, norm, 0.0, False)
+
+
+def add_found(
+    part: Part, found: tuple[Tensor, ...], for_query: Tensor, grads: list[Tensor]
+) -> None:
+    """Gradients of a part, to those of query, own pairs and prefix pairs."""
+    for_query[:, :, part.rows] += found[0]
+    count = part.slots.stop - part.slots.start
+    for pair, mine, before in zip(found[1:], grads[1:3], grads[3:], strict=True):
+        summed = pair.sum(0).transpose(0, 1)
+        before[part.slots] += summed[:count]
+        if part.mask is not None:
+            mine[part.rows] += summed[count:]
+
+
+def for_kernel(*inputs: Float[Tensor, "..."]) -> list[Float[Tensor, "..."]]:
+    """In float32 for a CPU on which the kernel is slower in bf16."""
+    return [x if MATRIX_TILES else x.to(precise(x)) for x in inputs]
+
+
 def leaf_pairs(part: Part, own: list[Tensor], prefix: list[Tensor]) -> list[Tensor]:
-    """Keys and values of a leaf: slots, then rows."""
+    """Keys and values of a leaf: slots, then rows if it has a mask."""
+    if part.mask is None:
+        return [before[:, :, part.slots] for before in prefix]
     return [
         torch.cat([before[:1, :, part.slots], mine[:1, :, part.rows]], 2).expand(
             len(mine), -1, -1, -1

@@ -1,0 +1,117 @@
+"""Attention of rows to slots that all of them see, in bf16, as matrix products.
+
+torch's flash kernel searches each row's largest score before it may take an exponential, and in
+bf16 without tiles for matrix products its own products are slow. Here the rows come with the
+log-sum-exp of what they have attended to already (``attention_plan.py``: their leaf), so that
+``exp(score - norm)`` needs no maximum: it is what a slot weighs beside what was seen before.
+``norm`` is subtracted inside the product, by three more columns; what is rounded to bf16 is the
+difference, and the exponential is the only pass over it.
+"""
+
+from itertools import product
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+TILE = 512  # rows and slots whose weights exist at a time, for each key/value head
+COLUMNS = 3  # a float32 is the sum of three bf16
+
+
+def weigh(
+    query: Float[Tensor, "R G T E"],
+    key: Float[Tensor, "1 G S E"],
+    value: Float[Tensor, "1 G S E"],
+    norm: Float[Tensor, "R G T"],
+) -> tuple[Float[Tensor, "R G T E"], Float[Tensor, "R G T"]]:
+    """Values summed by ``exp(score - norm)``, and the sum of these weights, in float32.
+
+    Either is infinite where a score exceeds ``norm`` by more than float32 can say.
+    """
+    scores = _Scores(query, key, norm)
+    total = torch.zeros_like(stacked(query), dtype=torch.float32)
+    weight = total.new_zeros(total.shape[:-1])
+    slots = zip(scores.keys, tiles(value[0]), strict=True)
+    for (keys, values), (queries, sums, counts) in product(
+        slots, zip(scores.queries, *(x.split(TILE, 1) for x in (total, weight)), strict=True)
+    ):
+        weights = scores.exponential(queries, keys)
+        sums += weights @ values
+        counts += weights.sum(-1, dtype=torch.float32)
+    return unstacked(total, query), unstacked(weight, query)
+
+
+def weigh_backward(
+    grad: Float[Tensor, "R G T E"],
+    query: Float[Tensor, "R G T E"],
+    key: Float[Tensor, "1 G S E"],
+    value: Float[Tensor, "1 G S E"],
+    out: Float[Tensor, "R G T E"],
+    norm: Float[Tensor, "R G T"],
+) -> tuple[Float[Tensor, "R G T E"], Float[Tensor, "1 G S E"], Float[Tensor, "1 G S E"]]:
+    """Gradients of query, key and value; ``out`` and ``norm`` are of all that the rows see."""
+    scores = _Scores(query, key, norm)
+    shift = (grad.float() * out).sum(-1)
+    rows = [stacked(query), stacked(grad), torch.cat([stacked(grad), split(stacked(-shift))], -1)]
+    for_query = torch.zeros_like(rows[0], dtype=torch.float32)
+    for_key, for_value = (torch.zeros_like(key[0], dtype=torch.float32) for _ in range(2))
+    by_rows = [scores.queries, *(tiles(x) for x in rows), for_query.split(TILE, 1)]
+    by_slots = [scores.keys, tiles(key[0]), tiles(with_ones(value[0]))]
+    by_slots += [x.split(TILE, 1) for x in (for_key, for_value)]
+    for there, here in product(zip(*by_slots, strict=True), zip(*by_rows, strict=True)):
+        shifted_keys, keys, values, sum_key, sum_value = there
+        shifted_queries, queries, onward, slope, sum_query = here
+        weights = scores.exponential(shifted_queries, shifted_keys)
+        sum_value += weights.mT @ onward
+        weights *= slope @ values.mT
+        sum_query += weights @ keys
+        sum_key += weights.mT @ queries
+    for_query *= scores.scale
+    for_key *= scores.scale
+    return unstacked(for_query, query), for_key[None], for_value[None]
+
+
+class _Scores:
+    """Tiles of queries and keys with the columns that subtract ``norm``."""
+
+    def __init__(self, query: Tensor, key: Tensor, norm: Tensor):
+        self.scale = query.shape[-1] ** -0.5
+        shift = split(stacked(norm) / -self.scale)
+        self.queries = tiles(torch.cat([stacked(query), shift], -1))
+        self.keys = tiles(with_ones(key[0]))
+
+    def exponential(
+        self, queries: Float[Tensor, "G n C"], keys: Float[Tensor, "G s C"]
+    ) -> Float[Tensor, "G n s"]:
+        """``exp(score - norm)`` of a tile."""
+        scores = queries.new_empty(*queries.shape[:2], keys.shape[1])
+        torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=self.scale, out=scores)
+        return scores.exp_()
+
+
+def tiles(x: Float[Tensor, "G N *E"]) -> list[Float[Tensor, "G n *E"]]:
+    """Each in one piece of memory, as the products want it."""
+    return [tile.contiguous() for tile in x.split(TILE, 1)]
+
+
+def stacked(x: Float[Tensor, "R G T *E"]) -> Float[Tensor, "G N *E"]:
+    """The rows of all heads that share a key/value head, one after the other."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def unstacked(x: Float[Tensor, "G N *E"], like: Float[Tensor, "R G T F"]) -> Tensor:
+    return x.unflatten(1, (like.shape[0], like.shape[2])).transpose(0, 1)
+
+
+def split(x: Float[Tensor, "G N"]) -> Float[Tensor, "G N 3"]:
+    """A float32 as the sum of three bf16."""
+    columns = []
+    for _ in range(COLUMNS):
+        columns.append(x.bfloat16())
+        x = x - columns[-1].float()
+    return torch.stack(columns, -1)
+
+
+def with_ones(x: Float[Tensor, "G S E"]) -> Float[Tensor, "G S C"]:
+    """Columns that take up what ``split`` has made."""
+    return torch.cat([x, x.new_ones(*x.shape[:2], COLUMNS)], -1)

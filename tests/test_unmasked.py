@@ -1,0 +1,138 @@
+"""Attention by products in bf16: what it computes, when it gives way to the kernel, and whether a
+whole attention that uses it stays as close to float64 as bf16 allows."""
+
+import pytest
+import torch
+
+from peagle.cod.rollouts import Cod, Rows, sample_rows
+from peagle.model import attention_plan, flash, unmasked
+from peagle.model.flash import add_seen, flash_causal_attention, flash_rollout_attention
+
+NEAR = 2e-2  # of the norm of a result
+
+
+def random_heads(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found.double() - wanted).norm() / wanted.norm()).item()
+
+
+def scores_of(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    return query.double() @ key.double().mT * query.shape[-1] ** -0.5
+
+
+@pytest.mark.parametrize("tile", [8, 512])
+@pytest.mark.parametrize(("shared", "groups", "rows", "slots"), [(1, 1, 1, 5), (2, 3, 21, 30)])
+def test_slots_weigh_what_their_scores_exceed_the_norm_by(
+    tile, shared, groups, rows, slots, monkeypatch
+):
+    monkeypatch.setattr(unmasked, "TILE", tile)
+    query = random_heads(shared, groups, rows, 16, seed=1)
+    key, value = (random_heads(1, groups, slots, 16, seed=n) for n in (2, 3))
+    norm = torch.linspace(-3, 3, shared * groups * rows).view(shared, groups, rows)
+    norm += scores_of(query, key).logsumexp(-1).float()
+    weights = (scores_of(query, key) - norm.double()[..., None]).exp()
+    found = unmasked.weigh(query, key, value, norm)
+    assert distance(found[1], weights.sum(-1)) < NEAR
+    assert distance(found[0], weights @ value.double()) < NEAR
+
+
+@pytest.mark.parametrize("tile", [8, 512])
+def test_gradients_of_two_halves_are_those_of_the_whole(tile, monkeypatch):
+    monkeypatch.setattr(unmasked, "TILE", tile)
+    query, onward = (random_heads(2, 3, 21, 16, seed=n) for n in (1, 2))
+    key, value = (random_heads(1, 3, 30, 16, seed=n) for n in (3, 4))
+    inputs = [x.double().requires_grad_() for x in (query, key, value)]
+    scores = scores_of(*inputs[:2])
+    out, norm = scores.softmax(-1) @ inputs[2], scores.logsumexp(-1).detach().float()
+    wanted = torch.autograd.grad(out, inputs, onward.double())
+    halves = [
+        unmasked.weigh_backward(
+            onward, query, key[:, :, part], value[:, :, part], out.detach().bfloat16(), norm
+        )
+        for part in (slice(0, 11), slice(11, 30))
+    ]
+    for_query, *pairs = zip(*halves, strict=True)
+    assert distance(sum(for_query), wanted[0]) < NEAR
+    for found, want in zip(pairs, wanted[1:], strict=True):
+        assert distance(torch.cat(found, 2), want) < NEAR
+
+
+@pytest.mark.parametrize("above", [-200.0, 0.0, 5.0, 20.0, 200.0])
+def test_a_part_far_above_or_below_what_was_seen_before_is_added_all_the_same(above):
+    query = random_heads(2, 3, 21, 16, seed=1)
+    key, value = (random_heads(1, 3, 30, 16, seed=n) for n in (2, 3))
+    scores = scores_of(query, key)
+    before = (scores.logsumexp(-1) - above).float()
+    total, norm = torch.ones(2, 3, 21, 16), before.clone()
+    add_seen(total, norm, query, key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1))
+    everything = torch.logaddexp(scores.logsumexp(-1), before.double())
+    share = (before.double() - everything).exp()[..., None]
+    wanted = share + (scores - everything[..., None]).exp() @ value.double()
+    assert total.isfinite().all() and distance(total, wanted) < NEAR
+    assert torch.allclose(norm.double(), everything, rtol=1e-3, atol=1e-2)
+
+
+def both(attend, inputs: list[torch.Tensor]) -> list[float]:
+    """Distances of bf16 from float64: of the result, and of the gradient of each input."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = attend(*leaves)
+        onward = random_heads(*out.shape, seed=9).to(dtype)
+        found.append([out, *torch.autograd.grad(out, leaves, onward)])
+    return [distance(a.detach(), b.detach()) for a, b in zip(*found, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def no_tiles(monkeypatch):
+    """Where a CPU has tiles for matrix products, its kernel does all of it."""
+    monkeypatch.setattr(flash, "MATRIX_TILES", False)
+
+
+@pytest.fixture
+def weighed(monkeypatch) -> list[int]:
+    """Sizes of the parts that were products, with parts small enough for short documents."""
+    sizes: list[int] = []
+
+    def counted(query, key, value, norm):
+        sizes.append(query.shape[2] * key.shape[2])
+        return unmasked.weigh(query, key, value, norm)
+
+    monkeypatch.setattr(flash, "weigh", counted)
+    monkeypatch.setattr(flash, "CAUSAL_LEAF", 8)
+    monkeypatch.setattr(attention_plan, "LEAF_ROWS", 16)
+    monkeypatch.setattr(attention_plan, "LEAF_SLOTS", 4)
+    return sizes
+
+
+def test_causal_attention_in_bf16_is_that_of_float64(weighed):
+    lengths = [50, 7, 33]
+    inputs = [random_heads(sum(lengths), heads, 16, seed=heads) for heads in (4, 2, 2)]
+    inputs[2] = random_heads(sum(lengths), 2, 16, seed=5)
+    near = both(lambda *x: flash_causal_attention(*x, document_lengths=lengths), inputs)
+    assert max(near) < NEAR and len(weighed) > 8
+
+
+def test_rollout_attention_in_bf16_is_that_of_float64(weighed):
+    document = torch.repeat_interleave(torch.arange(3), torch.tensor([50, 7, 33]))
+    rows = sample_rows(
+        torch.ones(90, dtype=torch.bool),
+        document,
+        cod=Cod(4, 0.8),
+        generator=torch.Generator().manual_seed(0),
+    )
+    rows = Rows(*(x[rows.depth > 0] for x in rows))
+    plan = attention_plan.plan_flash(rows, document)
+    counts = [(len(rows.anchor), 4), *[(len(rows.anchor), 2)] * 2, *[(90, 2)] * 2]
+    inputs = [random_heads(n, heads, 16, seed=i) for i, (n, heads) in enumerate(counts)]
+    near = both(lambda *x: flash_rollout_attention(*x, plan=plan), inputs)
+    assert max(near) < NEAR and len(weighed) > 4
+
+
+def test_float32_never_goes_by_products(weighed):
+    inputs = [random_heads(60, heads, 16, seed=heads).float() for heads in (4, 2, 2)]
+    flash_causal_attention(*inputs, document_lengths=[60])
+    assert not weighed
