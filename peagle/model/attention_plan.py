@@ -19,7 +19,7 @@ from torch import Tensor
 from peagle.cod.rollouts import Rows
 from peagle.cod.visibility import visible
 
-LEAF_ROWS = 128  # rows per masked call: few enough to waste little, enough for the kernel
+LEAF_ROWS = 256  # rows per masked call: few enough to waste little, enough for the kernel
 LEAF_SLOTS = 256  # slots that a leaf takes along rather than leave them to a call of their own
 
 

@@ -13,7 +13,7 @@ from peagle.model.unmasked import weigh, weigh_backward
 
 LONG = 1024  # slots from which on bf16 is faster, for a CPU without tiles for its products
 CAUSAL_LEAF = 512  # slots of depth 0 that the kernel takes at a time where products do the rest
-MOST = 400.0  # beyond what was seen before; more would be rounded by more than one per cent
+MOST = 2e4  # beyond what was seen before; a slot of more would be rounded by two per cent
 MATRIX_TILES = torch.cpu._is_amx_tile_supported()
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
