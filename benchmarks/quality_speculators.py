@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--python", required=True, help="python of speculators' environment")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 6e-4, 1e-3, 2e-3])
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
     parser.add_argument("--layers", type=int, help="default: as many as the configuration")
     parser.add_argument("--depths", type=int, default=8)
     add_measuring(parser)

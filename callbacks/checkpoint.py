@@ -14,7 +14,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Checkpoint as BaseCheckpoint
 
 from peagle.checkpoint import read_checkpoint
@@ -26,7 +25,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Saves by rename within one folder, loads tensors and plain data only."""
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Raises ``OSError`` with need and have when the disk is full; the old file stays."""
         path = Path(path)
@@ -49,7 +48,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(
-        self, path: _PATH, map_location: Any | None = None, weights_only: bool | None = None
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """As data, whatever the caller asked for; see ``read_checkpoint``.
 

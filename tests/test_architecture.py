@@ -13,7 +13,7 @@ LEVELS = [
     {"provenance", "optimizer", "optimizer_options", "guard", "checkpoint", "data.order",
      "cod.rollouts", "model.config", "model.products", "data.chat", "data.prompts",
      "data.read_ahead", "data.shard", "data.disk", "data.buffers", "data.sample", "data.locks",
-     "engine.server", "engine.post"},
+     "data.damage", "engine.server", "engine.post"},
     {"data.manifest"},
     {"data.index"},
     {"data.store", "data.store_writer", "loss", "cod.rounds", "engine.vllm"},

@@ -8,8 +8,9 @@ from random_parts import make_sample
 
 from peagle.data.batch import StatesInPlace, joined, pack, slots_of
 from peagle.data.buffers import Buffers
+from peagle.data.damage import BadSample
 from peagle.data.sample import Sample
-from peagle.data.store import BadSample, Store
+from peagle.data.store import Store
 
 
 def numbered_sample(mask):

@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from peagle.cod.rollouts import Cod
 from peagle.data.bad_samples import BadSamples
 from peagle.data.buffers import Buffers
+from peagle.data.damage import BadSample
 from peagle.data.index import Entry
 from peagle.data.order import Pack
 from peagle.data.packed import PackedSequences
 from peagle.data.sample import TENSORS, digest
-from peagle.data.store import BadSample, Store
+from peagle.data.store import Store
 from peagle.data.store_writer import StoreWriter
 from peagle.model.target_head import TargetHead
 from peagle.model.target_layers import TargetLayers

@@ -14,9 +14,10 @@ from hub_stores import ADDRESS, NAME, fetched, opened, put_store, shards_of
 from random_parts import make_manifest
 
 from peagle.data import hub_files, hub_store
+from peagle.data.damage import BadSample
 from peagle.data.hub_store import find_store, store_address
 from peagle.data.shard_cache import FetchError
-from peagle.data.store import BadSample, Store
+from peagle.data.store import Store
 
 SHARD = r"shard-00001\.safetensors"
 

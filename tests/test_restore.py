@@ -1,5 +1,7 @@
 """A checkpoint that is read as data can still be the wrong one, or ask for code."""
 
+import json
+
 import pytest
 import torch
 from random_parts import make_drafter, make_target
@@ -104,6 +106,23 @@ def test_differences_say_both_values():
         ValueError, match="is another: a: checkpoint 1, this run 2; b: checkpoint 3"
     ):
         refuse_differences({"a": 1, "b": 3}, {"a": 2}, "is another")
+
+
+@pytest.mark.parametrize("kind", ["llama", "one_that_transformers_does_not_know"])
+def test_code_that_a_target_brings_is_never_run(kind, tmp_path):
+    target, ran = tmp_path / "target", tmp_path / "ran"
+    make_target().save_pretrained(target)
+    config = json.loads((target / "config.json").read_text())
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (target / "config.json").write_text(json.dumps({**config, "model_type": kind, "auto_map": own}))
+    (target / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Config: pass\n")
+    source = TargetSource(str(target), None)
+    if kind == "llama":  # it can do without
+        assert source.model(dtype=torch.float32, device="cpu").config.model_type == kind
+    else:
+        with pytest.raises(ValueError, match="cannot be opened"):
+            source.model(dtype=torch.float32, device="cpu")
+    assert not ran.exists()
 
 
 def test_a_target_with_pickled_weights_is_refused(tmp_path):

@@ -23,13 +23,14 @@ from peagle.cod.rollouts import Cod
 from peagle.data.bad_samples import BadSamples
 from peagle.data.batch import Batch
 from peagle.data.buffers import Buffers
+from peagle.data.damage import BadSample
 from peagle.data.fetch_ahead import FetchAhead, traffic
 from peagle.data.hub_store import FoundStore, HubStore, find_store, open_store, store_address
 from peagle.data.order import Pack, PackSampler, blocks_of, even_out, fill_packs, refuse_other_order
 from peagle.data.packed import PackedSequences
 from peagle.data.read_ahead import ReadAhead
 from peagle.data.sample import Sample
-from peagle.data.store import BadSample, Store
+from peagle.data.store import Store
 from peagle.data.vocab import token_counts
 from peagle.evaluation import EvaluationConfig, PromptBatch, prompt_batches
 from peagle.model.memory import rows_within

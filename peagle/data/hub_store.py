@@ -23,6 +23,7 @@ from huggingface_hub.utils import disable_progress_bars
 from torch import Tensor
 
 from peagle.address import HubAddress, parse_address
+from peagle.data.damage import BadSample, DamageError
 from peagle.data.hub_files import (
     RemoteFile,
     difference,
@@ -32,11 +33,10 @@ from peagle.data.hub_files import (
     refuse_other_content,
 )
 from peagle.data.locks import locked
-from peagle.data.manifest import DamageError
 from peagle.data.sample import Sample
 from peagle.data.shard import Span
 from peagle.data.shard_cache import ShardCache
-from peagle.data.store import HEADERS, BadSample, Store
+from peagle.data.store import HEADERS, Store
 
 NEEDED = ("manifest.json", "capture.json", "target.safetensors", "target_layers.safetensors")
 SHARD = re.compile(r"shard-\d{5,}\.safetensors")

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from peagle.data.damage import DamageError
 from peagle.data.disk import publish
-from peagle.data.manifest import DamageError
 
 SHARDS_PER_PART = 100_000  # a part's shards have numbers of its own
 IDENTITY = b"peagle.identity"  # in an index part: of the store that its shard was written for

@@ -9,7 +9,11 @@ from pathlib import Path
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[None]:
-    """Hold a lock file. Where the file system knows no locks, nothing is held."""
+    """Hold a lock file. Where the file system knows no locks, nothing is held.
+
+    Raises:
+        BlockingIOError: without ``wait``, if another holds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with open(path, "a+") as file:  # a shared lock may need a readable file

@@ -7,17 +7,10 @@ from typing import Any
 
 import xxhash
 
+from peagle.data.damage import DamageError
 from peagle.data.disk import write_atomically
 
 FORMAT = 1
-
-
-class DamageError(ValueError):
-    """A file of a store is not as captured. ``problem`` is what is wrong, without where."""
-
-    def __init__(self, place: Path | str, problem: str, remedy: str = "capture again"):
-        super().__init__(f"{place}: {problem}: {remedy}")
-        self.problem = problem
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from peagle.cod.rollouts import Cod, expected_rows
 from peagle.cod.segments import partition
 from peagle.data.batch import Batch, StatesInPlace, pack, unsupervised
 from peagle.data.buffers import Buffers
+from peagle.data.damage import BadSample
 from peagle.data.order import Pack
 from peagle.data.sample import Sample
-from peagle.data.store import BadSample, Store
+from peagle.data.store import Store
 
 
 class PackedSequences:

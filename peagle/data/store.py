@@ -17,25 +17,13 @@ import torch
 from jaxtyping import BFloat16
 from torch import Tensor
 
+from peagle.data.damage import BadSample, DamageError
 from peagle.data.index import Entry, in_order, index_parts, read_index
-from peagle.data.manifest import DamageError, Manifest
+from peagle.data.manifest import Manifest
 from peagle.data.sample import TENSORS, Sample
 from peagle.data.shard import Span, read_into, read_spans
 
 HEADERS = 256  # of shards that a store keeps in memory
-
-
-class BadSample(ValueError):  # noqa: N818 (what it is, not that it is one)
-    """One sample cannot be used as it was captured; the message names it and its shard.
-
-    Args:
-        problem: all of the message but what to do.
-        remedy: what to do.
-    """
-
-    def __init__(self, problem: str, remedy: str = "capture again"):
-        super().__init__(f"{problem}: {remedy}")
-        self.problem = problem
 
 
 class Shards:

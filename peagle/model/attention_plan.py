@@ -1,4 +1,4 @@
-"""What the flash kernel is called with: which rows see which slots, part by part.
+"""How attention on the CPU is cut into parts: which rows see which slots.
 
 A softmax can be taken over disjoint parts of its keys and put together exactly, given each part's
 log-sum-exp. So the slots that a block of rows sees in full need no mask, no mask of [rows, prefix]
@@ -24,7 +24,7 @@ LEAF_SLOTS = 256  # slots that a leaf takes along rather than leave them to a ca
 
 
 class Part(NamedTuple):
-    """Rows and depth-0 slots: one kernel call."""
+    """Rows and depth-0 slots, computed at once."""
 
     rows: slice
     slots: slice

@@ -1,7 +1,8 @@
-"""Attention of both streams on the CPU: flash-kernel calls that are merged by their log-sum-exp.
+"""Attention of both streams on the CPU: parts that are merged by their log-sum-exp.
 
-``attention_plan.py`` says what each call sees. In the backward pass a part takes the *merged*
-output and log-sum-exp (as in ring attention).
+``attention_plan.py`` says what each part sees. The flash kernel does them, or in bf16 the products
+of ``unmasked.py`` what is not masked. In the backward pass a part takes the *merged* output and
+log-sum-exp (as in ring attention).
 """
 
 import torch

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peagle.data.damage import DamageError
 from peagle.data.index import IDENTITY
-from peagle.data.manifest import DamageError
 from peagle.data.sample import digest
 
 TENSORS = ("norm", "head", "embedding")

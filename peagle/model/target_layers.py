@@ -7,8 +7,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from peagle.data.damage import DamageError
 from peagle.data.index import IDENTITY
-from peagle.data.manifest import DamageError
 from peagle.data.sample import digest
 
 LLAMA_LAYER = {

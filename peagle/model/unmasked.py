@@ -2,7 +2,7 @@
 
 torch's flash kernel searches each row's largest score before it may take an exponential, and in
 bf16 without tiles for matrix products its own products are slow. Here the rows come with the
-log-sum-exp of what they have attended to already (``attention_plan.py``: their leaf), so that
+log-sum-exp of what they have attended to already (their leaf first, ``attention_plan.py``), so that
 ``exp(score - norm)`` needs no maximum: it is what a slot weighs beside what was seen before.
 ``norm`` is subtracted inside the product, by three more columns; what is rounded to bf16 is the
 difference, and the exponential is the only pass over it.
