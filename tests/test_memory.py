@@ -65,22 +65,22 @@ def test_a_budget_below_one_segment_names_the_smallest_that_works():
         rows_within(least - 0.02, large(), **SETTINGS)
 
 
-WIDTH, SLOTS, COD = 128, 510, Cod(8, 0.7, 0.2)
+WIDTH, COD = 128, Cod(8, 0.7, 0.2)
 
 
-def medium():
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+def medium(heads=4):
+    heads = {"num_attention_heads": heads, "num_key_value_heads": 2, "head_dim": 32}
     width = {"hidden_size": WIDTH, "intermediate_size": 352, "vocab_size": 256}
     layers = {"num_hidden_layers": 4, "eagle_aux_hidden_state_layer_ids": (1, 2, 3)}
     return PEagleConfig(mask_token_id=5, **width, **heads, **layers)
 
 
-def batch_within(max_rows):
+def batch_within(max_rows, slots):
     """One document, all of it supervised."""
-    states = torch.randn(SLOTS + 2, 4 * WIDTH).bfloat16()
+    states = torch.randn(slots + 2, 4 * WIDTH).bfloat16()
     slots = pack([Sample(
-        input_ids=torch.randint(6, 256, (SLOTS + 2,)),
-        loss_mask=torch.ones(SLOTS + 2, dtype=torch.bool),
+        input_ids=torch.randint(6, 256, (slots + 2,)),
+        loss_mask=torch.ones(slots + 2, dtype=torch.bool),
         aux=states[:, :-WIDTH].contiguous(),
         final=states[:, -WIDTH:].contiguous(),
     )])  # fmt: skip
@@ -88,9 +88,9 @@ def batch_within(max_rows):
     return Batch(**slots, segments=partition(expected, max_rows=max_rows), seed=0)
 
 
-def peak_of_steps(batch, *, bf16, recompute):
+def peak_of_steps(batch, config, *, bf16, recompute):
     """Bytes of tensors at the highest moment of two steps, weights and batch counted."""
-    drafter = PEagleDrafter(medium())
+    drafter = PEagleDrafter(config)
     vectors = {"norm": torch.ones(WIDTH), "embedding": torch.randn(256, WIDTH)}
     head = TargetHead(head=torch.randn(256, WIDTH), **vectors, eps=1e-6, softcap=None)
     rows = sample_rows(
@@ -117,14 +117,21 @@ def peak_of_steps(batch, *, bf16, recompute):
 
 
 @pytest.mark.parametrize(
-    ("bf16", "recompute", "budget"),
-    [(False, False, 0.065), (False, True, 0.045), (True, False, 0.045), (True, True, 0.04)],
+    ("bf16", "recompute", "budget", "slots", "heads"),
+    [
+        (False, False, 0.065, 510, 4),
+        (False, True, 0.045, 510, 4),
+        (True, False, 0.045, 510, 4),
+        (True, True, 0.04, 510, 4),
+        (True, False, 0.12, 1534, 8),  # long enough for products, heads wider than the hidden state
+        (True, True, 0.09, 1534, 8),
+    ],
 )
-def test_a_step_stays_within_its_budget_and_makes_use_of_it(bf16, recompute, budget):
-    element = 2 if bf16 else 4
-    settings = {"slots": SLOTS, "rollout": 8, "deeper": COD.deeper_share(), "element": element}
-    limit = rows_within(budget, medium(), **settings, recompute=recompute)
-    batch = batch_within(limit)
+def test_a_step_stays_within_its_budget_and_makes_use_of_it(bf16, recompute, budget, slots, heads):
+    element, config = 2 if bf16 else 4, medium(heads)
+    settings = {"slots": slots, "rollout": 8, "deeper": COD.deeper_share(), "element": element}
+    limit = rows_within(budget, config, **settings, recompute=recompute)
+    batch = batch_within(limit, slots)
     assert len(batch.segments) > 1, "the budget would not be the limit"
-    share = peak_of_steps(batch, bf16=bf16, recompute=recompute) / (budget * 1e9)
+    share = peak_of_steps(batch, config, bf16=bf16, recompute=recompute) / (budget * 1e9)
     assert 0.75 < share <= 1

@@ -1,6 +1,8 @@
 """Attention by products in bf16: what it computes, when it gives way to the kernel, and whether a
 whole attention that uses it stays as close to float64 as bf16 allows."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -23,14 +25,45 @@ def scores_of(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return query.double() @ key.double().mT * query.shape[-1] ** -0.5
 
 
+@pytest.fixture(autouse=True)
+def no_tiles(monkeypatch):
+    """A CPU with bf16, but without tiles for matrix products: there its kernel does all of it."""
+    monkeypatch.setattr(flash, "BF16", True)
+    monkeypatch.setattr(flash, "MATRIX_TILES", False)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Counter[str]:
+    """What was done, in precisions below float64; parts are small enough for short documents."""
+    found: Counter[str] = Counter()
+
+    def count(name):
+        function = getattr(flash, name)
+
+        def counted(*args):
+            found[name] += args[0].dtype != torch.float64
+            return function(*args)
+
+        monkeypatch.setattr(flash, name, counted)
+
+    for name in ("weigh", "weigh_backward", "merge"):
+        count(name)
+    monkeypatch.setattr(flash, "CAUSAL_LEAF", 8)
+    monkeypatch.setattr(attention_plan, "LEAF_ROWS", 16)
+    monkeypatch.setattr(attention_plan, "LEAF_SLOTS", 4)
+    return found
+
+
 @pytest.mark.parametrize("tile", [8, 512])
+@pytest.mark.parametrize("gain", [1, 12])  # 12: norms of hundreds
 @pytest.mark.parametrize(("shared", "groups", "rows", "slots"), [(1, 1, 1, 5), (2, 3, 21, 30)])
 def test_slots_weigh_what_their_scores_exceed_the_norm_by(
-    tile, shared, groups, rows, slots, monkeypatch
+    tile, gain, shared, groups, rows, slots, monkeypatch
 ):
     monkeypatch.setattr(unmasked, "TILE", tile)
-    query = random_heads(shared, groups, rows, 16, seed=1)
+    query = random_heads(shared, groups, rows, 16, seed=1) * gain
     key, value = (random_heads(1, groups, slots, 16, seed=n) for n in (2, 3))
+    key = key * gain
     norm = torch.linspace(-3, 3, shared * groups * rows).view(shared, groups, rows)
     norm += scores_of(query, key).logsumexp(-1).float()
     weights = (scores_of(query, key) - norm.double()[..., None]).exp()
@@ -61,7 +94,7 @@ def test_gradients_of_two_halves_are_those_of_the_whole(tile, monkeypatch):
 
 
 @pytest.mark.parametrize("above", [-200.0, 0.0, 5.0, 20.0, 200.0])
-def test_a_part_far_above_or_below_what_was_seen_before_is_added_all_the_same(above):
+def test_a_part_far_above_or_below_what_was_seen_before_is_added_all_the_same(above, calls):
     query = random_heads(2, 3, 21, 16, seed=1)
     key, value = (random_heads(1, 3, 30, 16, seed=n) for n in (2, 3))
     scores = scores_of(query, key)
@@ -73,6 +106,7 @@ def test_a_part_far_above_or_below_what_was_seen_before_is_added_all_the_same(ab
     wanted = share + (scores - everything[..., None]).exp() @ value.double()
     assert total.isfinite().all() and distance(total, wanted) < NEAR
     assert torch.allclose(norm.double(), everything, rtol=1e-3, atol=1e-2)
+    assert calls["weigh"] == 1 and calls["merge"] == (above > 10)
 
 
 def both(attend, inputs: list[torch.Tensor]) -> list[float]:
@@ -86,37 +120,16 @@ def both(attend, inputs: list[torch.Tensor]) -> list[float]:
     return [distance(a.detach(), b.detach()) for a, b in zip(*found, strict=True)]
 
 
-@pytest.fixture(autouse=True)
-def no_tiles(monkeypatch):
-    """Where a CPU has tiles for matrix products, its kernel does all of it."""
-    monkeypatch.setattr(flash, "MATRIX_TILES", False)
-
-
-@pytest.fixture
-def weighed(monkeypatch) -> list[int]:
-    """Sizes of the parts that were products, with parts small enough for short documents."""
-    sizes: list[int] = []
-
-    def counted(query, key, value, norm):
-        sizes.append(query.shape[2] * key.shape[2])
-        return unmasked.weigh(query, key, value, norm)
-
-    monkeypatch.setattr(flash, "weigh", counted)
-    monkeypatch.setattr(flash, "CAUSAL_LEAF", 8)
-    monkeypatch.setattr(attention_plan, "LEAF_ROWS", 16)
-    monkeypatch.setattr(attention_plan, "LEAF_SLOTS", 4)
-    return sizes
-
-
-def test_causal_attention_in_bf16_is_that_of_float64(weighed):
+def test_causal_attention_in_bf16_is_that_of_float64(calls):
     lengths = [50, 7, 33]
     inputs = [random_heads(sum(lengths), heads, 16, seed=heads) for heads in (4, 2, 2)]
     inputs[2] = random_heads(sum(lengths), 2, 16, seed=5)
     near = both(lambda *x: flash_causal_attention(*x, document_lengths=lengths), inputs)
-    assert max(near) < NEAR and len(weighed) > 8
+    assert max(near) < NEAR
+    assert calls["weigh"] == calls["weigh_backward"] > 8 and not calls["merge"]
 
 
-def test_rollout_attention_in_bf16_is_that_of_float64(weighed):
+def test_rollout_attention_in_bf16_is_that_of_float64(calls):
     document = torch.repeat_interleave(torch.arange(3), torch.tensor([50, 7, 33]))
     rows = sample_rows(
         torch.ones(90, dtype=torch.bool),
@@ -129,10 +142,11 @@ def test_rollout_attention_in_bf16_is_that_of_float64(weighed):
     counts = [(len(rows.anchor), 4), *[(len(rows.anchor), 2)] * 2, *[(90, 2)] * 2]
     inputs = [random_heads(n, heads, 16, seed=i) for i, (n, heads) in enumerate(counts)]
     near = both(lambda *x: flash_rollout_attention(*x, plan=plan), inputs)
-    assert max(near) < NEAR and len(weighed) > 4
+    assert max(near) < NEAR
+    assert calls["weigh"] == calls["weigh_backward"] > 4 and not calls["merge"]
 
 
-def test_float32_never_goes_by_products(weighed):
+def test_float32_never_goes_by_products(calls):
     inputs = [random_heads(60, heads, 16, seed=heads).float() for heads in (4, 2, 2)]
     flash_causal_attention(*inputs, document_lengths=[60])
-    assert not weighed
+    assert not calls

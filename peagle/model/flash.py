@@ -12,10 +12,11 @@ from torch import Tensor
 from peagle.model.attention_plan import Part, Plan, plan_causal
 from peagle.model.unmasked import weigh, weigh_backward
 
-LONG = 1024  # slots from which on bf16 is faster, for a CPU without tiles for its products
+LONG = 1024  # slots from which on bf16 is faster, for a CPU with bf16 but without matrix tiles
 CAUSAL_LEAF = 512  # slots of depth 0 that the kernel takes at a time where products do the rest
-MOST = 2e4  # beyond what was seen before; a slot of more would be rounded by two per cent
+MOST = 2e4  # sum of weights; a slot that outweighed all before by more would be three per cent off
 MATRIX_TILES = torch.cpu._is_amx_tile_supported()
+BF16 = torch.cpu._is_avx512_bf16_supported()
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -28,10 +29,10 @@ def flash_causal_attention(
     *,
     document_lengths: list[int],
 ) -> Float[Tensor, "S A E"]:
-    """Every slot sees the slots of its document up to itself; computed in the query's precision,
-    returned in that of ``value``."""
+    """Every slot sees the slots of its document up to itself; returned in ``value``'s precision."""
     plan = plan_causal(document_lengths, CAUSAL_LEAF if by_products(query) else None)
-    return _Attention.apply(query, key[:0], value[:0], key, value, plan)
+    none = (x.detach()[:0] for x in (key, value))
+    return _Attention.apply(query, *none, key, value, plan)
 
 
 def flash_rollout_attention(
@@ -43,10 +44,8 @@ def flash_rollout_attention(
     *,
     plan: Plan,
 ) -> Float[Tensor, "M A E"]:
-    """Every row sees its document's depth-0 slots up to its anchor, and its rollout so far.
-
-    Computed in the query's precision, returned in that of ``value``.
-    """
+    """Every row sees its document's depth-0 slots up to its anchor, and its rollout so far;
+    returned in ``value``'s precision."""
     return _Attention.apply(query, key, value, prefix_key, prefix_value, plan)
 
 
@@ -104,7 +103,7 @@ def in_parts(query, key, value, prefix_key, prefix_value):
 
 def by_products(query: Float[Tensor, "..."]) -> bool:
     """Whether products are faster than the kernel where nothing is masked."""
-    return query.dtype == torch.bfloat16 and not MATRIX_TILES
+    return query.dtype == torch.bfloat16 and BF16 and not MATRIX_TILES
 
 
 def add_seen(
@@ -195,7 +194,7 @@ def precise(x: Float[Tensor, "..."]) -> torch.dtype:
 
 
 def fast_dtype(dtype: torch.dtype, longest: int) -> torch.dtype:
-    """Precision in which the kernel is fastest for documents of up to ``longest`` slots."""
-    if MATRIX_TILES or longest >= LONG:
+    """Precision of queries and keys that is fastest for documents of up to ``longest`` slots."""
+    if MATRIX_TILES or (BF16 and longest >= LONG):
         return dtype
     return torch.promote_types(dtype, torch.float32)

@@ -52,20 +52,20 @@ def weigh_backward(
     """Gradients of query, key and value; ``out`` and ``norm`` are of all that the rows see."""
     scores = _Scores(query, key, norm)
     shift = (grad.float() * out).sum(-1)
-    rows = [stacked(query), stacked(grad), torch.cat([stacked(grad), split(stacked(-shift))], -1)]
-    for_query = torch.zeros_like(rows[0], dtype=torch.float32)
+    slope = torch.cat([stacked(grad), split(stacked(-shift))], -1)
+    for_query = torch.zeros_like(stacked(query), dtype=torch.float32)
     for_key, for_value = (torch.zeros_like(key[0], dtype=torch.float32) for _ in range(2))
-    by_rows = [scores.queries, *(tiles(x) for x in rows), for_query.split(TILE, 1)]
-    by_slots = [scores.keys, tiles(key[0]), tiles(with_ones(value[0]))]
+    by_rows = [scores.queries, tiles(slope), for_query.split(TILE, 1)]
+    by_slots = [scores.keys, tiles(with_ones(value[0]))]
     by_slots += [x.split(TILE, 1) for x in (for_key, for_value)]
     for there, here in product(zip(*by_slots, strict=True), zip(*by_rows, strict=True)):
-        shifted_keys, keys, values, sum_key, sum_value = there
-        shifted_queries, queries, onward, slope, sum_query = here
-        weights = scores.exponential(shifted_queries, shifted_keys)
-        sum_value += weights.mT @ onward
-        weights *= slope @ values.mT
-        sum_query += weights @ keys
-        sum_key += weights.mT @ queries
+        keys, values, sum_key, sum_value = there
+        queries, onward, sum_query = here
+        weights = scores.exponential(queries, keys)
+        sum_value += weights.mT @ onward[..., :-COLUMNS]
+        weights *= onward @ values.mT
+        sum_query += weights @ keys[..., :-COLUMNS]
+        sum_key += weights.mT @ queries[..., :-COLUMNS]
     for_query *= scores.scale
     for_key *= scores.scale
     return unstacked(for_query, query), for_key[None], for_value[None]

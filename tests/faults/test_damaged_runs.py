@@ -65,9 +65,10 @@ def test_a_strict_run_stops_and_names_shard_and_sample(store, tmp_path, tally):
         workers = f"--data.num_workers={2 * (len(kind) % 2)}"
         run = start(tmp_path / f"run-{name}", broken, workers)
         code, said = run.wait(), run.said()
-        what = f"{broken}: shard" if kind == "missing shard" else "shard"
-        which = "" if kind == "missing shard" else ", sample 00000000000000"
-        named = f"peagle: {what} shard-00002.safetensors{which}" in said
+        if kind == "missing shard":
+            named = f"peagle: {broken}: shard shard-00002.safetensors is missing" in said
+        else:
+            named = "peagle: shard shard-00002.safetensors, sample 00000000000000" in said
         right = code == 1 and named and "Traceback" not in said
         return "" if right else f"{kind}: exit code {code}: {said[-500:]}"
 
