@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 import toy
 import yaml
+
+from peagle.engine.server import free_port
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 CONFIG = HERE / "toy.yaml"
@@ -100,12 +101,6 @@ def launched(arguments: list[str], log: Path, environment: dict[str, str]) -> su
         )
 
 
-def free_port() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
-
-
 def write_config(
     run_dir: Path, inject: Iterable[tuple[str, dict[str, Any]]], every_n_steps: int
 ) -> Path:
@@ -150,7 +145,7 @@ def start(
         return Run([launched(arguments, log, environment)], log)
     if ranks == 1:
         return Run([forked(arguments, log, environment)], log)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NODE_RANK": "0"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
     return Run(
         [
             forked(arguments, log, environment | address | {"LOCAL_RANK": str(rank)})
