@@ -33,7 +33,7 @@ from peagle.model.servable import as_served
 from peagle.model.target import end_tokens, pick_device, refuse_other_target
 from peagle.model.target_head import TargetHead
 from peagle.model.target_layers import TargetLayers
-from peagle.optimizer import MATRICES
+from peagle.optimizer import parameter_groups
 from peagle.optimizer_options import impose, impose_schedule, options_of, schedule_options_of
 from peagle.restore import (
     refuse_differences,
@@ -390,13 +390,3 @@ class PEagleModule(L.LightningModule):
         self.guard.skipped = progress["skipped"]
         self.saved_classes = checkpoint.get("classes", {})
         self.trainer.datamodule.resumed = loop["epoch_loop.batch_progress"]["total"]["processed"]
-
-
-def parameter_groups(drafter: Drafter) -> list[dict[str, Any]]:
-    """Hidden matrices apart from the rest, for optimizers that tell them apart."""
-    trained = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]
-    places = ("layers.", "fc.", "row_states.project.")
-    matrices = [p for name, p in trained if p.ndim == 2 and name.startswith(places)]
-    inside = {id(p) for p in matrices}
-    rest = [p for _, p in trained if id(p) not in inside]
-    return [{"params": matrices, MATRICES: True}, {"params": rest, MATRICES: False}]

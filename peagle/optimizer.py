@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 MATRICES = "matrices"  # key of a parameter group that holds hidden matrices
@@ -57,3 +57,13 @@ class MuonAdamW(Optimizer):
         self.muon.step()
         self.adamw.step()
         return loss
+
+
+def parameter_groups(drafter: nn.Module) -> list[dict[str, Any]]:
+    """Hidden matrices apart from the rest, for optimizers that tell them apart."""
+    trained = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]
+    places = ("layers.", "fc.", "row_states.project.")
+    matrices = [p for name, p in trained if p.ndim == 2 and name.startswith(places)]
+    inside = {id(p) for p in matrices}
+    rest = [p for _, p in trained if id(p) not in inside]
+    return [{"params": matrices, MATRICES: True}, {"params": rest, MATRICES: False}]

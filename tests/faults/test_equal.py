@@ -16,7 +16,8 @@ from peagle.model.initial import initialise
 from peagle.model.objective import objective
 from peagle.model.target_head import TargetHead
 from peagle.model.target_layers import TargetLayers
-from peagle.module import LinearSchedule, parameter_groups
+from peagle.module import LinearSchedule
+from peagle.optimizer import parameter_groups
 from peagle.restore import saved_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
