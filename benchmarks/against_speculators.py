@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--python", required=True, help="python of speculators' environment")
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--max_rows", type=int, default=2048, help="rows per segment, ours only")
+    parser.add_argument("--max_rows", type=int, default=4096, help="rows per segment, ours only")
     parser.add_argument("--steps", type=int, default=2, help="per turn; the fastest counts")
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -18,12 +18,13 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from peagle.model.products import plain_product
+from peagle.model.products import compute_dtype, plain_product
 
 LOSSES = ("kl", "ce", "tv", "lk_hybrid")
 LK_DECAY = 3.0
 CHUNK_ROWS = 512  # logits exist for this many rows at a time
 CACHE_BYTES = 2**21  # of float32 logits that the many passes over them find in a CPU's cache
+BLOCK_ROWS = 1024  # of a sum whose terms have another precision, so that none exists in full
 BLOCK = 128  # tokens per block in the search for the first choice
 
 
@@ -102,6 +103,7 @@ class _HeadLoss(torch.autograd.Function):
             if needed:
                 grad_hidden[order[rows]] = plain_product(logits, head.T).to(hidden.dtype)
                 add_product(grad_weight, logits.T, states[rows])
+            del logits, here  # so that the next are given the same memory
         ctx.mark_non_differentiable(guess)
         if needed:
             ctx.save_for_backward(grad_hidden, grad_weight)
@@ -111,7 +113,8 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_total, _):
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_total.to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_weight * grad_total, None, None, None, None
+        # In place: a second backward pass would not go unnoticed, saved tensors have versions.
+        return grad_hidden.mul_(scale), grad_weight.mul_(grad_total), None, None, None, None
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
@@ -126,12 +129,6 @@ def cached_rows(logits: Float[Tensor, "C W"]) -> int:
     return max(1, CACHE_BYTES // (4 * logits.shape[-1]))
 
 
-def compute_dtype(x: Float[Tensor, "..."]) -> torch.dtype:
-    """What autocast makes of a matrix product with ``x``."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 def at_least_float(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -140,8 +137,9 @@ def add_product(total: Float[Tensor, "A B"], a: Float[Tensor, "A C"], b: Float[T
     """``total += a @ b``, summed in the precision of ``total``."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    else:
-        total += a @ b
+        return
+    for some in slices(len(total), BLOCK_ROWS):
+        total[some] += a[some] @ b
 
 
 def first_choice(logits: Float[Tensor, "C W"]) -> Int[Tensor, " C"]:

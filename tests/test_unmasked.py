@@ -1,14 +1,16 @@
-"""Attention by products in bf16: what it computes, when it gives way to the kernel, and whether a
-whole attention that uses it stays as close to float64 as bf16 allows."""
+"""Attention by products: what they compute, when they give way to the kernel, and whether a whole
+attention that uses them stays as close to float64 as its precision allows."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 
 from peagle.cod.rollouts import Cod, Rows, sample_rows
-from peagle.model import attention_plan, flash, unmasked
-from peagle.model.flash import add_seen, flash_causal_attention, flash_rollout_attention
+from peagle.model import attention_plan, flash, kernel, seen, unmasked
+from peagle.model.attention_plan import places
+from peagle.model.flash import flash_causal_attention, flash_rollout_attention, merge
 
 NEAR = 2e-2  # of the norm of a result
 
@@ -28,8 +30,8 @@ def scores_of(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def no_tiles(monkeypatch):
     """A CPU with bf16, but without tiles for matrix products: there its kernel does all of it."""
-    monkeypatch.setattr(flash, "BF16", True)
-    monkeypatch.setattr(flash, "MATRIX_TILES", False)
+    monkeypatch.setattr(kernel, "BF16", True)
+    monkeypatch.setattr(kernel, "MATRIX_TILES", False)
 
 
 @pytest.fixture
@@ -37,17 +39,17 @@ def calls(monkeypatch) -> Counter[str]:
     """What was done, in precisions below float64; parts are small enough for short documents."""
     found: Counter[str] = Counter()
 
-    def count(name):
-        function = getattr(flash, name)
+    def count(module, name):
+        function = getattr(module, name)
 
-        def counted(*args):
+        def counted(*args, **kwargs):
             found[name] += args[0].dtype != torch.float64
-            return function(*args)
+            return function(*args, **kwargs)
 
-        monkeypatch.setattr(flash, name, counted)
+        monkeypatch.setattr(module, name, counted)
 
-    for name in ("weigh", "weigh_backward", "merge"):
-        count(name)
+    for module, name in ((seen, "weigh"), (seen, "weigh_backward"), (kernel, "attend")):
+        count(module, name)
     monkeypatch.setattr(flash, "CAUSAL_LEAF", 8)
     monkeypatch.setattr(attention_plan, "LEAF_ROWS", 16)
     monkeypatch.setattr(attention_plan, "LEAF_SLOTS", 4)
@@ -81,10 +83,9 @@ def test_gradients_of_two_halves_are_those_of_the_whole(tile, monkeypatch):
     scores = scores_of(*inputs[:2])
     out, norm = scores.softmax(-1) @ inputs[2], scores.logsumexp(-1).detach().float()
     wanted = torch.autograd.grad(out, inputs, onward.double())
+    shift = (onward * out.detach()).sum(-1).float()
     halves = [
-        unmasked.weigh_backward(
-            onward, query, key[:, :, part], value[:, :, part], out.detach().bfloat16(), norm
-        )
+        unmasked.weigh_backward(onward, query, key[:, :, part], value[:, :, part], shift, norm)
         for part in (slice(0, 11), slice(11, 30))
     ]
     for_query, *pairs = zip(*halves, strict=True)
@@ -100,13 +101,14 @@ def test_a_part_far_above_or_below_what_was_seen_before_is_added_all_the_same(ab
     scores = scores_of(query, key)
     before = (scores.logsumexp(-1) - above).float()
     total, norm = torch.ones(2, 3, 21, 16), before.clone()
-    add_seen(total, norm, query, key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1))
+    pairs = (x.expand(2, -1, -1, -1) for x in (key, value))
+    merge(total, norm, *seen.attend(query, *pairs, norm, None))
     everything = torch.logaddexp(scores.logsumexp(-1), before.double())
     share = (before.double() - everything).exp()[..., None]
     wanted = share + (scores - everything[..., None]).exp() @ value.double()
     assert total.isfinite().all() and distance(total, wanted) < NEAR
     assert torch.allclose(norm.double(), everything, rtol=1e-3, atol=1e-2)
-    assert calls["weigh"] == 1 and calls["merge"] == (above > 10)
+    assert calls["weigh"] == 1 and calls["attend"] == (above > 10)
 
 
 def both(attend, inputs: list[torch.Tensor]) -> list[float]:
@@ -126,27 +128,84 @@ def test_causal_attention_in_bf16_is_that_of_float64(calls):
     inputs[2] = random_heads(sum(lengths), 2, 16, seed=5)
     near = both(lambda *x: flash_causal_attention(*x, document_lengths=lengths), inputs)
     assert max(near) < NEAR
-    assert calls["weigh"] == calls["weigh_backward"] > 8 and not calls["merge"]
+    leaves = attention_plan.plan_causal(lengths, flash.CAUSAL_LEAF).leaves
+    assert calls["weigh"] == calls["weigh_backward"] > 8 and calls["attend"] == len(leaves)
 
 
-def test_rollout_attention_in_bf16_is_that_of_float64(calls):
-    document = torch.repeat_interleave(torch.arange(3), torch.tensor([50, 7, 33]))
+DOCUMENT = torch.repeat_interleave(torch.arange(3), torch.tensor([50, 7, 33]))
+
+
+def rollout_rows() -> Rows:
     rows = sample_rows(
         torch.ones(90, dtype=torch.bool),
-        document,
+        DOCUMENT,
         cod=Cod(4, 0.8),
         generator=torch.Generator().manual_seed(0),
     )
-    rows = Rows(*(x[rows.depth > 0] for x in rows))
-    plan = attention_plan.plan_flash(rows, document)
+    return Rows(*(x[rows.depth > 0] for x in rows))
+
+
+def rollout_inputs(rows: Rows) -> list[torch.Tensor]:
+    """Queries, own pairs, prefix pairs."""
     counts = [(len(rows.anchor), 4), *[(len(rows.anchor), 2)] * 2, *[(90, 2)] * 2]
-    inputs = [random_heads(n, heads, 16, seed=i) for i, (n, heads) in enumerate(counts)]
-    near = both(lambda *x: flash_rollout_attention(*x, plan=plan), inputs)
-    assert max(near) < NEAR
-    assert calls["weigh"] == calls["weigh_backward"] > 4 and not calls["merge"]
+    return [random_heads(n, heads, 16, seed=i) for i, (n, heads) in enumerate(counts)]
 
 
-def test_float32_never_goes_by_products(calls):
+def test_rollout_attention_in_bf16_is_that_of_float64(calls):
+    rows = rollout_rows()
+    plan = attention_plan.plan_flash(rows, DOCUMENT)
+    attend = partial(flash_rollout_attention, plan=plan)
+    assert max(both(attend, rollout_inputs(rows))) < NEAR
+    assert calls["weigh"] == calls["weigh_backward"] > 4 and calls["attend"] == len(plan.leaves)
+
+
+def test_float32_goes_by_the_kernel(calls):
     inputs = [random_heads(60, heads, 16, seed=heads).float() for heads in (4, 2, 2)]
     flash_causal_attention(*inputs, document_lengths=[60])
-    assert not calls
+    assert calls == {"attend": 1}
+
+
+def test_places_are_where_rows_stand():
+    first, of = places(torch.tensor([5, 6, 9, 6, 7, 9]))
+    assert first.tolist() == [0, 1, 4, 2] and of.tolist() == [0, 1, 3, 1, 2, 3]
+
+
+# 1: as drafters are. 30: rows of one place whose own rollouts outweigh, or not, all before them.
+@pytest.mark.parametrize("gain", [1, 30])
+@pytest.mark.parametrize(
+    ("dtype", "near"), [("float64", 1e-12), ("float32", 1e-5), ("bfloat16", NEAR)]
+)
+def test_rows_with_one_query_per_place_attend_as_each_for_itself(dtype, near, gain, calls):
+    rows = rollout_rows()
+    plan = attention_plan.plan_flash(rows, DOCUMENT)
+    inputs = rollout_inputs(rows)
+    inputs[1] = inputs[1] * gain
+    at_places = random_heads(90, 4, 16, seed=7)
+    found = []
+    for precision, alike in ((getattr(torch, dtype), True), (torch.float64, False)):
+        leaves = [x.to(precision).requires_grad_() for x in (at_places, *inputs[1:])]
+        query = leaves[0][rows.position]
+        out = flash_rollout_attention(query, *leaves[1:], plan=plan, alike=alike)
+        onward = random_heads(*out.shape, seed=9).to(precision)
+        found.append([out, *torch.autograd.grad(out, leaves, onward)])
+    assert max(distance(a.detach(), b.detach()) for a, b in zip(*found, strict=True)) < near
+    if dtype != "float64":
+        assert calls["weigh"] == calls["weigh_backward"] == len(plan.full) > 4
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_that_share_keys_may_go_through_as_rows_of_one(masked, monkeypatch):
+    query, onward = (random_heads(2, 3, 21, 16, seed=n).double() for n in (1, 2))
+    pairs = [random_heads(1, 3, 30, 16, seed=n).double().expand(2, -1, -1, -1) for n in (3, 4)]
+    mask = None
+    if masked:
+        hidden = torch.arange(30) > torch.arange(21)[:, None] + 9
+        mask = torch.zeros(21, 30, dtype=torch.double).masked_fill_(hidden, -torch.inf)
+    found = []
+    for worth in (True, False):
+        monkeypatch.setattr(kernel, "worth_stacking", lambda _, worth=worth: worth)
+        out, norm = kernel.attend(query, *pairs, mask=mask)
+        grads = kernel.attend_backward(onward, query, *pairs, out, norm, mask=mask)
+        found.append([out, norm, grads[0], *(g.sum(0) for g in grads[1:])])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)

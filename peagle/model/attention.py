@@ -12,8 +12,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from peagle.cod.rollouts import Rows
 from peagle.model.attention_plan import Plan, plan_flash
-from peagle.model.flash import fast_dtype, flash_causal_attention, flash_rollout_attention
+from peagle.model.flash import flash_causal_attention, flash_rollout_attention
 from peagle.model.flex import flex_rollout_attention, plan_flex
+from peagle.model.kernel import fast_dtype
 
 
 def kernel_dtype(x: Float[Tensor, "..."], document_lengths: list[int]) -> torch.dtype:
@@ -65,11 +66,15 @@ def rollout_attention(
     prefix_value: Float[Tensor, "S G D"],
     *,
     plan: Plan | BlockMask,
+    alike: bool = False,
 ) -> Float[Tensor, "M A D"]:
     """Depths >= 1: every row sees its document's depth-0 slots up to its anchor, and its rollout.
 
     Depth 0 never looks at deeper rows, so its keys and values are computed once per sequence and
-    read here by every segment.
+    read here by every segment. ``alike``: rows that stand at the same slot have the same query,
+    which is made use of on the CPU.
     """
-    attend = flash_rollout_attention if isinstance(plan, Plan) else flex_rollout_attention
-    return attend(query, key, value, prefix_key, prefix_value, plan=plan)
+    inputs = (query, key, value, prefix_key, prefix_value)
+    if isinstance(plan, Plan):
+        return flash_rollout_attention(*inputs, plan=plan, alike=alike)
+    return flex_rollout_attention(*inputs, plan=plan)

@@ -23,12 +23,20 @@ LEAF_ROWS = 256  # rows per masked call: few enough to waste little, enough for 
 LEAF_SLOTS = 256  # slots that a leaf takes along rather than leave them to a call of their own
 
 
+class Places(NamedTuple):
+    """Where the rows of a part stand. Rows of other anchors may stand at the same slot."""
+
+    first: Int[Tensor, " U"]  # the first row at each place
+    of: Int[Tensor, " q"]  # each row's place
+
+
 class Part(NamedTuple):
     """Rows and depth-0 slots, computed at once."""
 
     rows: slice
     slots: slice
     mask: Float[Tensor, "q k"] | None  # over [slots | rows]: 0 where they see, -inf where not
+    places: Places | None = None
 
     def bias(self, dtype: torch.dtype) -> Float[Tensor, "q k"] | None:
         """What is added to the scores."""
@@ -62,7 +70,16 @@ def plan_flash(rows: Rows, document: Int[Tensor, " S"]) -> Plan:
         for part in layout.parts(start, stop, begin)
     ]
     leaves = tuple(part for part in found if part.mask is not None)
-    return Plan(leaves, tuple(part for part in found if part.mask is None))
+    full = (part for part in found if part.mask is None)
+    return Plan(leaves, tuple(p._replace(places=places(rows.position[p.rows])) for p in full))
+
+
+def places(position: Int[Tensor, " q"]) -> Places:
+    """Rows by their position."""
+    distinct, of = torch.unique(position, return_inverse=True)
+    number = torch.arange(len(position))
+    first = torch.empty_like(distinct).scatter_reduce_(0, of, number, "amin", include_self=False)
+    return Places(first, of)
 
 
 class _Layout(NamedTuple):

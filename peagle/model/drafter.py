@@ -77,6 +77,7 @@ class PEagleDrafter(Drafter):
                 stream.keys[index],
                 stream.values[index],
                 plan=plan,
+                alike=len(query) == 1,  # as it is in layer 0, before rotation
             )
             hidden = layer.leave(residual, context)
         return hidden

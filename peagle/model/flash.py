@@ -1,25 +1,20 @@
 """Attention of both streams on the CPU: parts that are merged by their log-sum-exp.
 
-``attention_plan.py`` says what each part sees. The flash kernel does them, or in bf16 the products
-of ``unmasked.py`` what is not masked. In the backward pass a part takes the *merged* output and
-log-sum-exp (as in ring attention).
+``attention_plan.py`` says what each part sees. The flash kernel does what is masked, ``seen.py``
+the rest. In the backward pass a part takes the *merged* output and log-sum-exp (as in ring
+attention).
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from peagle.model import kernel
 from peagle.model.attention_plan import Part, Plan, plan_causal
-from peagle.model.unmasked import weigh, weigh_backward
+from peagle.model.seen import attend, attend_backward
+from peagle.model.unmasked import precise
 
-LONG = 1024  # slots from which on bf16 is faster, for a CPU with bf16 but without matrix tiles
-CAUSAL_LEAF = 512  # slots of depth 0 that the kernel takes at a time where products do the rest
-MOST = 2e4  # sum of weights; a slot that outweighed all before by more would be three per cent off
-MATRIX_TILES = torch.cpu._is_amx_tile_supported()
-BF16 = torch.cpu._is_avx512_bf16_supported()
-
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+CAUSAL_LEAF = 256  # slots of depth 0 that the kernel takes at a time where products do the rest
 
 
 def flash_causal_attention(
@@ -30,9 +25,9 @@ def flash_causal_attention(
     document_lengths: list[int],
 ) -> Float[Tensor, "S A E"]:
     """Every slot sees the slots of its document up to itself; returned in ``value``'s precision."""
-    plan = plan_causal(document_lengths, CAUSAL_LEAF if by_products(query) else None)
+    plan = plan_causal(document_lengths, CAUSAL_LEAF if kernel.by_products(query) else None)
     none = (x.detach()[:0] for x in (key, value))
-    return _Attention.apply(query, *none, key, value, plan)
+    return _Attention.apply(query, *none, key, value, plan, False)
 
 
 def flash_rollout_attention(
@@ -43,31 +38,38 @@ def flash_rollout_attention(
     prefix_value: Float[Tensor, "S G E"],
     *,
     plan: Plan,
+    alike: bool = False,
 ) -> Float[Tensor, "M A E"]:
     """Every row sees its document's depth-0 slots up to its anchor, and its rollout so far;
-    returned in ``value``'s precision."""
-    return _Attention.apply(query, key, value, prefix_key, prefix_value, plan)
+    returned in ``value``'s precision.
+
+    ``alike``: rows that stand at the same slot have the same query.
+    """
+    return _Attention.apply(query, key, value, prefix_key, prefix_value, plan, alike)
 
 
 class _Attention(torch.autograd.Function):
     """Leaves first, since every row is in one; then what all rows of a part see."""
 
     @staticmethod
-    def forward(ctx, query, key, value, prefix_key, prefix_value, plan):
+    def forward(ctx, query, key, value, prefix_key, prefix_value, plan, alike):
         queries, own, prefix = in_parts(query, key, value, prefix_key, prefix_value)
         total = torch.empty_like(query, dtype=precise(query))
         out = heads_first(total, key)
         norm = total.new_empty(out.shape[:-1])
         for part in plan.leaves:
             here = (slice(None), slice(None), part.rows)
-            inputs = for_kernel(queries[here], *leaf_pairs(part, own, prefix))
-            bias = part.bias(norm.dtype)
-            out[here], norm[here] = flash(*inputs, 0.0, bias is None, attn_mask=bias)
+            pairs, bias = leaf_pairs(part, own, prefix), part.bias(norm.dtype)
+            out[here], norm[here] = kernel.attend(
+                queries[here], *pairs, mask=bias, causal=bias is None
+            )
         for part in plan.full:
             here = (slice(None), slice(None), part.rows)
-            add_seen(out[here], norm[here], queries[here], *(x[:, :, part.slots] for x in prefix))
+            pairs = [x[:, :, part.slots] for x in prefix]
+            places = part.places if alike else None
+            merge(out[here], norm[here], *attend(queries[here], *pairs, norm[here], places))
         total = total.to(value.dtype)
-        ctx.plan = plan
+        ctx.plan, ctx.alike = plan, alike
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, total, norm)
         return total
 
@@ -85,56 +87,20 @@ class _Attention(torch.autograd.Function):
             return [onward[here], queries[here], *pairs, out[here], norm[here]]
 
         for part in ctx.plan.leaves:
-            some = for_kernel(*given(part, leaf_pairs(part, own, prefix)))
-            bias = part.bias(norm.dtype)
-            found = flash_backward(*some, 0.0, bias is None, attn_mask=bias)
+            some, bias = given(part, leaf_pairs(part, own, prefix)), part.bias(norm.dtype)
+            found = kernel.attend_backward(*some, mask=bias, causal=bias is None)
             add_found(part, found, for_query, grads)
         for part in ctx.plan.full:
-            found = seen_backward(*given(part, [x[:, :, part.slots] for x in prefix]))
+            places = part.places if ctx.alike else None
+            found = attend_backward(*given(part, [x[:, :, part.slots] for x in prefix]), places)
             add_found(part, found, for_query, grads)
-        return *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), None
+        return *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), None, None
 
 
 def in_parts(query, key, value, prefix_key, prefix_value):
     """Queries, own pairs and prefix pairs in the kernel's order of dimensions and precision."""
     own = [shared(x, query) for x in (key, value)]
     return heads_first(query, key), own, [shared(x, query) for x in (prefix_key, prefix_value)]
-
-
-def by_products(query: Float[Tensor, "..."]) -> bool:
-    """Whether products are faster than the kernel where nothing is masked."""
-    return query.dtype == torch.bfloat16 and BF16 and not MATRIX_TILES
-
-
-def add_seen(
-    total: Float[Tensor, "R G T E"],
-    norm: Float[Tensor, "R G T"],
-    query: Float[Tensor, "R G T E"],
-    key: Float[Tensor, "R G S E"],
-    value: Float[Tensor, "R G S E"],
-) -> None:
-    """Attend to slots that all rows see, and add it to what they have attended to, in place."""
-    if by_products(query):
-        gained, weight = weigh(query, key[:1], value[:1], norm)
-        if weight.amax() <= MOST:  # not so if it is infinite
-            total.add_(gained).div_(1 + weight[..., None])
-            norm.add_(weight.log1p())
-            return
-    merge(total, norm, *flash(*for_kernel(query, key, value)))
-
-
-def seen_backward(
-    grad: Float[Tensor, "R G T E"],
-    query: Float[Tensor, "R G T E"],
-    key: Float[Tensor, "R G S E"],
-    value: Float[Tensor, "R G S E"],
-    out: Float[Tensor, "R G T E"],
-    norm: Float[Tensor, "R G T"],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; the latter two of all heads together, or of each."""
-    if by_products(query):
-        return weigh_backward(grad, query, key[:1], value[:1], out, norm)
-    return flash_backward(grad, query, key, value, out, norm, 0.0, False)
 
 
 def add_found(
@@ -148,11 +114,6 @@ def add_found(
         before[part.slots] += summed[:count]
         if part.mask is not None:
             mine[part.rows] += summed[count:]
-
-
-def for_kernel(*inputs: Float[Tensor, "..."]) -> list[Float[Tensor, "..."]]:
-    """In float32 for a CPU on which the kernel is slower in bf16."""
-    return [x if MATRIX_TILES else x.to(precise(x)) for x in inputs]
 
 
 def leaf_pairs(part: Part, own: list[Tensor], prefix: list[Tensor]) -> list[Tensor]:
@@ -186,15 +147,3 @@ def heads_first(x: Float[Tensor, "T A E"], key: Float[Tensor, "K G E"]) -> Float
 def shared(x: Float[Tensor, "T G E"], query: Float[Tensor, "M A E"]) -> Float[Tensor, "R G T E"]:
     """Keys or values in the query's precision, for every head of their group without a copy."""
     return x.to(query.dtype).transpose(0, 1).expand(query.shape[1] // x.shape[1], -1, -1, -1)
-
-
-def precise(x: Float[Tensor, "..."]) -> torch.dtype:
-    """What sums are kept in."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def fast_dtype(dtype: torch.dtype, longest: int) -> torch.dtype:
-    """Precision of queries and keys that is fastest for documents of up to ``longest`` slots."""
-    if MATRIX_TILES or (BF16 and longest >= LONG):
-        return dtype
-    return torch.promote_types(dtype, torch.float32)

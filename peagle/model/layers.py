@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from peagle.model.config import PEagleConfig
+from peagle.model.feed_forward import FeedForward
 
 
 class RMSNorm(nn.RMSNorm):
@@ -80,7 +81,7 @@ class DrafterLayer(nn.Module):
         if index == 0:
             self.hidden_norm = RMSNorm(width, eps=eps)
         self.self_attn = Projections(config, 2 * width if index == 0 else width)
-        self.mlp = LlamaMLP(config)
+        self.mlp = FeedForward(config)
 
     def enter(
         self, hidden: Float[Tensor, "T D"], embedding: Float[Tensor, "T D"] | None

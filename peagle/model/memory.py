@@ -82,7 +82,7 @@ def layer_bytes(config: PEagleConfig, element: int) -> int:
     query = config.num_attention_heads * config.head_dim
     pair = config.num_key_value_heads * config.head_dim
     attention = (element + 4) * (query + pair)  # queries and keys may be float32
-    return 4 * element * (config.hidden_size + config.intermediate_size) + attention
+    return element * (4 * config.hidden_size + 2 * config.intermediate_size) + attention
 
 
 def score_bytes(config: PEagleConfig, slots: int) -> int:

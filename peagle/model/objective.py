@@ -158,5 +158,5 @@ class _HeldSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total):
-        held = (grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
-        return None, None, None, *held
+        held = ctx.saved_tensors
+        return None, None, None, *(grad.mul_(grad_total.to(grad.dtype)) for grad in held)

@@ -28,6 +28,12 @@ FEW = 128  # rows below which laying out the weight costs oneDNN more than it ga
 FAST = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()
 
 
+def compute_dtype(x: Float[Tensor, "..."]) -> torch.dtype:
+    """What autocast makes of a matrix product with ``x``."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def product(x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "T O"]:
     """``x @ weight.T``, differentiable, under autocast as torch does it."""
     autocast = torch.is_autocast_enabled(x.device.type)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from peagle.data.damage import DamageError
 from peagle.data.index import IDENTITY
 from peagle.data.sample import digest
+from peagle.model.products import plain_product
 
 TENSORS = ("norm", "head", "embedding")
 
@@ -80,7 +81,7 @@ class TargetHead(nn.Module):
         """The target's logits, rounded where the target rounds, as float32."""
         states = F.rms_norm(final.float(), (final.shape[-1],), None, self.eps)
         states = states.to(self.norm.dtype) * self.norm
-        logits = F.linear(states.to(self.head.dtype), self.head)
+        logits = plain_product(states.to(self.head.dtype), self.head)
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits.float()

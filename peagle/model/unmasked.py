@@ -1,13 +1,14 @@
-"""Attention of rows to slots that all of them see, in bf16, as matrix products.
+"""Attention of rows to slots that all of them see, as matrix products.
 
 torch's flash kernel searches each row's largest score before it may take an exponential, and in
 bf16 without tiles for matrix products its own products are slow. Here the rows come with the
 log-sum-exp of what they have attended to already (their leaf first, ``attention_plan.py``), so that
 ``exp(score - norm)`` needs no maximum: it is what a slot weighs beside what was seen before.
-``norm`` is subtracted inside the product, by three more columns; what is rounded to bf16 is the
-difference, and the exponential is the only pass over it.
+``norm`` is subtracted inside the product, by columns of its own; in bf16 what is rounded is the
+difference, and the exponential (of base two: the faster one) is the only pass over it.
 """
 
+import math
 from itertools import product
 
 import torch
@@ -15,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 TILE = 512  # rows and slots whose weights exist at a time, for each key/value head
-COLUMNS = 3  # a float32 is the sum of three bf16
 
 
 def weigh(
@@ -24,12 +24,12 @@ def weigh(
     value: Float[Tensor, "1 G S E"],
     norm: Float[Tensor, "R G T"],
 ) -> tuple[Float[Tensor, "R G T E"], Float[Tensor, "R G T"]]:
-    """Values summed by ``exp(score - norm)``, and the sum of these weights, in float32.
+    """Values summed by ``exp(score - norm)``, and the sum of these weights, in float32 or better.
 
-    Either is infinite where a score exceeds ``norm`` by more than float32 can say.
+    Either is infinite where a score exceeds ``norm`` by more than that can say.
     """
     scores = _Scores(query, key, norm)
-    total = torch.zeros_like(stacked(query), dtype=torch.float32)
+    total = torch.zeros_like(stacked(query), dtype=precise(query))
     weight = total.new_zeros(total.shape[:-1])
     slots = zip(scores.keys, tiles(value[0]), strict=True)
     for (keys, values), (queries, sums, counts) in product(
@@ -37,7 +37,7 @@ def weigh(
     ):
         weights = scores.exponential(queries, keys)
         sums += weights @ values
-        counts += weights.sum(-1, dtype=torch.float32)
+        counts += weights.sum(-1, dtype=precise(query))
     return unstacked(total, query), unstacked(weight, query)
 
 
@@ -46,15 +46,16 @@ def weigh_backward(
     query: Float[Tensor, "R G T E"],
     key: Float[Tensor, "1 G S E"],
     value: Float[Tensor, "1 G S E"],
-    out: Float[Tensor, "R G T E"],
+    shift: Float[Tensor, "R G T"],
     norm: Float[Tensor, "R G T"],
 ) -> tuple[Float[Tensor, "R G T E"], Float[Tensor, "1 G S E"], Float[Tensor, "1 G S E"]]:
-    """Gradients of query, key and value; ``out`` and ``norm`` are of all that the rows see."""
+    """Gradients of query, key and value; ``norm`` and what the rows attend to, whose product with
+    ``grad`` is ``shift``, are of all that they see."""
     scores = _Scores(query, key, norm)
-    shift = (grad.float() * out).sum(-1)
-    slope = torch.cat([stacked(grad), split(stacked(-shift))], -1)
-    for_query = torch.zeros_like(stacked(query), dtype=torch.float32)
-    for_key, for_value = (torch.zeros_like(key[0], dtype=torch.float32) for _ in range(2))
+    width = query.shape[-1]
+    slope = torch.cat([stacked(grad), split(stacked(-shift), grad.dtype)], -1)
+    for_query = torch.zeros_like(stacked(query), dtype=precise(query))
+    for_key, for_value = (torch.zeros_like(key[0], dtype=precise(query)) for _ in range(2))
     by_rows = [scores.queries, tiles(slope), for_query.split(TILE, 1)]
     by_slots = [scores.keys, tiles(with_ones(value[0]))]
     by_slots += [x.split(TILE, 1) for x in (for_key, for_value)]
@@ -62,10 +63,10 @@ def weigh_backward(
         keys, values, sum_key, sum_value = there
         queries, onward, sum_query = here
         weights = scores.exponential(queries, keys)
-        sum_value += weights.mT @ onward[..., :-COLUMNS]
+        sum_value += weights.mT @ onward[..., :width]
         weights *= onward @ values.mT
-        sum_query += weights @ keys[..., :-COLUMNS]
-        sum_key += weights.mT @ queries[..., :-COLUMNS]
+        sum_query += weights @ keys[..., :width]
+        sum_key += weights.mT @ queries[..., :width]
     for_query *= scores.scale
     for_key *= scores.scale
     return unstacked(for_query, query), for_key[None], for_value[None]
@@ -76,7 +77,7 @@ class _Scores:
 
     def __init__(self, query: Tensor, key: Tensor, norm: Tensor):
         self.scale = query.shape[-1] ** -0.5
-        shift = split(stacked(norm) / -self.scale)
+        shift = split(stacked(norm) / -self.scale, query.dtype)
         self.queries = tiles(torch.cat([stacked(query), shift], -1))
         self.keys = tiles(with_ones(key[0]))
 
@@ -85,8 +86,9 @@ class _Scores:
     ) -> Float[Tensor, "G n s"]:
         """``exp(score - norm)`` of a tile."""
         scores = queries.new_empty(*queries.shape[:2], keys.shape[1])
-        torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=self.scale, out=scores)
-        return scores.exp_()
+        binary = self.scale / math.log(2)
+        torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=binary, out=scores)
+        return scores.exp2_()
 
 
 def tiles(x: Float[Tensor, "G N *E"]) -> list[Float[Tensor, "G n *E"]]:
@@ -103,15 +105,25 @@ def unstacked(x: Float[Tensor, "G N *E"], like: Float[Tensor, "R G T F"]) -> Ten
     return x.unflatten(1, (like.shape[0], like.shape[2])).transpose(0, 1)
 
 
-def split(x: Float[Tensor, "G N"]) -> Float[Tensor, "G N 3"]:
-    """A float32 as the sum of three bf16."""
-    columns = []
-    for _ in range(COLUMNS):
-        columns.append(x.bfloat16())
-        x = x - columns[-1].float()
-    return torch.stack(columns, -1)
+def precise(x: Float[Tensor, "..."]) -> torch.dtype:
+    """What sums are kept in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def columns(dtype: torch.dtype) -> int:
+    """A float32 is the sum of three bf16."""
+    return 3 if dtype == torch.bfloat16 else 1
+
+
+def split(x: Float[Tensor, "G N"], dtype: torch.dtype) -> Float[Tensor, "G N C"]:
+    """Parts in ``dtype`` that add up to ``x``."""
+    parts = []
+    for _ in range(columns(dtype)):
+        parts.append(x.to(dtype))
+        x = x - parts[-1].to(x.dtype)
+    return torch.stack(parts, -1)
 
 
 def with_ones(x: Float[Tensor, "G S E"]) -> Float[Tensor, "G S C"]:
     """Columns that take up what ``split`` has made."""
-    return torch.cat([x, x.new_ones(*x.shape[:2], COLUMNS)], -1)
+    return torch.cat([x, x.new_ones(*x.shape[:2], columns(x.dtype))], -1)

@@ -1,0 +1,62 @@
+"""The gated feed-forward of a layer: Llama's, in less memory.
+
+Autograd would keep four tensors of [T, I] per layer. Two of them follow from the others, and the
+backward pass works in the memory that the forward pass has kept. On the CPU what lies between the
+products is done for as many rows at a time as a cache holds.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from peagle.model.products import compute_dtype, plain_product
+
+ELEMENTS = 2**18  # of one tensor that a CPU's cache holds beside others
+
+
+class FeedForward(LlamaMLP):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        if not torch.is_grad_enabled() or not self.plain():
+            return super().forward(x)
+        weights = [part.weight for part in (self.gate_proj, self.up_proj, self.down_proj)]
+        return _FeedForward.apply(*(t.to(compute_dtype(x)) for t in (x, *weights)))
+
+    def plain(self) -> bool:
+        """Whether the configuration asks for what is computed here."""
+        return self.config.hidden_act == "silu" and self.down_proj.bias is None
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, to_gate, to_up, to_down):
+        gate, up = plain_product(x, to_gate), plain_product(x, to_up)
+        inner = torch.empty_like(gate)
+        for into, some, others in rows_at_a_time(inner, gate, up):
+            torch.mul(F.silu(some), others, out=into)
+        ctx.save_for_backward(x, to_gate, to_up, to_down, gate, up)
+        return plain_product(inner, to_down)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, to_gate, to_up, to_down, gate, up = ctx.saved_tensors
+        slope = plain_product(grad, to_down.T)
+        # Overwritten: gate and slope by the gradients of gate and up, up by what went down. A
+        # second backward pass would not go unnoticed, saved tensors have versions.
+        for some, others, onward in rows_at_a_time(gate, up, slope):
+            active, through = F.silu(some), onward * others
+            others.mul_(active)
+            onward.mul_(active)
+            some.copy_(torch.ops.aten.silu_backward(through, some))
+        for_x = plain_product(gate, to_gate.T).add_(plain_product(slope, to_up.T))
+        return for_x, gate.T @ x, slope.T @ x, grad.T @ up
+
+
+def rows_at_a_time(*tensors: Float[Tensor, "T I"]):
+    """The same rows of each."""
+    rows, width = tensors[0].shape
+    count = max(1, ELEMENTS // width if tensors[0].device.type == "cpu" else rows)
+    return zip(*(x.split(count) for x in tensors), strict=True)
