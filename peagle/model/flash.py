@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peagle.model import kernel
+import peagle.model.kernel as kernel
 from peagle.model.attention_plan import Part, Plan, plan_causal
 from peagle.model.seen import attend, attend_backward
 from peagle.model.unmasked import precise

@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# As many as a layer has, so that the layers share them; what a user has set stays.
+# As many as a layer of a segment has, forward and back, so that the layers share them; what a user
+# has set stays.
 CACHE_LIMITS = {
-    name: "16"
+    name: "48"
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
     if name not in os.environ
 }

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peagle.model import kernel
+import peagle.model.kernel as kernel
 from peagle.model.attention_plan import Places
 from peagle.model.unmasked import weigh, weigh_backward
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-TILE = 512  # rows and slots whose weights exist at a time, for each key/value head
+TILE = 640  # rows and slots, at most, whose weights exist at a time for each key/value head
 
 
 def weigh(
@@ -33,7 +33,7 @@ def weigh(
     weight = total.new_zeros(total.shape[:-1])
     slots = zip(scores.keys, tiles(value[0]), strict=True)
     for (keys, values), (queries, sums, counts) in product(
-        slots, zip(scores.queries, *(x.split(TILE, 1) for x in (total, weight)), strict=True)
+        slots, zip(scores.queries, *(evenly(x) for x in (total, weight)), strict=True)
     ):
         weights = scores.exponential(queries, keys)
         sums += weights @ values
@@ -56,9 +56,9 @@ def weigh_backward(
     slope = torch.cat([stacked(grad), split(stacked(-shift), grad.dtype)], -1)
     for_query = torch.zeros_like(stacked(query), dtype=precise(query))
     for_key, for_value = (torch.zeros_like(key[0], dtype=precise(query)) for _ in range(2))
-    by_rows = [scores.queries, tiles(slope), for_query.split(TILE, 1)]
+    by_rows = [scores.queries, tiles(slope), evenly(for_query)]
     by_slots = [scores.keys, tiles(with_ones(value[0]))]
-    by_slots += [x.split(TILE, 1) for x in (for_key, for_value)]
+    by_slots += [evenly(x) for x in (for_key, for_value)]
     for there, here in product(zip(*by_slots, strict=True), zip(*by_rows, strict=True)):
         keys, values, sum_key, sum_value = there
         queries, onward, sum_query = here
@@ -93,7 +93,12 @@ class _Scores:
 
 def tiles(x: Float[Tensor, "G N *E"]) -> list[Float[Tensor, "G n *E"]]:
     """Each in one piece of memory, as the products want it."""
-    return [tile.contiguous() for tile in x.split(TILE, 1)]
+    return [tile.contiguous() for tile in evenly(x)]
+
+
+def evenly(x: Float[Tensor, "G N *E"]) -> tuple[Float[Tensor, "G n *E"], ...]:
+    """In parts of one or two sizes: oneDNN makes code for each, and keeps that of few."""
+    return x.tensor_split(math.ceil(x.shape[1] / TILE), 1)
 
 
 def stacked(x: Float[Tensor, "R G T *E"]) -> Float[Tensor, "G N *E"]:
