@@ -113,7 +113,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_total, _):
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_total.to(grad_hidden.dtype)
-        # In place: a second backward pass would not go unnoticed, saved tensors have versions.
+        # In place: a second backward pass raises, saved tensors have versions.
         return grad_hidden.mul_(scale), grad_weight.mul_(grad_total), None, None, None, None
 
 

@@ -154,3 +154,12 @@ def test_a_perfect_drafter_of_depth_zero_has_no_loss():
     )
     assert loss.item() < 1e-6 * len(rows.anchor)
     assert objective(drafter, head, batch, rows, mix={"kl": 1.0}).loss.item() > 1.0
+
+
+@pytest.mark.parametrize("rows", [5, 200])  # below and above what oneDNN is asked for
+def test_autocast_does_not_round_the_targets_logits(rows):
+    head = make_head()
+    final = torch.randn(rows, len(head.norm))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(final)
+    assert torch.allclose(found, head(final), rtol=1e-5, atol=1e-5)

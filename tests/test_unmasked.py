@@ -209,3 +209,14 @@ def test_heads_that_share_keys_may_go_through_as_rows_of_one(masked, monkeypatch
         found.append([out, norm, grads[0], *(g.sum(0) for g in grads[1:])])
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_only_bf16_is_attended_to_in_half_precision():
+    found = {dtype: kernel.fast_dtype(dtype, 2048) for dtype in (torch.bfloat16, torch.float16)}
+    assert found == {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
+
+
+def test_no_rows_weigh_nothing():
+    query, key, value = (random_heads(1, 3, count, 16, seed=count) for count in (0, 5, 5))
+    gained, weight = unmasked.weigh(query, key, value, torch.zeros(1, 3, 0))
+    assert gained.shape == (1, 3, 0, 16) and weight.shape == (1, 3, 0)

@@ -5,6 +5,8 @@ backward pass works in the memory that the forward pass has kept. On the CPU wha
 products is done for as many rows at a time as a cache holds.
 """
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -45,7 +47,7 @@ class _FeedForward(torch.autograd.Function):
         x, to_gate, to_up, to_down, gate, up = ctx.saved_tensors
         slope = plain_product(grad, to_down.T)
         # Overwritten: gate and slope by the gradients of gate and up, up by what went down. A
-        # second backward pass would not go unnoticed, saved tensors have versions.
+        # second backward pass raises: saved tensors have versions.
         for some, others, onward in rows_at_a_time(gate, up, slope):
             active, through = F.silu(some), onward * others
             others.mul_(active)
@@ -55,7 +57,7 @@ class _FeedForward(torch.autograd.Function):
         return for_x, gate.T @ x, slope.T @ x, grad.T @ up
 
 
-def rows_at_a_time(*tensors: Float[Tensor, "T I"]):
+def rows_at_a_time(*tensors: Float[Tensor, "T I"]) -> Iterator[tuple[Float[Tensor, "t I"], ...]]:
     """The same rows of each."""
     rows, width = tensors[0].shape
     count = max(1, ELEMENTS // width if tensors[0].device.type == "cpu" else rows)

@@ -1,4 +1,4 @@
-"""torch's flash kernel for the CPU, and in which precision it is called."""
+"""torch's flash kernel for the CPU: in which precision, and with which rows at once."""
 
 import torch
 from jaxtyping import Float
@@ -75,6 +75,6 @@ def by_products(query: Float[Tensor, "..."]) -> bool:
 
 def fast_dtype(dtype: torch.dtype, longest: int) -> torch.dtype:
     """Precision of queries and keys that is fastest for documents of up to ``longest`` slots."""
-    if MATRIX_TILES or (BF16 and longest >= LONG):
+    if dtype == torch.bfloat16 and (MATRIX_TILES or (BF16 and longest >= LONG)):
         return dtype
     return torch.promote_types(dtype, torch.float32)

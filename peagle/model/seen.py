@@ -41,7 +41,12 @@ def attend(
     return tuple(x.index_select(2, places.of) for x in found)
 
 
-def by_weights(query, key, value, norm) -> tuple[Tensor, Tensor]:
+def by_weights(
+    query: Float[Tensor, "R G T E"],
+    key: Float[Tensor, "R G S E"],
+    value: Float[Tensor, "R G S E"],
+    norm: Float[Tensor, "R G T"],
+) -> tuple[Float[Tensor, "R G T E"], Float[Tensor, "R G T"]]:
     """By products, unless a slot weighs too much beside ``norm``."""
     gained, weight = weigh(query, key[:1], value[:1], norm)
     if weight.amax() <= MOST.get(query.dtype, MOST_ELSE):  # not so if it is infinite

@@ -81,7 +81,8 @@ class TargetHead(nn.Module):
         """The target's logits, rounded where the target rounds, as float32."""
         states = F.rms_norm(final.float(), (final.shape[-1],), None, self.eps)
         states = states.to(self.norm.dtype) * self.norm
-        logits = plain_product(states.to(self.head.dtype), self.head)
+        with torch.autocast(final.device.type, enabled=False):
+            logits = plain_product(states.to(self.head.dtype), self.head)
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits.float()

@@ -98,7 +98,7 @@ def tiles(x: Float[Tensor, "G N *E"]) -> list[Float[Tensor, "G n *E"]]:
 
 def evenly(x: Float[Tensor, "G N *E"]) -> tuple[Float[Tensor, "G n *E"], ...]:
     """In parts of one or two sizes: oneDNN makes code for each, and keeps that of few."""
-    return x.tensor_split(math.ceil(x.shape[1] / TILE), 1)
+    return x.tensor_split(max(1, math.ceil(x.shape[1] / TILE)), 1)
 
 
 def stacked(x: Float[Tensor, "R G T *E"]) -> Float[Tensor, "G N *E"]:
