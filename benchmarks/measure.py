@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from shapes import Shape
 
+# The precision of hidden states and of the target's head.
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class Measured(NamedTuple):
     """``seconds`` of the fastest step; ``peak_gb`` is what the steps added to the memory in use."""

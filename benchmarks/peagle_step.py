@@ -3,7 +3,7 @@
 import json
 
 import torch
-from measure import autocast, measure, print_result, step_parser
+from measure import STORED, autocast, measure, print_result, step_parser
 from shapes import Shape
 
 from peagle.cod.rollouts import Cod, expected_rows, sample_rows
@@ -26,17 +26,12 @@ def drafter_of(shape: Shape) -> PEagleDrafter:
     )
 
 
-def stored(shape: Shape) -> torch.dtype:
-    """The precision of hidden states and target head: that of the run."""
-    return torch.bfloat16 if shape.dtype == "bf16" else torch.float32
-
-
 def target_head_of(shape: Shape) -> TargetHead:
     """In the precision that a capture stores it in, the target's."""
-    head = torch.randn(shape.draft_vocab, shape.hidden) / shape.hidden**0.5
+    dtype = STORED[shape.dtype]
     return TargetHead(
-        norm=torch.ones(shape.hidden).to(stored(shape)),
-        head=head.to(stored(shape)),
+        norm=torch.ones(shape.hidden, dtype=dtype),
+        head=(torch.randn(shape.draft_vocab, shape.hidden) / shape.hidden**0.5).to(dtype),
         embedding=torch.zeros(1, shape.hidden),
         eps=1e-6,
         softcap=None,
@@ -45,13 +40,14 @@ def target_head_of(shape: Shape) -> TargetHead:
 
 def batch_of(shape: Shape, *, cod: Cod, max_rows: int) -> Batch:
     """One document of random hidden states."""
+    dtype = STORED[shape.dtype]
     supervised, document = torch.ones(shape.n, dtype=torch.bool), torch.zeros(shape.n).long()
     expected = expected_rows(supervised, document, cod=cod)
     return Batch(
         tokens=torch.randint(1, shape.vocab, (shape.n,)),
         labels=torch.randint(1, shape.vocab, (shape.n,)),
-        aux=torch.randn(shape.n, shape.captured * shape.hidden).to(stored(shape)),
-        final=torch.randn(shape.n, shape.hidden).to(stored(shape)),
+        aux=torch.randn(shape.n, shape.captured * shape.hidden).to(dtype),
+        final=torch.randn(shape.n, shape.hidden).to(dtype),
         position=torch.arange(shape.n),
         document=document,
         supervised=supervised,

@@ -9,7 +9,7 @@ FlexAttention and fused losses.
 import json
 
 import torch
-from measure import autocast, measure, print_result, step_parser
+from measure import STORED, autocast, measure, print_result, step_parser
 from shapes import Shape
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.losses import resolve_loss_config
@@ -45,7 +45,7 @@ def run(shape: Shape, *, steps: int, device: torch.device) -> dict:
     torch.manual_seed(0)
     on_gpu = device.type == "cuda"
     model = model_of(shape, "simple_flex_attention" if on_gpu else "sdpa").to(device)
-    stored = torch.bfloat16 if shape.dtype == "bf16" else torch.float32
+    stored = STORED[shape.dtype]
     inputs = {
         "hidden_states": torch.randn(1, shape.n, shape.captured * shape.hidden).to(stored),
         "input_ids": torch.randint(1, shape.vocab, (1, shape.n)),

@@ -12,11 +12,9 @@ from itertools import product
 from math import ceil
 
 import torch
-from measure import matrix_rate
+from measure import STORED, matrix_rate
 from report import machine, run_step, save, table
 from shapes import DTYPES, SHAPES, Shape
-
-STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
