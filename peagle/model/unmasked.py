@@ -29,15 +29,15 @@ def weigh(
     Either is infinite where a score exceeds ``norm`` by more than that can say.
     """
     scores = _Scores(query, key, norm)
-    total = torch.zeros_like(stacked(query), dtype=precise(query))
-    weight = total.new_zeros(total.shape[:-1])
+    total = query.new_zeros(*scores.rows, query.shape[-1], dtype=precise(query))
+    weight = total.new_zeros(scores.rows)
     slots = zip(scores.keys, tiles(value[0]), strict=True)
     for (keys, values), (queries, sums, counts) in product(
-        slots, zip(scores.queries, *(evenly(x) for x in (total, weight)), strict=True)
+        slots, zip(scores.queries, evenly(total), evenly(weight), strict=True)
     ):
         weights = scores.exponential(queries, keys)
         sums += weights @ values
-        counts += weights.sum(-1, dtype=precise(query))
+        counts += weights.sum(-1)  # added up in float32, rounded once
     return unstacked(total, query), unstacked(weight, query)
 
 
@@ -51,25 +51,26 @@ def weigh_backward(
 ) -> tuple[Float[Tensor, "R G T E"], Float[Tensor, "1 G S E"], Float[Tensor, "1 G S E"]]:
     """Gradients of query, key and value; ``norm`` and what the rows attend to, whose product with
     ``grad`` is ``shift``, are of all that they see."""
-    scores = _Scores(query, key, norm)
-    width = query.shape[-1]
-    slope = torch.cat([stacked(grad), split(stacked(-shift), grad.dtype)], -1)
-    for_query = torch.zeros_like(stacked(query), dtype=precise(query))
-    for_key, for_value = (torch.zeros_like(key[0], dtype=precise(query)) for _ in range(2))
-    by_rows = [scores.queries, tiles(slope), evenly(for_query)]
-    by_slots = [scores.keys, tiles(with_ones(value[0]))]
-    by_slots += [evenly(x) for x in (for_key, for_value)]
-    for there, here in product(zip(*by_slots, strict=True), zip(*by_rows, strict=True)):
-        keys, values, sum_key, sum_value = there
-        queries, onward, sum_query = here
+    scores, width = _Scores(query, key, norm), query.shape[-1]
+    slope = shifted(stacked(grad), -stacked(shift))
+    for_query = query.new_zeros(*scores.rows, width, dtype=precise(query))
+    for_key, for_value = for_query.new_zeros(2, len(key[0]), width, key.shape[2])
+    by_rows = [scores.queries, across(scores.queries, width), slope, across(slope, width)]
+    by_slots = [scores.keys, tiles(key[0]), with_ones(value[0])]
+    by_slots += [evenly(x, dim=2) for x in (for_key, for_value)]
+    for there, here in product(
+        zip(*by_slots, strict=True), zip(*by_rows, evenly(for_query), strict=True)
+    ):
+        keys, upright, values, sum_key, sum_value = there
+        queries, queries_across, onward, onward_across, sum_query = here
         weights = scores.exponential(queries, keys)
-        sum_value += weights.mT @ onward[..., :width]
-        weights *= onward @ values.mT
-        sum_query += weights @ keys[..., :width]
-        sum_key += weights.mT @ queries[..., :width]
+        sum_value += onward_across @ weights
+        weights *= onward @ values
+        sum_query += weights @ upright
+        sum_key += queries_across @ weights
     for_query *= scores.scale
     for_key *= scores.scale
-    return unstacked(for_query, query), for_key[None], for_value[None]
+    return unstacked(for_query, query), for_key.mT[None], for_value.mT[None]
 
 
 class _Scores:
@@ -77,28 +78,37 @@ class _Scores:
 
     def __init__(self, query: Tensor, key: Tensor, norm: Tensor):
         self.scale = query.shape[-1] ** -0.5
-        shift = split(stacked(norm) / -self.scale, query.dtype)
-        self.queries = tiles(torch.cat([stacked(query), shift], -1))
-        self.keys = tiles(with_ones(key[0]))
+        rows = stacked(query)
+        self.rows = rows.shape[:2]
+        self.queries = shifted(rows, stacked(norm) / -self.scale)
+        self.keys = with_ones(key[0])
+        most = [min(TILE, count) for count in (rows.shape[1], key.shape[2])]
+        self.room = rows.new_empty(len(rows) * math.prod(most))
 
     def exponential(
-        self, queries: Float[Tensor, "G n C"], keys: Float[Tensor, "G s C"]
+        self, queries: Float[Tensor, "G n C"], keys: Float[Tensor, "G C s"]
     ) -> Float[Tensor, "G n s"]:
-        """``exp(score - norm)`` of a tile."""
-        scores = queries.new_empty(*queries.shape[:2], keys.shape[1])
+        """``exp(score - norm)`` of a tile, in the memory of the tile before."""
+        shape = (*queries.shape[:2], keys.shape[2])
+        scores = self.room[: math.prod(shape)].view(shape)
         binary = self.scale / math.log(2)
-        torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=binary, out=scores)
+        torch.baddbmm(scores, queries, keys, beta=0, alpha=binary, out=scores)
         return scores.exp2_()
 
 
-def tiles(x: Float[Tensor, "G N *E"]) -> list[Float[Tensor, "G n *E"]]:
+def tiles(x: Float[Tensor, "G N E"]) -> list[Float[Tensor, "G n E"]]:
     """Each in one piece of memory, as the products want it."""
     return [tile.contiguous() for tile in evenly(x)]
 
 
-def evenly(x: Float[Tensor, "G N *E"]) -> tuple[Float[Tensor, "G n *E"], ...]:
+def across(found: list[Float[Tensor, "G n C"]], width: int) -> list[Float[Tensor, "G E n"]]:
+    """The first ``width`` columns as rows: the products want what they sum over side by side."""
+    return [tile[..., :width].mT.contiguous() for tile in found]
+
+
+def evenly(x: Float[Tensor, "..."], dim: int = 1) -> tuple[Float[Tensor, "..."], ...]:
     """In parts of one or two sizes: oneDNN makes code for each, and keeps that of few."""
-    return x.tensor_split(max(1, math.ceil(x.shape[1] / TILE)), 1)
+    return x.tensor_split(max(1, math.ceil(x.shape[dim] / TILE)), dim)
 
 
 def stacked(x: Float[Tensor, "R G T *E"]) -> Float[Tensor, "G N *E"]:
@@ -120,6 +130,14 @@ def columns(dtype: torch.dtype) -> int:
     return 3 if dtype == torch.bfloat16 else 1
 
 
+def shifted(
+    x: Float[Tensor, "G N E"], shift: Float[Tensor, "G N"]
+) -> list[Float[Tensor, "G n C"]]:
+    """Tiles of ``x`` with columns that add up to ``shift``."""
+    both = zip(evenly(x), evenly(shift), strict=True)
+    return [torch.cat([rows, split(more, x.dtype)], -1) for rows, more in both]
+
+
 def split(x: Float[Tensor, "G N"], dtype: torch.dtype) -> Float[Tensor, "G N C"]:
     """Parts in ``dtype`` that add up to ``x``."""
     parts = []
@@ -129,6 +147,7 @@ def split(x: Float[Tensor, "G N"], dtype: torch.dtype) -> Float[Tensor, "G N C"]
     return torch.stack(parts, -1)
 
 
-def with_ones(x: Float[Tensor, "G S E"]) -> Float[Tensor, "G S C"]:
-    """Columns that take up what ``split`` has made."""
-    return torch.cat([x, x.new_ones(*x.shape[:2], columns(x.dtype))], -1)
+def with_ones(x: Float[Tensor, "G S E"]) -> list[Float[Tensor, "G C s"]]:
+    """Tiles of ``x``, across, with what takes up the columns of ``shifted``."""
+    count = columns(x.dtype)
+    return [torch.cat([t.mT, t.new_ones(len(t), count, t.shape[1])], 1) for t in evenly(x)]
