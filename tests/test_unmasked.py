@@ -53,6 +53,7 @@ def calls(monkeypatch) -> Counter[str]:
     monkeypatch.setattr(flash, "CAUSAL_LEAF", 8)
     monkeypatch.setattr(attention_plan, "LEAF_ROWS", 16)
     monkeypatch.setattr(attention_plan, "LEAF_SLOTS", 4)
+    monkeypatch.setattr(attention_plan, "UNIT", 4)
     return found
 
 

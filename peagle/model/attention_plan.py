@@ -18,6 +18,7 @@ from torch import Tensor
 
 from peagle.cod.rollouts import Rows
 from peagle.cod.visibility import visible
+from peagle.model.unmasked import UNIT
 
 LEAF_ROWS = 256  # rows per masked call: few enough to waste little, enough for the kernel
 LEAF_SLOTS = 256  # slots that a leaf takes along rather than leave them to a call of their own
@@ -93,7 +94,7 @@ class _Layout(NamedTuple):
 
         All of them see what lies before the first anchor; for the rest, each half by itself.
         """
-        end = self.anchor[start]
+        end = begin + whole_units(self.anchor[start] - begin)
         if end - begin > LEAF_SLOTS:
             yield Part(slice(start, stop), slice(begin, end), None)
             begin = end
@@ -127,7 +128,13 @@ def halves(begin: int, end: int, leaf: int | None) -> Iterator[tuple[slice, slic
     if leaf is None or end - begin <= leaf:
         yield slice(begin, end), slice(begin, end)
         return
-    middle = (begin + end) // 2
+    half = (end - begin) // 2
+    middle = begin + (whole_units(half) or half)
     yield from halves(begin, middle, leaf)
     yield from halves(middle, end, leaf)
     yield slice(middle, end), slice(begin, middle)
+
+
+def whole_units(count: int) -> int:
+    """Fewer slots than ``count``, of sizes that are few (``unmasked.py``)."""
+    return count // UNIT * UNIT

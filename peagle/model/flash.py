@@ -110,7 +110,7 @@ def add_found(
     for_query[:, :, part.rows] += found[0]
     count = part.slots.stop - part.slots.start
     for pair, mine, before in zip(found[1:], grads[1:3], grads[3:], strict=True):
-        summed = pair.sum(0).transpose(0, 1)
+        summed = (pair.sum(0) if len(pair) > 1 else pair[0]).transpose(0, 1)
         before[part.slots] += summed[:count]
         if part.mask is not None:
             mine[part.rows] += summed[count:]

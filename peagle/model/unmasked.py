@@ -14,8 +14,10 @@ from itertools import product
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 TILE = 640  # rows and slots, at most, whose weights exist at a time for each key/value head
+UNIT = 64  # tiles are multiples of it: oneDNN makes code for each size, and keeps that of few
 
 
 def weigh(
@@ -52,7 +54,7 @@ def weigh_backward(
     """Gradients of query, key and value; ``norm`` and what the rows attend to, whose product with
     ``grad`` is ``shift``, are of all that they see."""
     scores, width = _Scores(query, key, norm), query.shape[-1]
-    slope = shifted(stacked(grad), -stacked(shift))
+    slope = shifted(grad, -shift)
     for_query = query.new_zeros(*scores.rows, width, dtype=precise(query))
     for_key, for_value = for_query.new_zeros(2, len(key[0]), width, key.shape[2])
     by_rows = [scores.queries, across(scores.queries, width), slope, across(slope, width)]
@@ -78,12 +80,11 @@ class _Scores:
 
     def __init__(self, query: Tensor, key: Tensor, norm: Tensor):
         self.scale = query.shape[-1] ** -0.5
-        rows = stacked(query)
-        self.rows = rows.shape[:2]
-        self.queries = shifted(rows, stacked(norm) / -self.scale)
+        self.queries = shifted(query, norm / -self.scale)
         self.keys = with_ones(key[0])
-        most = [min(TILE, count) for count in (rows.shape[1], key.shape[2])]
-        self.room = rows.new_empty(len(rows) * math.prod(most))
+        self.rows = (query.shape[1], sum(tile.shape[1] for tile in self.queries))
+        largest = max(tile.shape[1] for tile in self.queries), max(t.shape[2] for t in self.keys)
+        self.room = query.new_empty(query.shape[1] * math.prod(largest))
 
     def exponential(
         self, queries: Float[Tensor, "G n C"], keys: Float[Tensor, "G C s"]
@@ -107,8 +108,11 @@ def across(found: list[Float[Tensor, "G n C"]], width: int) -> list[Float[Tensor
 
 
 def evenly(x: Float[Tensor, "..."], dim: int = 1) -> tuple[Float[Tensor, "..."], ...]:
-    """In parts of one or two sizes: oneDNN makes code for each, and keeps that of few."""
-    return x.tensor_split(max(1, math.ceil(x.shape[dim] / TILE)), dim)
+    """In parts of about one size."""
+    count = x.shape[dim]
+    units, parts = math.ceil(count / UNIT), math.ceil(count / TILE)
+    cuts = [UNIT * (units * part // parts) for part in range(1, parts)]
+    return x.tensor_split(cuts, dim)
 
 
 def stacked(x: Float[Tensor, "R G T *E"]) -> Float[Tensor, "G N *E"]:
@@ -117,7 +121,9 @@ def stacked(x: Float[Tensor, "R G T *E"]) -> Float[Tensor, "G N *E"]:
 
 
 def unstacked(x: Float[Tensor, "G N *E"], like: Float[Tensor, "R G T F"]) -> Tensor:
-    return x.unflatten(1, (like.shape[0], like.shape[2])).transpose(0, 1)
+    """Without the rows that ``shifted`` has added."""
+    heads, _, rows, _ = like.shape
+    return x[:, : heads * rows].unflatten(1, (heads, rows)).transpose(0, 1)
 
 
 def precise(x: Float[Tensor, "..."]) -> torch.dtype:
@@ -131,14 +137,15 @@ def columns(dtype: torch.dtype) -> int:
 
 
 def shifted(
-    x: Float[Tensor, "G N E"], shift: Float[Tensor, "G N"]
+    x: Float[Tensor, "R G T E"], shift: Float[Tensor, "R G T"]
 ) -> list[Float[Tensor, "G n C"]]:
-    """Tiles of ``x`` with columns that add up to ``shift``."""
-    both = zip(evenly(x), evenly(shift), strict=True)
-    return [torch.cat([rows, split(more, x.dtype)], -1) for rows, more in both]
+    """Tiles of ``x`` with columns that add up to ``shift``, and rows of zeros up to a unit."""
+    parts = (x.transpose(0, 1), split(shift.transpose(0, 1), x.dtype))
+    rows = torch.cat(parts, -1).flatten(1, 2)
+    return tiles(F.pad(rows, (0, 0, 0, -rows.shape[1] % UNIT)))
 
 
-def split(x: Float[Tensor, "G N"], dtype: torch.dtype) -> Float[Tensor, "G N C"]:
+def split(x: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "... C"]:
     """Parts in ``dtype`` that add up to ``x``."""
     parts = []
     for _ in range(columns(dtype)):
