@@ -64,6 +64,7 @@ def test_slots_weigh_what_their_scores_exceed_the_norm_by(
     tile, gain, shared, groups, rows, slots, monkeypatch
 ):
     monkeypatch.setattr(unmasked, "TILE", tile)
+    monkeypatch.setattr(unmasked, "UNIT", 4)
     query = random_heads(shared, groups, rows, 16, seed=1) * gain
     key, value = (random_heads(1, groups, slots, 16, seed=n) for n in (2, 3))
     key = key * gain
@@ -78,6 +79,7 @@ def test_slots_weigh_what_their_scores_exceed_the_norm_by(
 @pytest.mark.parametrize("tile", [8, 512])
 def test_gradients_of_two_halves_are_those_of_the_whole(tile, monkeypatch):
     monkeypatch.setattr(unmasked, "TILE", tile)
+    monkeypatch.setattr(unmasked, "UNIT", 4)
     query, onward = (random_heads(2, 3, 21, 16, seed=n) for n in (1, 2))
     key, value = (random_heads(1, 3, 30, 16, seed=n) for n in (3, 4))
     inputs = [x.double().requires_grad_() for x in (query, key, value)]

@@ -97,12 +97,12 @@ class _Scores:
         return scores.exp2_()
 
 
-def tiles(x: Float[Tensor, "G N E"]) -> list[Float[Tensor, "G n E"]]:
+def tiles(x: Float[Tensor, "G N E"]) -> list[Float[Tensor, "G _ E"]]:
     """Each in one piece of memory, as the products want it."""
     return [tile.contiguous() for tile in evenly(x)]
 
 
-def across(found: list[Float[Tensor, "G n C"]], width: int) -> list[Float[Tensor, "G E n"]]:
+def across(found: list[Float[Tensor, "G _ C"]], width: int) -> list[Float[Tensor, "G E _"]]:
     """The first ``width`` columns as rows: the products want what they sum over side by side."""
     return [tile[..., :width].mT.contiguous() for tile in found]
 
@@ -138,7 +138,7 @@ def columns(dtype: torch.dtype) -> int:
 
 def shifted(
     x: Float[Tensor, "R G T E"], shift: Float[Tensor, "R G T"]
-) -> list[Float[Tensor, "G n C"]]:
+) -> list[Float[Tensor, "G _ C"]]:
     """Tiles of ``x`` with columns that add up to ``shift``, and rows of zeros up to a unit."""
     parts = (x.transpose(0, 1), split(shift.transpose(0, 1), x.dtype))
     rows = torch.cat(parts, -1).flatten(1, 2)
@@ -154,7 +154,7 @@ def split(x: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "... C"]
     return torch.stack(parts, -1)
 
 
-def with_ones(x: Float[Tensor, "G S E"]) -> list[Float[Tensor, "G C s"]]:
+def with_ones(x: Float[Tensor, "G S E"]) -> list[Float[Tensor, "G C _"]]:
     """Tiles of ``x``, across, with what takes up the columns of ``shifted``."""
     count = columns(x.dtype)
     return [torch.cat([t.mT, t.new_ones(len(t), count, t.shape[1])], 1) for t in evenly(x)]
