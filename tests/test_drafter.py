@@ -65,13 +65,14 @@ def all_rows(document, cod):
     ids=lambda changes: "+".join(f"{key} {value}" for key, value in changes.items()) or "plain",
 )
 def test_two_streams_equal_the_flat_masked_form(lengths, changes, monkeypatch):
-    monkeypatch.setattr(attention_plan, "LEAF_ROWS", 16)  # several parts, also within a document
-    monkeypatch.setattr(attention_plan, "LEAF_SLOTS", 4)
+    for name, value in (("LEAF_ROWS", 16), ("LEAF_SLOTS", 4), ("UNIT", 4)):
+        monkeypatch.setattr(attention_plan, name, value)  # several parts, also within a document
     drafter = make_drafter(**changes).eval()
     document, position, tokens, aux = documents(*lengths)
     rows = all_rows(document, Cod(5, 0.8))
     deep = rows.depth > 0
     assert deep.sum() > 32
+    assert attention_plan.plan_flash(rows.deeper(), document).full  # parts that need no mask
 
     expected = flat_form(drafter, rows, document, position, tokens, aux)
     found = (document, position, tokens, aux)

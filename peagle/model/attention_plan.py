@@ -115,7 +115,8 @@ class _Layout(NamedTuple):
 
 
 def plan_causal(document_lengths: list[int], leaf: int | None) -> Plan:
-    """Documents as they are, or cut into leaves of up to so many slots and what lies before."""
+    """Documents as they are, or cut into leaves of up to so many slots (two units at least) and
+    what lies before."""
     cuts = [0, *accumulate(document_lengths)]
     spans = [span for begin, end in pairwise(cuts) for span in halves(begin, end, leaf)]
     leaves = tuple(Part(rows, slots, None) for rows, slots in spans if rows == slots)
@@ -128,13 +129,12 @@ def halves(begin: int, end: int, leaf: int | None) -> Iterator[tuple[slice, slic
     if leaf is None or end - begin <= leaf:
         yield slice(begin, end), slice(begin, end)
         return
-    half = (end - begin) // 2
-    middle = begin + (whole_units(half) or half)
+    middle = begin + math.ceil((end - begin) / 2 / UNIT) * UNIT
     yield from halves(begin, middle, leaf)
     yield from halves(middle, end, leaf)
     yield slice(middle, end), slice(begin, middle)
 
 
 def whole_units(count: int) -> int:
-    """Fewer slots than ``count``, of sizes that are few (``unmasked.py``)."""
+    """``count`` rounded down: parts without a mask are of few sizes (``unmasked.py``)."""
     return count // UNIT * UNIT

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peagle.model.unmasked import precise, stacked, unstacked
+from peagle.model.unmasked import precise, unstacked
 
 LONG = 1024  # slots from which on bf16 is faster, for a CPU with bf16 but without matrix tiles
 MATRIX_TILES = torch.cpu._is_amx_tile_supported()
@@ -61,6 +61,11 @@ def worth_stacking(query: Float[Tensor, "R G T E"]) -> bool:
     """Whether heads that share keys go through as rows of one: the kernel is faster with more
     rows, but its backward pass takes the heads in parallel."""
     return len(query) > 1 and query.shape[1] >= torch.get_num_threads()
+
+
+def stacked(x: Float[Tensor, "R G T *E"]) -> Float[Tensor, "G N *E"]:
+    """The rows of all heads that share a key/value head, one after the other."""
+    return x.transpose(0, 1).flatten(1, 2)
 
 
 def of_all(mask: Tensor | None, query: Float[Tensor, "R G T E"]) -> Tensor | None:

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-TILE = 640  # rows and slots, at most, whose weights exist at a time for each key/value head
+# Rows and slots, at most, whose weights exist at a time for each key/value head: whole units.
+TILE = 640
 UNIT = 64  # tiles are multiples of it: oneDNN makes code for each size, and keeps that of few
 
 
@@ -26,20 +27,21 @@ def weigh(
     value: Float[Tensor, "1 G S E"],
     norm: Float[Tensor, "R G T"],
 ) -> tuple[Float[Tensor, "R G T E"], Float[Tensor, "R G T"]]:
-    """Values summed by ``exp(score - norm)``, and the sum of these weights, in float32 or better.
+    """Values summed by ``exp(score - norm)``, and the sum of these weights.
 
-    Either is infinite where a score exceeds ``norm`` by more than that can say.
+    Both add up in float32 or better what each tile has added up and rounded to the query's
+    precision. Either is infinite where a score exceeds ``norm`` by more than that can say.
     """
     scores = _Scores(query, key, norm)
-    total = query.new_zeros(*scores.rows, query.shape[-1], dtype=precise(query))
-    weight = total.new_zeros(scores.rows)
+    total = query.new_zeros(*scores.shape, query.shape[-1], dtype=precise(query))
+    weight = total.new_zeros(scores.shape)
     slots = zip(scores.keys, tiles(value[0]), strict=True)
     for (keys, values), (queries, sums, counts) in product(
         slots, zip(scores.queries, evenly(total), evenly(weight), strict=True)
     ):
         weights = scores.exponential(queries, keys)
         sums += weights @ values
-        counts += weights.sum(-1)  # added up in float32, rounded once
+        counts += weights.sum(-1)
     return unstacked(total, query), unstacked(weight, query)
 
 
@@ -55,7 +57,7 @@ def weigh_backward(
     ``grad`` is ``shift``, are of all that they see."""
     scores, width = _Scores(query, key, norm), query.shape[-1]
     slope = shifted(grad, -shift)
-    for_query = query.new_zeros(*scores.rows, width, dtype=precise(query))
+    for_query = query.new_zeros(*scores.shape, width, dtype=precise(query))
     for_key, for_value = for_query.new_zeros(2, len(key[0]), width, key.shape[2])
     by_rows = [scores.queries, across(scores.queries, width), slope, across(slope, width)]
     by_slots = [scores.keys, tiles(key[0]), with_ones(value[0])]
@@ -82,14 +84,14 @@ class _Scores:
         self.scale = query.shape[-1] ** -0.5
         self.queries = shifted(query, norm / -self.scale)
         self.keys = with_ones(key[0])
-        self.rows = (query.shape[1], sum(tile.shape[1] for tile in self.queries))
+        self.shape = (query.shape[1], sum(tile.shape[1] for tile in self.queries))
         largest = max(tile.shape[1] for tile in self.queries), max(t.shape[2] for t in self.keys)
         self.room = query.new_empty(query.shape[1] * math.prod(largest))
 
     def exponential(
         self, queries: Float[Tensor, "G n C"], keys: Float[Tensor, "G C s"]
     ) -> Float[Tensor, "G n s"]:
-        """``exp(score - norm)`` of a tile, in the memory of the tile before."""
+        """``exp(score - norm)`` of a tile, until the next one takes its memory."""
         shape = (*queries.shape[:2], keys.shape[2])
         scores = self.room[: math.prod(shape)].view(shape)
         binary = self.scale / math.log(2)
@@ -108,16 +110,11 @@ def across(found: list[Float[Tensor, "G _ C"]], width: int) -> list[Float[Tensor
 
 
 def evenly(x: Float[Tensor, "..."], dim: int = 1) -> tuple[Float[Tensor, "..."], ...]:
-    """In parts of about one size."""
+    """In parts of about one size, of whole units except for the last."""
     count = x.shape[dim]
     units, parts = math.ceil(count / UNIT), math.ceil(count / TILE)
     cuts = [UNIT * (units * part // parts) for part in range(1, parts)]
     return x.tensor_split(cuts, dim)
-
-
-def stacked(x: Float[Tensor, "R G T *E"]) -> Float[Tensor, "G N *E"]:
-    """The rows of all heads that share a key/value head, one after the other."""
-    return x.transpose(0, 1).flatten(1, 2)
 
 
 def unstacked(x: Float[Tensor, "G N *E"], like: Float[Tensor, "R G T F"]) -> Tensor:
