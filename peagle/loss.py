@@ -86,7 +86,7 @@ class _HeadLoss(torch.autograd.Function):
         total = states.new_zeros((), dtype=at_least_float(dtype))
         guess = torch.empty_like(position)
         grad_hidden = torch.empty_like(hidden) if needed else None
-        grad_weight = torch.zeros_like(weight) if needed else None
+        grad_weight = torch.empty_like(weight) if needed else None  # the first chunk fills it
         for rows in slices(len(states), CHUNK_ROWS):
             target, shared = target_at(teacher, position[rows], total.dtype)
             logits = plain_product(states[rows], head)
@@ -102,16 +102,20 @@ class _HeadLoss(torch.autograd.Function):
                     logits[some] = grad  # in place: the logits are done with
             if needed:
                 grad_hidden[order[rows]] = plain_product(logits, head.T).to(hidden.dtype)
-                add_product(grad_weight, logits.T, states[rows])
+                put_product(grad_weight, logits.T, states[rows], added=rows.start > 0)
             del logits, here  # so that the next are given the same memory
         ctx.mark_non_differentiable(guess)
         if needed:
+            if len(states) == 0:
+                grad_weight.zero_()
             ctx.save_for_backward(grad_hidden, grad_weight)
         return total, guess
 
     @staticmethod
     def backward(ctx, grad_total, _):
         grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_total.device.type == "cpu" and grad_total == 1:  # as it is for a sum of segments
+            return grad_hidden, grad_weight, None, None, None, None
         scale = grad_total.to(grad_hidden.dtype)
         # In place: a second backward pass raises, saved tensors have versions.
         return grad_hidden.mul_(scale), grad_weight.mul_(grad_total), None, None, None, None
@@ -133,13 +137,18 @@ def at_least_float(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def add_product(total: Float[Tensor, "A B"], a: Float[Tensor, "A C"], b: Float[Tensor, "C B"]):
-    """``total += a @ b``, summed in the precision of ``total``."""
+def put_product(
+    total: Float[Tensor, "A B"], a: Float[Tensor, "A C"], b: Float[Tensor, "C B"], *, added: bool
+) -> None:
+    """``total = a @ b``, or ``+=``, summed in the precision of ``total``."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=int(added))
         return
     for some in slices(len(total), BLOCK_ROWS):
-        total[some] += a[some] @ b
+        if added:
+            total[some] += a[some] @ b
+        else:
+            total[some] = a[some] @ b
 
 
 def first_choice(logits: Float[Tensor, "C W"]) -> Int[Tensor, " C"]:

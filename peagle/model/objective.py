@@ -6,7 +6,8 @@ only their gradients are kept. The caller gets one scalar, so Lightning's automa
 clipping, accumulation, mixed precision and DDP work unchanged.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -144,15 +145,12 @@ class _HeldSum(torch.autograd.Function):
         # Zeros, not None: DDP waits for every parameter, and a draw may leave one unused.
         held = [torch.zeros_like(x) for x in variables]
         total = torch.zeros((), dtype=torch.float32, device=leaves[0].device)
-        for run in parts:
-            with torch.enable_grad():
-                loss = run(stream)
-            for sum_, grad in zip(
-                held, torch.autograd.grad(loss, variables, allow_unused=True), strict=True
-            ):
-                if grad is not None:
-                    sum_ += grad
-            total = total + loss.detach()
+        with added_to(held, variables):
+            for run in parts:
+                with torch.enable_grad():
+                    loss = run(stream)
+                torch.autograd.grad(loss, variables, allow_unused=True)
+                total = total + loss.detach()
         ctx.save_for_backward(*held)
         return total
 
@@ -160,3 +158,23 @@ class _HeldSum(torch.autograd.Function):
     def backward(ctx, grad_total):
         held = ctx.saved_tensors
         return None, None, None, *(grad.mul_(grad_total.to(grad.dtype)) for grad in held)
+
+
+@contextmanager
+def added_to(held: list[Tensor], variables: list[Tensor]) -> Iterator[None]:
+    """Let gradients of ``variables`` be added up as they are found, rather than all be kept until
+    the last one is: a second copy of the weights, in new memory for every segment."""
+
+    def adding(sum_: Tensor) -> Callable[[Tensor], Tensor]:
+        def hook(grad: Tensor) -> Tensor:
+            sum_.add_(grad)
+            return grad.new_zeros(()).expand_as(grad)  # in place of it, without its memory
+
+        return hook
+
+    handles = [x.register_hook(adding(sum_)) for x, sum_ in zip(variables, held, strict=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
