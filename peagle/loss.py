@@ -113,12 +113,16 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_total.device.type == "cpu" and grad_total == 1:  # as it is for a sum of segments
-            return grad_hidden, grad_weight, None, None, None, None
-        scale = grad_total.to(grad_hidden.dtype)
-        # In place: a second backward pass raises, saved tensors have versions.
-        return grad_hidden.mul_(scale), grad_weight.mul_(grad_total), None, None, None, None
+        grad_hidden, grad_weight = found = ctx.saved_tensors
+        # What is handed on is what was saved, so a second backward pass must raise: saved tensors
+        # have versions.
+        if grad_total.device.type == "cpu" and grad_total == 1:
+            # As it is for a sum of segments: no pass over the head's gradient.
+            torch.autograd.graph.increment_version(found)
+        else:
+            grad_hidden.mul_(grad_total.to(grad_hidden.dtype))
+            grad_weight.mul_(grad_total)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def slices(length: int, step: int) -> Iterator[slice]:

@@ -54,6 +54,34 @@ def test_values_and_gradients_equal_the_plain_definition(mix, weighted, monkeypa
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.fixture
+def unwritten_is_nan():
+    """Memory that nothing was written to is not zero by chance."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("rows", [0, 7, 37])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_no_gradient_is_left_unwritten(rows, dtype, unwritten_is_nan, monkeypatch):
+    monkeypatch.setattr("peagle.loss.CHUNK_ROWS", 10)
+    hidden, weight, teacher, position = inputs(rows)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        loss, _ = head_loss(hidden, weight, teacher, position, mix={"kl": 1.0})
+    for found in torch.autograd.grad(loss, (hidden, weight)):
+        assert found.isfinite().all() and found.any() == (rows > 0)
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_a_second_backward_pass_is_refused(scale):
+    hidden, weight, teacher, position = inputs()
+    loss, _ = head_loss(hidden, weight, teacher, position, mix={"kl": 1.0})
+    torch.autograd.grad(scale * loss, (hidden, weight), retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(3 * loss, (hidden, weight))
+
+
 def test_every_loss_is_zero_for_a_perfect_drafter_except_cross_entropy():
     _, weight, _, position = inputs()
     states = torch.randn(11, 8, dtype=torch.float64)

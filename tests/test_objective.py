@@ -163,3 +163,31 @@ def test_autocast_does_not_round_the_targets_logits(rows):
     with torch.autocast("cpu", torch.bfloat16):
         found = head(final)
     assert torch.allclose(found, head(final), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_a_segment_are_not_kept_beside_their_sums(monkeypatch):
+    drafter, head, batch = make_drafter(), make_head(), make_batch()
+    ordinary, sizes = torch.autograd.grad, []
+
+    def watched(*args, **kwargs):
+        found = ordinary(*args, **kwargs)
+        sizes.extend(x.untyped_storage().nbytes() // x.itemsize for x in found if x is not None)
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    objective(drafter, head, batch, draw(batch), mix={"kl": 1.0})
+    assert len(sizes) > 20 and set(sizes) == {1}
+
+
+def test_a_segment_that_fails_leaves_gradients_as_they_are(monkeypatch):
+    drafter, head, batch = make_drafter(), make_head(), make_batch()
+
+    def fails(*_, **__):
+        raise RuntimeError("as it is meant to")
+
+    monkeypatch.setattr("peagle.model.objective.segment_loss", fails)
+    with pytest.raises(RuntimeError, match="as it is meant to"):
+        objective(drafter, head, batch, draw(batch), mix={"kl": 1.0})
+    for weight in drafter.shared_parameters():
+        (found,) = torch.autograd.grad(weight.sum(), weight)
+        assert torch.equal(found, torch.ones_like(weight))

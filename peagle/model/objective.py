@@ -149,7 +149,7 @@ class _HeldSum(torch.autograd.Function):
             for run in parts:
                 with torch.enable_grad():
                     loss = run(stream)
-                torch.autograd.grad(loss, variables, allow_unused=True)
+                torch.autograd.grad(loss, variables, allow_unused=True)  # see added_to
                 total = total + loss.detach()
         ctx.save_for_backward(*held)
         return total
@@ -162,13 +162,18 @@ class _HeldSum(torch.autograd.Function):
 
 @contextmanager
 def added_to(held: list[Tensor], variables: list[Tensor]) -> Iterator[None]:
-    """Let gradients of ``variables`` be added up as they are found, rather than all be kept until
-    the last one is: a second copy of the weights, in new memory for every segment."""
+    """Let every gradient of ``variables`` be added to its sum in ``held`` as soon as it is found.
 
-    def adding(sum_: Tensor) -> Callable[[Tensor], Tensor]:
-        def hook(grad: Tensor) -> Tensor:
+    ``autograd.grad`` keeps all that it finds until its end: a second copy of the weights, in new
+    memory for every segment. Of a gradient that was added it is given a zero without memory.
+    """
+
+    def adding(sum_: Tensor) -> Callable[[Tensor | None], Tensor | None]:
+        def hook(grad: Tensor | None) -> Tensor | None:
+            if grad is None:
+                return None
             sum_.add_(grad)
-            return grad.new_zeros(()).expand_as(grad)  # in place of it, without its memory
+            return grad.new_zeros(()).expand_as(grad)
 
         return hook
 
