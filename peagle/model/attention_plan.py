@@ -94,7 +94,7 @@ class _Layout(NamedTuple):
 
         All of them see what lies before the first anchor; for the rest, each half by itself.
         """
-        end = begin + whole_units(self.anchor[start] - begin)
+        end = begin + (self.anchor[start] - begin) // UNIT * UNIT  # the rest goes to the leaves
         if end - begin > LEAF_SLOTS:
             yield Part(slice(start, stop), slice(begin, end), None)
             begin = end
@@ -133,8 +133,3 @@ def halves(begin: int, end: int, leaf: int | None) -> Iterator[tuple[slice, slic
     yield from halves(begin, middle, leaf)
     yield from halves(middle, end, leaf)
     yield slice(middle, end), slice(begin, middle)
-
-
-def whole_units(count: int) -> int:
-    """``count`` rounded down: parts without a mask are of few sizes (``unmasked.py``)."""
-    return count // UNIT * UNIT

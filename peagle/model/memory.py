@@ -56,7 +56,8 @@ def rows_within(
 
 
 def head_bytes(config: PEagleConfig) -> int:
-    """The target's head, and the draft head's gradients of the loss and of a segment."""
+    """The target's head, a segment's gradient of the draft head, and room for the draft head's
+    copy in the precision of the products."""
     target_head = 2 * config.draft_vocab_size * config.target_hidden_size
     return target_head + 2 * 4 * config.draft_vocab_size * config.hidden_size
 
