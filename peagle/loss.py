@@ -18,13 +18,13 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from peagle.model.held import add_product, cast, held_of
 from peagle.model.products import compute_dtype, plain_product
 
 LOSSES = ("kl", "ce", "tv", "lk_hybrid")
 LK_DECAY = 3.0
 CHUNK_ROWS = 512  # logits exist for this many rows at a time
 CACHE_BYTES = 2**21  # of float32 logits that the many passes over them find in a CPU's cache
-BLOCK_ROWS = 1024  # of a sum whose terms have another precision, so that none exists in full
 BLOCK = 128  # tokens per block in the search for the first choice
 
 
@@ -73,20 +73,23 @@ def head_loss(
     the target's distribution of it. Gradients are taken in the same pass: no logits outlive their
     chunk, and memory never holds [N, W].
     """
-    return _HeadLoss.apply(hidden, weight, teacher, position, dict(mix), weights)
+    dtype = compute_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round sums of float32, too
+        return _HeadLoss.apply(hidden, weight, dtype, teacher, position, dict(mix), weights)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, teacher, position, mix, weights):
-        dtype = compute_dtype(hidden)
+    def forward(ctx, hidden, weight, dtype, teacher, position, mix, weights):
         needed = any(ctx.needs_input_grad[:2])
         order = torch.argsort(position)
-        position, states, head = position[order], hidden[order].to(dtype), weight.to(dtype)
+        position, states, head = position[order], hidden[order].to(dtype), cast(weight, dtype)
         total = states.new_zeros((), dtype=at_least_float(dtype))
         guess = torch.empty_like(position)
         grad_hidden = torch.empty_like(hidden) if needed else None
-        grad_weight = torch.empty_like(weight) if needed else None  # the first chunk fills it
+        ctx.held = held_of(weight) if needed else None
+        if needed:
+            grad_weight = torch.zeros_like(weight) if ctx.held is None else ctx.held.grad
         for rows in slices(len(states), CHUNK_ROWS):
             target, shared = target_at(teacher, position[rows], total.dtype)
             logits = plain_product(states[rows], head)
@@ -102,27 +105,22 @@ class _HeadLoss(torch.autograd.Function):
                     logits[some] = grad  # in place: the logits are done with
             if needed:
                 grad_hidden[order[rows]] = plain_product(logits, head.T).to(hidden.dtype)
-                put_product(grad_weight, logits.T, states[rows], added=rows.start > 0)
+                add_product(grad_weight, logits.T, states[rows])
             del logits, here  # so that the next are given the same memory
         ctx.mark_non_differentiable(guess)
         if needed:
-            if len(states) == 0:
-                grad_weight.zero_()
-            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.save_for_backward(grad_hidden, *([grad_weight] if ctx.held is None else []))
         return total, guess
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        grad_hidden, grad_weight = found = ctx.saved_tensors
-        # What is handed on is what was saved, so a second backward pass must raise: saved tensors
-        # have versions.
-        if grad_total.device.type == "cpu" and grad_total == 1:
-            # As it is for a sum of segments: no pass over the head's gradient.
-            torch.autograd.graph.increment_version(found)
-        else:
-            grad_hidden.mul_(grad_total.to(grad_hidden.dtype))
-            grad_weight.mul_(grad_total)
-        return grad_hidden, grad_weight, None, None, None, None
+        """Raises ``RuntimeError`` where the gradient that is held would have to be scaled."""
+        if ctx.held is not None and grad_total != 1:
+            raise RuntimeError("scale a held sum, not its parts: the head's gradient is added up")
+        # What is handed on is what was saved, so a second backward pass must raise, and does:
+        # saved tensors have versions.
+        for_hidden, *for_weight = (x.mul_(grad_total.to(x.dtype)) for x in ctx.saved_tensors)
+        return for_hidden, *(for_weight or [None]), None, None, None, None, None
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
@@ -139,20 +137,6 @@ def cached_rows(logits: Float[Tensor, "C W"]) -> int:
 
 def at_least_float(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def put_product(
-    total: Float[Tensor, "A B"], a: Float[Tensor, "A C"], b: Float[Tensor, "C B"], *, added: bool
-) -> None:
-    """``total = a @ b``, or ``+=``, summed in the precision of ``total``."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b, beta=int(added))
-        return
-    for some in slices(len(total), BLOCK_ROWS):
-        if added:
-            total[some] += a[some] @ b
-        else:
-            total[some] = a[some] @ b
 
 
 def first_choice(logits: Float[Tensor, "C W"]) -> Int[Tensor, " C"]:

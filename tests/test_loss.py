@@ -145,3 +145,14 @@ def test_a_mix_that_means_nothing_is_refused(mix):
 
 def test_the_mean_over_one_process_divides_by_its_rows():
     assert global_mean(torch.tensor(12.0), 4).item() == 3.0
+
+
+def test_autocast_rounds_the_logits_and_nothing_after_them():
+    draw = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(60, 32, generator=draw), torch.randn(500, 32, generator=draw) / 6
+    teacher, position = 2 * torch.randn(60, 500, generator=draw), torch.arange(60)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = head_loss(hidden, weight, teacher, position, mix={"kl": 1.0})
+        logits = hidden @ weight.T
+    p, q = torch.softmax(teacher.double(), -1), torch.log_softmax(logits.double(), -1)
+    assert found.item() == pytest.approx((p * (p.log() - q)).sum().item(), rel=1e-5)

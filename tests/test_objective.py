@@ -176,7 +176,7 @@ def test_gradients_of_a_segment_are_not_kept_beside_their_sums(monkeypatch):
 
     monkeypatch.setattr(torch.autograd, "grad", watched)
     objective(drafter, head, batch, draw(batch), mix={"kl": 1.0})
-    assert len(sizes) > 20 and set(sizes) == {1}
+    assert sizes and set(sizes) == {1}
 
 
 def test_a_segment_that_fails_leaves_gradients_as_they_are(monkeypatch):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from peagle.model.held import cast, gradient, held_of
 from peagle.model.products import compute_dtype, plain_product
 
 ELEMENTS = 2**18  # of one tensor that a CPU's cache holds beside others
@@ -25,7 +26,7 @@ class FeedForward(LlamaMLP):
         if not torch.is_grad_enabled() or not self.plain():
             return super().forward(x)
         weights = [part.weight for part in (self.gate_proj, self.up_proj, self.down_proj)]
-        return _FeedForward.apply(*(t.to(compute_dtype(x)) for t in (x, *weights)))
+        return _FeedForward.apply(x.to(compute_dtype(x)), *weights)
 
     def plain(self) -> bool:
         """Whether the configuration asks for what is computed here."""
@@ -34,7 +35,9 @@ class FeedForward(LlamaMLP):
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, to_gate, to_up, to_down):
+    def forward(ctx, x, *weights):
+        ctx.held = [held_of(weight) for weight in weights]
+        to_gate, to_up, to_down = (cast(weight, x.dtype) for weight in weights)
         gate, up = plain_product(x, to_gate), plain_product(x, to_up)
         inner = torch.empty_like(gate)
         for into, some, others in rows_at_a_time(inner, gate, up):
@@ -54,7 +57,8 @@ class _FeedForward(torch.autograd.Function):
             onward.mul_(active)
             some.copy_(torch.ops.aten.silu_backward(through, some))
         for_x = plain_product(gate, to_gate.T).add_(plain_product(slope, to_up.T))
-        return for_x, gate.T @ x, slope.T @ x, grad.T @ up
+        pairs = zip(ctx.held, ((gate, x), (slope, x), (grad, up)), strict=True)
+        return for_x, *(gradient(held, a.T, b) for held, (a, b) in pairs)
 
 
 def rows_at_a_time(*tensors: Float[Tensor, "T I"]) -> Iterator[tuple[Float[Tensor, "t I"], ...]]:

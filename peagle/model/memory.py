@@ -56,10 +56,9 @@ def rows_within(
 
 
 def head_bytes(config: PEagleConfig) -> int:
-    """The target's head, a segment's gradient of the draft head, and room for the draft head's
-    copy in the precision of the products."""
+    """The target's head, and room for the draft head's copy in the precision of the products."""
     target_head = 2 * config.draft_vocab_size * config.target_hidden_size
-    return target_head + 2 * 4 * config.draft_vocab_size * config.hidden_size
+    return target_head + 4 * config.draft_vocab_size * config.hidden_size
 
 
 def slot_bytes(config: PEagleConfig, element: int, *, recompute: bool) -> int:

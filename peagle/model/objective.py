@@ -6,20 +6,19 @@ only their gradients are kept. The caller gets one scalar, so Lightning's automa
 clipping, accumulation, mixed precision and DDP work unchanged.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from peagle.cod.rollouts import Rows
 from peagle.data.batch import Batch
 from peagle.loss import head_loss
 from peagle.model.base import Drafter, Stream
+from peagle.model.held import held_sum
 from peagle.model.target_head import TargetHead
 
 
@@ -122,64 +121,3 @@ class TargetLogits:
 
     def __getitem__(self, position: Int[Tensor, " P"]) -> Float[Tensor, "P W"]:
         return self.head(self.final[position])
-
-
-def held_sum(
-    parts: Sequence[Callable[[Stream], Tensor]], stream: Stream, parameters: Sequence[Tensor]
-) -> Float[Tensor, ""]:
-    """``sum(part(stream) for part in parts)``, with only one part's activations alive at a time.
-
-    Each part is differentiated as soon as it is computed; what remains are the summed gradients
-    of the stream and of ``parameters``, handed out when the result is differentiated.
-    """
-    tensors, form = tree_flatten(stream)
-    return _HeldSum.apply(parts, form, len(tensors), *tensors, *parameters)
-
-
-class _HeldSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, parts, form, count, *inputs):
-        leaves = [x.detach().requires_grad_() for x in inputs[:count]]
-        stream = tree_unflatten(leaves, form)
-        variables = [*leaves, *inputs[count:]]
-        # Zeros, not None: DDP waits for every parameter, and a draw may leave one unused.
-        held = [torch.zeros_like(x) for x in variables]
-        total = torch.zeros((), dtype=torch.float32, device=leaves[0].device)
-        with added_to(held, variables):
-            for run in parts:
-                with torch.enable_grad():
-                    loss = run(stream)
-                torch.autograd.grad(loss, variables, allow_unused=True)  # see added_to
-                total = total + loss.detach()
-        ctx.save_for_backward(*held)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_total):
-        held = ctx.saved_tensors
-        return None, None, None, *(grad.mul_(grad_total.to(grad.dtype)) for grad in held)
-
-
-@contextmanager
-def added_to(held: list[Tensor], variables: list[Tensor]) -> Iterator[None]:
-    """Let every gradient of ``variables`` be added to its sum in ``held`` as soon as it is found.
-
-    ``autograd.grad`` keeps all that it finds until its end: a second copy of the weights, in new
-    memory for every segment. Of a gradient that was added it is given a zero without memory.
-    """
-
-    def adding(sum_: Tensor) -> Callable[[Tensor | None], Tensor | None]:
-        def hook(grad: Tensor | None) -> Tensor | None:
-            if grad is None:
-                return None
-            sum_.add_(grad)
-            return grad.new_zeros(()).expand_as(grad)
-
-        return hook
-
-    handles = [x.register_hook(adding(sum_)) for x, sum_ in zip(variables, held, strict=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peagle.model.held import cast, gradient, held_of
+
 # As many as a layer of a segment has, forward and back, so that the layers share them; what a user
 # has set stays.
 CACHE_LIMITS = {
@@ -38,9 +40,9 @@ def compute_dtype(x: Float[Tensor, "..."]) -> torch.dtype:
 def product(x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "T O"]:
     """``x @ weight.T``, differentiable, under autocast as torch does it."""
     autocast = torch.is_autocast_enabled(x.device.type)
-    if autocast or not suits(x, weight):
-        return F.linear(x, weight)
-    return _Product.apply(x, weight)
+    if held_of(weight) is not None or (suits(x, weight) and not autocast):
+        return _Product.apply(x, weight)
+    return F.linear(x, weight)
 
 
 def suits(x: Float[Tensor, "..."], weight: Float[Tensor, "..."]) -> bool:
@@ -58,6 +60,8 @@ def plain_product(x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"]) -> Floa
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
+        dtype, ctx.held = compute_dtype(x), held_of(weight)
+        x, weight = x.to(dtype), cast(weight, dtype)
         ctx.save_for_backward(x, weight)
         return plain_product(x, weight)
 
@@ -66,7 +70,7 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         for_x = plain_product(grad, weight.T) if ctx.needs_input_grad[0] else None
         # Of this form MKL is as fast as oneDNN.
-        for_weight = grad.T @ x if ctx.needs_input_grad[1] else None
+        for_weight = gradient(ctx.held, grad.T, x) if ctx.needs_input_grad[1] else None
         return for_x, for_weight
 
 

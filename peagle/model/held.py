@@ -1,0 +1,132 @@
+"""Gradients of a sum of which each part is differentiated as soon as it is computed.
+
+What all parts read is held meanwhile. A weight's copy in the precision of the products is made
+once. Gradients are added to their sums where they are found (a weight's by the product itself, as
+Megatron does with its ``main_grad``): a copy of all weights, and several passes over it, less in
+every part.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+BLOCK_ROWS = 1024  # of a sum whose terms have another precision, so that none exists in full,
+BLOCK = 2**20  # or what makes so many elements, if that is more
+
+
+def held_sum(
+    parts: Sequence[Callable[[Any], Tensor]], shared: Any, parameters: Sequence[Tensor]
+) -> Float[Tensor, ""]:
+    """``sum(part(shared) for part in parts)``, with only one part's activations alive at a time.
+
+    Each part is differentiated as soon as it is computed; what remains are the summed gradients
+    of ``shared`` (tensors in tuples) and of ``parameters``, handed out when the result is
+    differentiated.
+    """
+    tensors, form = tree_flatten(shared)
+    return _HeldSum.apply(parts, form, len(tensors), *tensors, *parameters)
+
+
+class _HeldSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parts, form, count, *inputs):
+        leaves = [x.detach().requires_grad_() for x in inputs[:count]]
+        shared = tree_unflatten(leaves, form)
+        variables = [*leaves, *inputs[count:]]
+        # Zeros, not None: DDP waits for every parameter, and a draw may leave one unused.
+        sums = [torch.zeros_like(x) for x in variables]
+        total = torch.zeros((), dtype=torch.float32, device=leaves[0].device)
+        with ExitStack() as stack:
+            for x, found in zip(variables, sums, strict=True):
+                stack.enter_context(holding(x, found))
+            for run in parts:
+                with torch.enable_grad():
+                    loss = run(shared)
+                # As loss.backward() runs outside autocast: what a backward pass has in float32, it
+                # must not round.
+                with torch.autocast(loss.device.type, enabled=False):
+                    torch.autograd.grad(loss, variables, allow_unused=True)  # see holding
+                total = total + loss.detach()
+        ctx.save_for_backward(*sums)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        sums = ctx.saved_tensors
+        return None, None, None, *(grad.mul_(grad_total.to(grad.dtype)) for grad in sums)
+
+
+class Held:
+    """A weight while the parts of a held sum run."""
+
+    def __init__(self, weight: Tensor, grad: Tensor):
+        self.weight, self.grad = weight.detach(), grad
+        self.copy = self.weight
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The weight in this precision, cast when it is first asked for."""
+        if self.copy.dtype != dtype:
+            self.copy = self.weight.to(dtype)
+        return self.copy
+
+
+@contextmanager
+def holding(x: Tensor, found: Tensor) -> Iterator[None]:
+    """Let every gradient of ``x`` be added to ``found``.
+
+    By products (``gradient``) as they compute it; else as soon as autograd has it:
+    ``autograd.grad`` keeps what it finds until its end, so of a gradient that was added it is
+    given a zero without memory.
+    """
+
+    def add(grad: Tensor | None) -> Tensor | None:
+        if grad is None:
+            return None
+        found.add_(grad)
+        return grad.new_zeros(()).expand_as(grad)
+
+    handle, x.held = x.register_hook(add), Held(x, found)
+    try:
+        yield
+    finally:
+        handle.remove()
+        del x.held
+
+
+def held_of(weight: Tensor) -> Held | None:
+    """What is held of ``weight`` just now."""
+    return getattr(weight, "held", None)
+
+
+def cast(weight: Float[Tensor, "O I"], dtype: torch.dtype) -> Float[Tensor, "O I"]:
+    """``weight`` in this precision, without gradients; one copy for all parts of a held sum."""
+    held = held_of(weight)
+    return weight.detach().to(dtype) if held is None else held.to(dtype)
+
+
+def gradient(
+    held: Held | None, a: Float[Tensor, "O N"], b: Float[Tensor, "N I"]
+) -> Float[Tensor, "O I"] | None:
+    """What a backward pass returns for a weight whose gradient is ``a @ b``: nothing once it has
+    been added to what is held."""
+    if held is None:
+        return a @ b
+    add_product(held.grad, a, b)
+    return None
+
+
+def add_product(
+    total: Float[Tensor, "O I"], a: Float[Tensor, "O N"], b: Float[Tensor, "N I"]
+) -> None:
+    """``total += a @ b``, summed in the precision of ``total``."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+        return
+    rows = max(BLOCK_ROWS, BLOCK // total.shape[1])
+    for into, some in zip(total.split(rows), a.split(rows), strict=True):
+        into += some @ b

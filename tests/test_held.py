@@ -1,0 +1,131 @@
+"""What the parts of a held sum share, against one ordinary backward pass."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from peagle.loss import head_loss
+from peagle.model import held
+from peagle.model.held import add_product, cast, held_of, held_sum
+from peagle.model.products import product
+
+
+def weighty(parts=3, dtype=torch.float64):
+    """Parts that use one weight in a product and by itself, and what all of them read."""
+    draw = torch.Generator().manual_seed(parts)
+    weight, vector, *inputs = (
+        torch.randn(*shape, generator=draw, dtype=dtype)
+        for shape in [(6, 4), (4,), *[(5, 4)] * parts]
+    )
+    weight.requires_grad_(), vector.requires_grad_()
+
+    def part(x):
+        return lambda shared: (
+            product(x * shared[0], weight).tanh().sum().float() + 0.3 * weight.square().sum()
+        )
+
+    return weight, vector, [part(x) for x in inputs]
+
+
+def test_gradients_by_products_and_by_autograd_come_together():
+    weight, vector, parts = weighty()
+    plain = sum(part((vector,)) for part in parts)
+    wanted = torch.autograd.grad(plain, (weight, vector), torch.tensor(0.7))
+    total = held_sum(parts, (vector,), [weight])
+    got = torch.autograd.grad(total, (weight, vector), torch.tensor(0.7))
+    assert total.item() == pytest.approx(plain.item(), rel=1e-6)
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_weight_is_cast_once_for_all_parts_and_released_after_them():
+    weight, vector, parts = weighty(dtype=torch.float32)
+    copies = []
+
+    def noting(part):
+        def run(shared):
+            copies.append(cast(weight, torch.bfloat16))
+            return part(shared)
+
+        return run
+
+    with torch.autocast("cpu", torch.bfloat16):
+        total = held_sum([noting(part) for part in parts], (vector,), [weight])
+    assert len(copies) == 3 and all(copy is copies[0] for copy in copies)
+    assert held_of(weight) is None
+    (found,) = torch.autograd.grad(total, weight)
+    assert found.dtype == torch.float32 and found.any()
+
+
+def test_sums_of_many_rounded_gradients_are_kept_in_the_precision_of_the_weight():
+    weight = torch.zeros(3, 2, requires_grad=True)
+    x = torch.full((1, 2), 1 + 2**-7)
+    ones = torch.ones(1, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [lambda shared: product(x, weight).float().sum() + 0 * shared[0].sum()] * 1000
+        (found,) = torch.autograd.grad(held_sum(parts, (ones,), [weight]), weight)
+    assert torch.equal(found, torch.full((3, 2), 1000 * (1 + 2**-7)))
+
+
+def test_parts_are_differentiated_outside_autocast():
+    vector, seen = torch.ones(3, requires_grad=True), []
+
+    def part(shared):
+        out = 2 * shared[0]
+        out.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+        return out.sum()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        held_sum([part], (vector,), [])
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False]
+
+
+def test_a_part_that_fails_leaves_nothing_held():
+    weight, vector, parts = weighty()
+
+    def fails(_):
+        raise RuntimeError("as it is meant to")
+
+    with pytest.raises(RuntimeError, match="as it is meant to"):
+        held_sum([*parts, fails], (vector,), [weight])
+    assert held_of(weight) is None
+    (found,) = torch.autograd.grad(weight.sum(), weight)
+    assert torch.equal(found, torch.ones_like(weight))
+
+
+def test_a_part_must_not_scale_the_loss_of_the_head():
+    states, weight, teacher = torch.randn(5, 4), torch.randn(7, 4), torch.randn(5, 7)
+    states.requires_grad_(), weight.requires_grad_()
+
+    def part(factor):
+        def run(shared):
+            loss, _ = head_loss(shared[0], weight, teacher, torch.arange(5), mix={"kl": 1.0})
+            return factor * loss
+
+        return run
+
+    held_sum([part(1)], (states,), [weight])
+    with pytest.raises(RuntimeError, match="scale a held sum, not its parts"):
+        held_sum([part(2)], (states,), [weight])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 4, 10])
+def test_a_product_is_added_block_by_block(dtype, rows, monkeypatch):
+    monkeypatch.setattr(held, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(held, "BLOCK", 1)
+    a, b = torch.randn(6, rows).to(dtype).T, torch.randn(6, 3).to(dtype)
+    before = torch.randn(rows, 3)
+    total = before.clone()
+    add_product(total, a, b)
+    wanted = before.double() + a.double() @ b.double()
+    near = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (total - wanted).norm() < near * wanted.norm()
+
+
+def test_frozen_weights_are_cast_without_being_held():
+    weight = torch.randn(6, 4)
+    x = torch.randn(5, 4, requires_grad=True)
+    assert torch.allclose(product(x, weight), F.linear(x, weight))
+    assert cast(weight, torch.float32).data_ptr() == weight.data_ptr()
