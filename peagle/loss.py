@@ -71,17 +71,19 @@ def head_loss(
 
     Rows are taken by position, a chunk at a time, so that rows which guess the same token share
     the target's distribution of it. Gradients are taken in the same pass: no logits outlive their
-    chunk, and memory never holds [N, W].
+    chunk, and memory never holds [N, W]. A part of a held sum must not scale this loss: the head's
+    gradient is in its sum by then.
     """
     dtype = compute_dtype(hidden)
+    needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(hidden.device.type, enabled=False):  # it would round sums of float32, too
-        return _HeadLoss.apply(hidden, weight, dtype, teacher, position, dict(mix), weights)
+        found = (teacher, position, dict(mix), weights)
+        return _HeadLoss.apply(hidden, weight, dtype, needed, *found)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, dtype, teacher, position, mix, weights):
-        needed = any(ctx.needs_input_grad[:2])
+    def forward(ctx, hidden, weight, dtype, needed, teacher, position, mix, weights):
         order = torch.argsort(position)
         position, states, head = position[order], hidden[order].to(dtype), cast(weight, dtype)
         total = states.new_zeros((), dtype=at_least_float(dtype))
@@ -120,7 +122,7 @@ class _HeadLoss(torch.autograd.Function):
         # What is handed on is what was saved, so a second backward pass must raise, and does:
         # saved tensors have versions.
         for_hidden, *for_weight = (x.mul_(grad_total.to(x.dtype)) for x in ctx.saved_tensors)
-        return for_hidden, *(for_weight or [None]), None, None, None, None, None
+        return for_hidden, *(for_weight or [None]), None, None, None, None, None, None
 
 
 def slices(length: int, step: int) -> Iterator[slice]:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
+from transformers import LlamaConfig
 
 from peagle.loss import head_loss
 from peagle.model import held
+from peagle.model.feed_forward import FeedForward
 from peagle.model.held import add_product, cast, held_of, held_sum
 from peagle.model.products import product
 
@@ -114,7 +115,7 @@ def test_a_part_must_not_scale_the_loss_of_the_head():
 @pytest.mark.parametrize("rows", [1, 4, 10])
 def test_a_product_is_added_block_by_block(dtype, rows, monkeypatch):
     monkeypatch.setattr(held, "BLOCK_ROWS", 4)
-    monkeypatch.setattr(held, "BLOCK", 1)
+    monkeypatch.setattr(held, "BLOCK_ELEMENTS", 1)
     a, b = torch.randn(6, rows).to(dtype).T, torch.randn(6, 3).to(dtype)
     before = torch.randn(rows, 3)
     total = before.clone()
@@ -124,8 +125,46 @@ def test_a_product_is_added_block_by_block(dtype, rows, monkeypatch):
     assert (total - wanted).norm() < near * wanted.norm()
 
 
-def test_frozen_weights_are_cast_without_being_held():
-    weight = torch.randn(6, 4)
-    x = torch.randn(5, 4, requires_grad=True)
-    assert torch.allclose(product(x, weight), F.linear(x, weight))
-    assert cast(weight, torch.float32).data_ptr() == weight.data_ptr()
+@pytest.mark.parametrize("frozen", ["gate_proj", "up_proj", "down_proj"])
+def test_weights_that_are_frozen_take_part_without_being_held(frozen):
+    torch.manual_seed(0)
+    module = FeedForward(LlamaConfig(hidden_size=32, intermediate_size=12)).double()
+    getattr(module, frozen).requires_grad_(False)
+    weights = [p for p in module.parameters() if p.requires_grad]
+    x = torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
+    parts = [lambda shared, by=by: module(by * shared[0]).sum().float() for by in (1, 2)]
+    wanted = torch.autograd.grad(sum(part((x,)) for part in parts), [x, *weights])
+    got = torch.autograd.grad(held_sum(parts, (x,), weights), [x, *weights])
+    assert len(weights) == 2
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_loss_without_gradients_adds_none_to_what_is_held():
+    states, weight, teacher = torch.randn(5, 4), torch.randn(7, 4), torch.randn(5, 7)
+    states.requires_grad_(), weight.requires_grad_()
+
+    def loss(shared):
+        return head_loss(shared[0], weight, teacher, torch.arange(5), mix={"kl": 1.0})[0]
+
+    def looking_first(shared):
+        with torch.no_grad():
+            loss(shared)
+        return loss(shared)
+
+    wanted, got = (
+        torch.autograd.grad(held_sum([part], (states,), [weight]), weight)[0]
+        for part in (loss, looking_first)
+    )
+    assert torch.equal(got, wanted)
+
+
+def test_what_is_held_is_no_excuse_for_a_forgotten_precision():
+    x, weight = torch.randn(5, 4).bfloat16(), torch.randn(6, 4, requires_grad=True)
+    vector = torch.ones(4, requires_grad=True)
+
+    def part(shared):
+        return product(x, weight).sum() + shared[0].sum()
+
+    with pytest.raises(RuntimeError, match="same dtype"):
+        held_sum([part], (vector,), [weight])

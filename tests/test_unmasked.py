@@ -196,6 +196,17 @@ def test_rows_with_one_query_per_place_attend_as_each_for_itself(dtype, near, ga
         assert calls["weigh"] == calls["weigh_backward"] == len(plan.full) > 4
 
 
+def test_autocast_does_not_round_attention_in_float32(calls):
+    rows = rollout_rows()
+    plan = attention_plan.plan_flash(rows, DOCUMENT)
+    _, *others = (x.float() for x in rollout_inputs(rows))
+    query = random_heads(90, 4, 16, seed=7).float()[rows.position]
+    attend = partial(flash_rollout_attention, query, *others, plan=plan, alike=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend()
+    assert calls["weigh"] > 4 and torch.equal(found, attend())
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_heads_that_share_keys_may_go_through_as_rows_of_one(masked, monkeypatch):
     query, onward = (random_heads(2, 3, 21, 16, seed=n).double() for n in (1, 2))

@@ -27,7 +27,7 @@ def flash_causal_attention(
     """Every slot sees the slots of its document up to itself; returned in ``value``'s precision."""
     plan = plan_causal(document_lengths, CAUSAL_LEAF if kernel.by_products(query) else None)
     none = (x.detach()[:0] for x in (key, value))
-    return _Attention.apply(query, *none, key, value, plan, False)
+    return merged_attention(query, *none, key, value, plan, False)
 
 
 def flash_rollout_attention(
@@ -45,7 +45,13 @@ def flash_rollout_attention(
 
     ``alike``: rows that stand at the same slot have the same query.
     """
-    return _Attention.apply(query, key, value, prefix_key, prefix_value, plan, alike)
+    return merged_attention(query, key, value, prefix_key, prefix_value, plan, alike)
+
+
+def merged_attention(query: Float[Tensor, "T A E"], *others) -> Float[Tensor, "T A E"]:
+    """In the precision of its inputs: autocast would round products of float32."""
+    with torch.autocast(query.device.type, enabled=False):
+        return _Attention.apply(query, *others)
 
 
 class _Attention(torch.autograd.Function):

@@ -2,8 +2,7 @@
 
 What all parts read is held meanwhile. A weight's copy in the precision of the products is made
 once. Gradients are added to their sums where they are found (a weight's by the product itself, as
-Megatron does with its ``main_grad``): a copy of all weights, and several passes over it, less in
-every part.
+Megatron does with its ``main_grad``), so that no part makes a copy of all of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-BLOCK_ROWS = 1024  # of a sum whose terms have another precision, so that none exists in full,
-BLOCK = 2**20  # or what makes so many elements, if that is more
+# Of a product that is cast before it is added, this much exists at a time: whichever is more.
+BLOCK_ROWS = 1024
+BLOCK_ELEMENTS = 2**20
 
 
 def held_sum(
@@ -26,7 +26,7 @@ def held_sum(
 
     Each part is differentiated as soon as it is computed; what remains are the summed gradients
     of ``shared`` (tensors in tuples) and of ``parameters``, handed out when the result is
-    differentiated.
+    differentiated. A part must not scale the loss of the head (``head_loss``).
     """
     tensors, form = tree_flatten(shared)
     return _HeldSum.apply(parts, form, len(tensors), *tensors, *parameters)
@@ -69,7 +69,7 @@ class Held:
         self.copy = self.weight
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        """The weight in this precision, cast when it is first asked for."""
+        """The weight in this precision; the last one that was asked for is kept."""
         if self.copy.dtype != dtype:
             self.copy = self.weight.to(dtype)
         return self.copy
@@ -90,6 +90,7 @@ def holding(x: Tensor, found: Tensor) -> Iterator[None]:
         found.add_(grad)
         return grad.new_zeros(()).expand_as(grad)
 
+    assert held_of(x) is None, "a tensor is held once"
     handle, x.held = x.register_hook(add), Held(x, found)
     try:
         yield
@@ -127,6 +128,6 @@ def add_product(
     if a.dtype == total.dtype:
         total.addmm_(a, b)
         return
-    rows = max(BLOCK_ROWS, BLOCK // total.shape[1])
+    rows = max(BLOCK_ROWS, BLOCK_ELEMENTS // total.shape[1])
     for into, some in zip(total.split(rows), a.split(rows), strict=True):
         into += some @ b

@@ -34,13 +34,15 @@ FAST = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()
 def compute_dtype(x: Float[Tensor, "..."]) -> torch.dtype:
     """What autocast makes of a matrix product with ``x``."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
 def product(x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "T O"]:
     """``x @ weight.T``, differentiable, under autocast as torch does it."""
     autocast = torch.is_autocast_enabled(x.device.type)
-    if held_of(weight) is not None or (suits(x, weight) and not autocast):
+    shared = held_of(weight) is not None and compute_dtype(x) == compute_dtype(weight)
+    if shared or (suits(x, weight) and not autocast):
         return _Product.apply(x, weight)
     return F.linear(x, weight)
 
