@@ -59,7 +59,8 @@ def batch_of(shape: Shape, *, cod: Cod, max_rows: int) -> Batch:
 def run(shape: Shape, *, max_rows: int, steps: int, device: torch.device) -> dict:
     torch.manual_seed(0)
     cod = Cod(shape.depths, shape.keep_ratio, shape.min_keep_ratio)
-    drafter, head = drafter_of(shape).to(device), target_head_of(shape).to(device)
+    with device:  # random weights are made where they are used
+        drafter, head = drafter_of(shape), target_head_of(shape)
     batch = batch_of(shape, cod=cod, max_rows=max_rows)
     kept = {"document": batch.document, "supervised": batch.supervised}
     moved = {k: v.to(device) for k, v in batch._asdict().items() if isinstance(v, torch.Tensor)}

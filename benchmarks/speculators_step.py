@@ -44,7 +44,8 @@ def model_of(shape: Shape, attention: str) -> PEagleDraftModel:
 def run(shape: Shape, *, steps: int, device: torch.device) -> dict:
     torch.manual_seed(0)
     on_gpu = device.type == "cuda"
-    model = model_of(shape, "simple_flex_attention" if on_gpu else "sdpa").to(device)
+    with device:
+        model = model_of(shape, "simple_flex_attention" if on_gpu else "sdpa")
     stored = STORED[shape.dtype]
     inputs = {
         "hidden_states": torch.randn(1, shape.n, shape.captured * shape.hidden).to(stored),

@@ -18,12 +18,14 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from peagle.model.fused import fused
 from peagle.model.held import add_product, cast, held_of
 from peagle.model.products import compute_dtype, plain_product
 
 LOSSES = ("kl", "ce", "tv", "lk_hybrid")
 LK_DECAY = 3.0
 CHUNK_ROWS = 512  # logits exist for this many rows at a time
+CUDA_CHUNK_ROWS = 2048  # more: there the head's gradient is read and written for every chunk
 CACHE_BYTES = 2**21  # of float32 logits that the many passes over them find in a CPU's cache
 BLOCK = 128  # tokens per block in the search for the first choice
 
@@ -65,7 +67,8 @@ def head_loss(
         weight: the draft head.
         teacher: the target's logits, once per position (again where two chunks meet), shared by
             the rows that guess it.
-        position: which position each row guesses; rows in any order.
+        position: which position each row guesses; rows in any order. Best on the CPU: chunks are
+            planned from it, and a GPU would be waited for.
         mix: weights of the losses (see ``check_mix``).
         weights: of the rows; default 1.
 
@@ -85,30 +88,26 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, dtype, needed, teacher, position, mix, weights):
         order = torch.argsort(position)
-        position, states, head = position[order], hidden[order].to(dtype), cast(weight, dtype)
+        position, order = position[order], order.to(hidden.device, non_blocking=True)
+        states, head = hidden[order].to(dtype), cast(weight, dtype)
         total = states.new_zeros((), dtype=at_least_float(dtype))
-        guess = torch.empty_like(position)
+        guess = torch.empty_like(order)
         grad_hidden = torch.empty_like(hidden) if needed else None
         ctx.held = held_of(weight) if needed else None
         if needed:
             grad_weight = torch.zeros_like(weight) if ctx.held is None else ctx.held.grad
-        for rows in slices(len(states), CHUNK_ROWS):
-            target, shared = target_at(teacher, position[rows], total.dtype)
+        for rows in slices(len(states), CUDA_CHUNK_ROWS if hidden.is_cuda else CHUNK_ROWS):
+            target, shared = target_at(teacher, position[rows], states)
             logits = plain_product(states[rows], head)
             for some in slices(len(logits), cached_rows(logits)):
-                here, lines = logits[some].to(total.dtype), order[rows][some]
-                guess[lines] = first = first_choice(here)
+                lines = order[rows][some]
                 share = None if weights is None else weights[lines].to(total.dtype)
-                loss, grad = divergence(
-                    target.of(shared[some]), here, first, mix=mix, weights=share, with_grad=needed
-                )
+                loss, guess[lines] = finish(logits[some], target, shared[some], share, mix, needed)
                 total += loss
-                if needed:
-                    logits[some] = grad  # in place: the logits are done with
             if needed:
                 grad_hidden[order[rows]] = plain_product(logits, head.T).to(hidden.dtype)
                 add_product(grad_weight, logits.T, states[rows])
-            del logits, here  # so that the next are given the same memory
+            del logits  # so that the next are given the same memory
         ctx.mark_non_differentiable(guess)
         if needed:
             ctx.save_for_backward(grad_hidden, *([grad_weight] if ctx.held is None else []))
@@ -170,16 +169,19 @@ class Target(NamedTuple):
 
 
 def target_at(
-    teacher: Teacher,
-    position: Int[Tensor, " C"],
-    dtype: torch.dtype,
+    teacher: Teacher, position: Int[Tensor, " C"], like: Float[Tensor, "..."]
 ) -> tuple[Target, Int[Tensor, " C"]]:
-    """Each position once, and which of them every row guesses."""
-    distinct, shared = torch.unique_consecutive(position, return_inverse=True)
-    logits = teacher[distinct].to(dtype)
+    """Each position once, and which of them every row guesses; where ``like`` is."""
+    found = torch.unique_consecutive(position, return_inverse=True)
+    distinct, shared = (x.to(like.device, non_blocking=True) for x in found)
+    return target_of(teacher[distinct].to(at_least_float(like.dtype))), shared
+
+
+@fused
+def target_of(logits: Float[Tensor, "P W"]) -> Target:
     p, label = torch.softmax(logits, -1), first_choice(logits)
     purity = torch.linalg.vecdot(p, logits) - log_sum_exp(logits, p, label)
-    return Target(p, purity, label), shared
+    return Target(p, purity, label)
 
 
 def log_sum_exp(
@@ -188,6 +190,26 @@ def log_sum_exp(
     """From a softmax that is there anyway; exact at the largest entry, which cannot underflow."""
     rows = torch.arange(len(first), device=first.device)
     return logits[rows, first] - softmax[rows, first].log()
+
+
+@fused
+def finish(
+    logits: Float[Tensor, "C W"],
+    target: Target,
+    shared: Int[Tensor, " C"],
+    weights: Float[Tensor, " C"] | None,
+    mix: Mapping[str, float],
+    with_grad: bool,
+) -> tuple[Float[Tensor, ""], Int[Tensor, " C"]]:
+    """Summed loss of some rows and their first choices; the logits' gradient takes their place."""
+    exact = logits.to(target.p.dtype)
+    first = first_choice(exact)
+    loss, grad = divergence(
+        target.of(shared), exact, first, mix=mix, weights=weights, with_grad=with_grad
+    )
+    if grad is not None:
+        logits.copy_(grad)
+    return loss, first
 
 
 def divergence(

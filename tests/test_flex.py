@@ -84,12 +84,13 @@ def states(rows, document, heads=4, groups=2, width=16):
     return *own, normal(slots, groups), normal(slots, groups)
 
 
-def test_flex_equals_the_cpu_path_and_is_compiled_once_for_all_lengths():
+@pytest.mark.parametrize("width", [8, 16])
+def test_flex_equals_the_cpu_path_and_is_compiled_once_for_all_lengths(width):
     counter = CompileCounter()
     kernel = torch.compile(flex_attention, dynamic=True, backend=counter)
     for seed, lengths in enumerate([(260, 40), (500,), (30, 7, 300, 90), (220, 210)]):
         rows, document = drawn(*lengths, seed=seed)
-        inputs = states(rows, document)
+        inputs = states(rows, document, width=width)
         plan = plan_flex(rows, document, device=CPU)
         with torch.no_grad():
             got = flex_rollout_attention(*inputs, plan=plan, kernel=kernel)

@@ -108,8 +108,9 @@ class Drafter(PreTrainedModel, ABC):
 
         ``recompute`` keeps only each layer's input for the backward pass and runs it again there.
         """
-        hidden, embedding = self.combine(aux), self.embed_tokens(tokens)
-        entrance = self.entrance(embedding, hidden)
+        hidden, embedding = self.combine(aux), self.embedded(tokens)
+        embedding, mask = embedding.split([len(tokens), len(embedding) - len(tokens)])
+        entrance = self.entrance(embedding, hidden, mask)
         angles = self.rotary.angles(position, kernel_dtype(hidden, document_lengths))
         keys, values = [], []
         for layer in self.layers:
@@ -124,8 +125,16 @@ class Drafter(PreTrainedModel, ABC):
         return Stream(hidden, tuple(keys), tuple(values), entrance)
 
     @abstractmethod
+    def embedded(self, tokens: Int[Tensor, " S"]) -> Float[Tensor, "S1 D"]:
+        """Embeddings of the slots' tokens and of the mask token, if there is one: looked up at
+        once, since every look-up makes a gradient as large as the table."""
+
+    @abstractmethod
     def entrance(
-        self, embedding: Float[Tensor, "S D"], hidden: Float[Tensor, "S D"]
+        self,
+        embedding: Float[Tensor, "S D"],
+        hidden: Float[Tensor, "S D"],
+        mask: Float[Tensor, "_ D"],
     ) -> MaskRow | RowInputs | Float[Tensor, "S D"]:
         """What deeper rows enter layer 0 with, given what all slots of depth 0 enter it with."""
 

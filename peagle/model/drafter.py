@@ -7,6 +7,7 @@ A row of depth ``d >= 1`` reads the mask token and the learned mask hidden state
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from peagle.cod.rollouts import Rows
 from peagle.model.attention import plan_attention, rollout_attention
@@ -34,13 +35,20 @@ class PEagleDrafter(Drafter):
         token = torch.tensor([self.config.mask_token_id], device=self.mask_hidden.device)
         return self.combine(self.mask_hidden.view(1, -1)), self.embed_tokens(token)
 
+    def embedded(self, tokens: Int[Tensor, " S"]) -> Float[Tensor, "S1 D"]:
+        return self.embed_tokens(F.pad(tokens, (0, 1), value=self.config.mask_token_id))
+
     def entrance(
-        self, embedding: Float[Tensor, "S D"], hidden: Float[Tensor, "S D"]
+        self,
+        embedding: Float[Tensor, "S D"],
+        hidden: Float[Tensor, "S D"],
+        mask: Float[Tensor, "1 D"],
     ) -> MaskRow | RowInputs:
         """Computed once per sequence; part of the stream, so that no segment repeats it."""
+        state = self.combine(self.mask_hidden.view(1, -1))
         if self.config.hidden_state != "shared":
-            return RowInputs(*self.mask_inputs(), hidden)
-        x, residual = self.layers[0].enter(*self.mask_inputs())
+            return RowInputs(state, mask, hidden)
+        x, residual = self.layers[0].enter(state, mask)
         return MaskRow(*self.layers[0].self_attn(x), residual)
 
     def enter_rows(self, rows: Rows, mask_row: MaskRow | RowInputs) -> MaskRow:
@@ -62,7 +70,7 @@ class PEagleDrafter(Drafter):
         """Run rows of depth >= 1 against the keys and values of depth 0."""
         plan = plan_attention(rows, document, device=position.device)
         count, mask_row = len(rows.anchor), self.enter_rows(rows, stream.entrance)
-        slots = rows.position.to(position.device)
+        slots = rows.position.to(position.device, non_blocking=True)
         angles = self.rotary.angles(position[slots], stream.keys[0].dtype)
         query, key, value = mask_row.query, mask_row.key, mask_row.value.expand(count, -1, -1)
         hidden = residual = mask_row.residual.expand(count, -1)

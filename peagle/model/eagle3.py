@@ -36,8 +36,14 @@ class Eagle3Drafter(Drafter):
         super().__init__(config)
         self.post_init()
 
+    def embedded(self, tokens: Int[Tensor, " S"]) -> Float[Tensor, "S D"]:
+        return self.embed_tokens(tokens)
+
     def entrance(
-        self, embedding: Float[Tensor, "S D"], hidden: Float[Tensor, "S D"]
+        self,
+        embedding: Float[Tensor, "S D"],
+        hidden: Float[Tensor, "S D"],
+        mask: Float[Tensor, "_ D"],
     ) -> Float[Tensor, "S D"]:
         """The slots' embeddings: a row at position p reads the token of slot p."""
         return embedding

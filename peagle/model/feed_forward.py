@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from peagle.model.fused import fused
 from peagle.model.held import cast, gradient, held_of
 from peagle.model.products import compute_dtype, plain_product
 
@@ -41,7 +42,7 @@ class _FeedForward(torch.autograd.Function):
         gate, up = plain_product(x, to_gate), plain_product(x, to_up)
         inner = torch.empty_like(gate)
         for into, some, others in rows_at_a_time(inner, gate, up):
-            torch.mul(F.silu(some), others, out=into)
+            gate_up(into, some, others)
         ctx.save_for_backward(x, to_gate, to_up, to_down, gate, up)
         return plain_product(inner, to_down)
 
@@ -49,16 +50,30 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx, grad):
         x, to_gate, to_up, to_down, gate, up = ctx.saved_tensors
         slope = plain_product(grad, to_down.T)
-        # Overwritten: gate and slope by the gradients of gate and up, up by what went down. A
-        # second backward pass raises: saved tensors have versions.
+        # A second backward pass raises, since these are overwritten: saved tensors have versions.
         for some, others, onward in rows_at_a_time(gate, up, slope):
-            active, through = F.silu(some), onward * others
-            others.mul_(active)
-            onward.mul_(active)
-            some.copy_(torch.ops.aten.silu_backward(through, some))
+            gate_up_backward(some, others, onward)
         for_x = plain_product(gate, to_gate.T).add_(plain_product(slope, to_up.T))
         pairs = zip(ctx.held, ((gate, x), (slope, x), (grad, up)), strict=True)
         return for_x, *(gradient(held, a.T, b) for held, (a, b) in pairs)
+
+
+@fused
+def gate_up(
+    into: Float[Tensor, "T I"], gate: Float[Tensor, "T I"], up: Float[Tensor, "T I"]
+) -> None:
+    torch.mul(F.silu(gate), up, out=into)
+
+
+@fused
+def gate_up_backward(
+    gate: Float[Tensor, "T I"], up: Float[Tensor, "T I"], slope: Float[Tensor, "T I"]
+) -> None:
+    """In place: gate and slope become the gradients of gate and up, up becomes what went down."""
+    active, through = F.silu(gate), slope * up
+    up.mul_(active)
+    slope.mul_(active)
+    gate.copy_(torch.ops.aten.silu_backward(through, gate))
 
 
 def rows_at_a_time(*tensors: Float[Tensor, "T I"]) -> Iterator[tuple[Float[Tensor, "t I"], ...]]:

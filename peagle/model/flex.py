@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from peagle.cod.rollouts import Rows
 
 BLOCK = 128  # FlexAttention's own block size
+NARROWEST = 16  # width of a head, for FlexAttention on CUDA
 
 
 class Ranges(NamedTuple):
@@ -75,12 +76,14 @@ def ordered(
 ) -> tuple[Int[Tensor, "1 1 B"], Int[Tensor, "1 1 B K"]]:
     """How many key blocks each block of queries has, and which: these first."""
     indices = torch.argsort(blocks.logical_not(), dim=-1, stable=True)
-    return tuple(x.int()[None, None].to(device) for x in (blocks.sum(-1), indices))
+    return tuple(
+        x.int()[None, None].to(device, non_blocking=True) for x in (blocks.sum(-1), indices)
+    )
 
 
 def seen_by(prefix: Ranges, own: Ranges, device: torch.device) -> Callable[..., Tensor]:
     """Tensors only, no lengths: a kernel compiled once then serves segments of every length."""
-    begin, anchor, first, last = (x.to(device) for x in (*prefix, *own))
+    begin, anchor, first, last = (x.int().to(device, non_blocking=True) for x in (*prefix, *own))
 
     return lambda batch, head, query, key: (
         ((key >= begin[query]) & (key <= anchor[query]))
@@ -111,14 +114,17 @@ def flex_rollout_attention(
         torch.cat([filled(before), filled(mine)])
         for before, mine in ((prefix_key, key), (prefix_value, value))
     ]
-    dtype = value.dtype
+    dtype, width = value.dtype, value.shape[-1]
     states = (x.to(dtype).transpose(0, 1)[None] for x in (filled(query), *pairs))
     context = (kernel or compiled())(
-        *states, block_mask=plan, enable_gqa=query.shape[1] != key.shape[1]
+        *states,
+        block_mask=plan,
+        scale=width**-0.5,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
-    return context[0].transpose(0, 1)[: len(query)]
+    return context[0].transpose(0, 1)[: len(query), :, :width]
 
 
-def filled(x: Float[Tensor, "T A E"]) -> Float[Tensor, "T2 A E"]:
-    """With zeros up to a whole number of blocks."""
-    return F.pad(x, (0, 0, 0, 0, 0, whole_blocks(len(x)) - len(x)))
+def filled(x: Float[Tensor, "T A E"]) -> Float[Tensor, "T2 A E2"]:
+    """With zeros up to a whole number of blocks, and to the narrowest head there is a kernel for."""
+    return F.pad(x, (0, max(0, NARROWEST - x.shape[-1]), 0, 0, 0, whole_blocks(len(x)) - len(x)))

@@ -128,6 +128,9 @@ def add_product(
     if a.dtype == total.dtype:
         total.addmm_(a, b)
         return
+    if total.is_cuda:  # its library adds to float32 what it multiplied in bf16
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        return
     rows = max(BLOCK_ROWS, BLOCK_ELEMENTS // total.shape[1])
     for into, some in zip(total.split(rows), a.split(rows), strict=True):
         into += some @ b

@@ -89,17 +89,21 @@ def segment_loss(
 ) -> tuple[Float[Tensor, ""], Bool[Tensor, " N"]]:
     """Summed loss of the rows of one segment, all depths, and whether each guess is right."""
     deep = rows.depth > 0
+
+    def moved(x: Tensor) -> Tensor:
+        return x.to(stream.hidden.device, non_blocking=True)
+
     known, guessed = torch.nonzero(~deep).flatten(), torch.nonzero(deep).flatten()
-    hidden = stream.hidden.index_select(0, rows.anchor[known].to(stream.hidden.device))
+    hidden = stream.hidden.index_select(0, moved(rows.anchor[known]))
     if len(guessed):
         deeper = drafter.rollouts(rows.deeper(), stream, batch.position, batch.document)
         hidden = torch.cat([hidden, deeper.to(hidden.dtype)])
     order = torch.cat([known, guessed])
-    position = rows.position[order].to(hidden.device)
+    position = rows.position[order]
     teacher = TargetLogits(target_head, batch.final)
     weights = None
     if depth_decay != 1:
-        weights = (depth_decay ** rows.depth[order]).to(hidden.device, torch.float32)
+        weights = moved((depth_decay ** rows.depth[order]).float())
     loss, guess = head_loss(
         drafter.norm(hidden),
         drafter.lm_head.weight,
@@ -108,8 +112,8 @@ def segment_loss(
         mix=mix,
         weights=weights,
     )
-    right = drafter.target_ids(guess) == batch.labels[position]
-    return loss, torch.empty_like(right).index_copy_(0, order.to(right.device), right)
+    right = drafter.target_ids(guess) == batch.labels[moved(position)]
+    return loss, torch.empty_like(right).index_copy_(0, moved(order), right)
 
 
 @dataclass(frozen=True)
