@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from peagle.model.fused import fused
-from peagle.model.held import add_product, cast, held_of
+from peagle.model.held import add_product, at_least_float, cast, held_of
 from peagle.model.products import compute_dtype, plain_product
 
 LOSSES = ("kl", "ce", "tv", "lk_hybrid")
@@ -134,10 +134,6 @@ def cached_rows(logits: Float[Tensor, "C W"]) -> int:
     if logits.device.type != "cpu":
         return len(logits)
     return max(1, CACHE_BYTES // (4 * logits.shape[-1]))
-
-
-def at_least_float(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def first_choice(logits: Float[Tensor, "C W"]) -> Int[Tensor, " C"]:

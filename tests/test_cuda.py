@@ -54,7 +54,9 @@ def gradients(drafter, head, batch, **options):
     )
     outcome = objective(drafter, head, batch, rows, mix={"kl": 1.0}, **options)
     outcome.loss.backward()
-    return outcome, {name: p.grad.cpu().double() for name, p in drafter.named_parameters()}
+    return outcome, {
+        name: p.grad.to("cpu", torch.float64, copy=True) for name, p in drafter.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

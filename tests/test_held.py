@@ -68,6 +68,13 @@ def test_sums_of_many_rounded_gradients_are_kept_in_the_precision_of_the_weight(
     assert torch.equal(found, torch.full((3, 2), 1000 * (1 + 2**-7)))
 
 
+def test_sums_for_what_is_shared_in_bf16_are_rounded_once():
+    vector = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    parts = [lambda shared: (shared[0] * (1 + 2**-7)).sum().float()] * 1000
+    (found,) = torch.autograd.grad(held_sum(parts, (vector,), []), vector)
+    assert torch.equal(found, torch.full((2,), 1000 * (1 + 2**-7)).bfloat16())
+
+
 def test_parts_are_differentiated_outside_autocast():
     vector, seen = torch.ones(3, requires_grad=True), []
 

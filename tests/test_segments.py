@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peagle.cod.segments import Segment, partition
+from peagle.cod.rollouts import Cod, rows_of, sample_rows
+from peagle.cod.segments import UNIT, Segment, partition, pieces
 
 
 def test_equal_anchors_are_cut_into_equal_segments():
@@ -25,3 +26,45 @@ def test_segments_cover_every_anchor_once_and_stay_near_the_limit(expected, max_
     segments = partition(rows, max_rows=max_rows)
     assert [a for s in segments for a in range(s.start, s.stop)] == list(range(len(expected)))
     assert all(rows[s.start : s.stop].sum() <= max_rows + 5.001 for s in segments)
+
+
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=400),
+    st.integers(1, 12),
+)
+def test_every_row_is_in_one_piece_and_rollouts_stay_whole(lengths, count):
+    rows = rows_of(torch.tensor(lengths))
+    found = list(pieces(rows, [Segment(0, 1)] * (count - 1) + [Segment(0, len(lengths))]))
+    for field, parts in zip(rows, zip(*(piece.rows for piece in found), strict=True), strict=True):
+        assert torch.equal(torch.cat(parts), field)
+    for piece in found:
+        own = piece.rows.deeper()
+        assert all(torch.equal(a[: len(b)], b) for a, b in zip(piece.deeper, own, strict=True))
+        assert len(piece.rows.anchor) == 0 or piece.rows.depth[0] == 0
+        begins = piece.deeper.depth == 1
+        follows = piece.deeper.depth[1:] == piece.deeper.depth[:-1] + 1
+        assert len(begins) == 0 or (begins[0] and (begins[1:] | follows).all())
+        assert len(piece.deeper.anchor) - len(own.anchor) < 6
+
+
+def test_pieces_of_long_sequences_have_equally_many_rows_in_whole_units():
+    cod = Cod(8, 0.7, 0.2)
+    rows = sample_rows(
+        torch.ones(4096, dtype=torch.bool),
+        torch.zeros(4096, dtype=torch.long),
+        cod=cod,
+        generator=torch.Generator().manual_seed(0),
+    )
+    segments = partition(torch.full((4096,), 3.37), max_rows=870)
+    *most, last = (len(piece.deeper.anchor) for piece in pieces(rows, segments))
+    mean = len(rows.deeper().anchor) / len(segments)
+    assert len(segments) == 16 and len(set(most)) == 1
+    assert most[0] % UNIT == 0 and mean - UNIT < most[0] <= mean
+    assert 0 < last <= most[0]
+
+
+def test_segments_below_a_unit_fill_nothing_up():
+    rows = rows_of(torch.full((40,), 4))
+    found = list(pieces(rows, [Segment(10 * i, 10 * i + 10) for i in range(4)]))
+    assert [len(piece.deeper.anchor) for piece in found] == [30] * 4
+    assert [len(piece.rows.anchor) for piece in found] == [40] * 4

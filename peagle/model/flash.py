@@ -11,6 +11,7 @@ from torch import Tensor
 
 import peagle.model.kernel as kernel
 from peagle.model.attention_plan import Part, Plan, plan_causal
+from peagle.model.held import held_of
 from peagle.model.seen import attend, attend_backward
 from peagle.model.unmasked import precise
 
@@ -76,6 +77,7 @@ class _Attention(torch.autograd.Function):
             merge(out[here], norm[here], *attend(queries[here], *pairs, norm[here], places))
         total = total.to(value.dtype)
         ctx.plan, ctx.alike = plan, alike
+        ctx.held = [held_of(x) for x in (prefix_key, prefix_value)]
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, total, norm)
         return total
 
@@ -85,7 +87,12 @@ class _Attention(torch.autograd.Function):
         key = inputs[1]
         queries, own, prefix = in_parts(*inputs)
         onward, out = (heads_first(x.to(inputs[0].dtype), key) for x in (grad, total))
-        grads = [torch.zeros_like(x, dtype=precise(x)) for x in inputs]
+        # A segment sees few of all slots: where their gradients are held, they are added there.
+        held = [None, None, None, *ctx.held]
+        grads = [
+            torch.zeros_like(x, dtype=precise(x)) if known is None else known.grad
+            for x, known in zip(inputs, held, strict=True)
+        ]
         for_query = heads_first(grads[0], key)
 
         def given(part: Part, pairs: list[Tensor]) -> list[Tensor]:
@@ -100,7 +107,11 @@ class _Attention(torch.autograd.Function):
             places = part.places if ctx.alike else None
             found = attend_backward(*given(part, [x[:, :, part.slots] for x in prefix]), places)
             add_found(part, found, for_query, grads)
-        return *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), None, None
+        found = (
+            grad.to(x.dtype) if known is None else None
+            for grad, x, known in zip(grads, inputs, held, strict=True)
+        )
+        return *found, None, None
 
 
 def in_parts(query, key, value, prefix_key, prefix_value):

@@ -126,5 +126,5 @@ def flex_rollout_attention(
 
 
 def filled(x: Float[Tensor, "T A E"]) -> Float[Tensor, "T2 A E2"]:
-    """With zeros up to a whole number of blocks, and to the narrowest head there is a kernel for."""
+    """With zeros up to whole blocks, and to the narrowest head that there is a kernel for."""
     return F.pad(x, (0, max(0, NARROWEST - x.shape[-1]), 0, 0, 0, whole_blocks(len(x)) - len(x)))

@@ -18,7 +18,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @cache
     def kernel() -> Callable[..., Any]:
-        return torch.compile(function, dynamic=True, fullgraph=True)
+        return torch.compile(function, dynamic=True)
 
     @wraps(function)
     def run(*args: Any) -> Any:

@@ -38,8 +38,10 @@ class _HeldSum(torch.autograd.Function):
         leaves = [x.detach().requires_grad_() for x in inputs[:count]]
         shared = tree_unflatten(leaves, form)
         variables = [*leaves, *inputs[count:]]
-        # Zeros, not None: DDP waits for every parameter, and a draw may leave one unused.
-        sums = [torch.zeros_like(x) for x in variables]
+        # Zeros, not None: DDP waits for every parameter, and a draw may leave one unused. Sums of
+        # what is bf16 are not.
+        sums = [torch.zeros_like(x, dtype=at_least_float(x.dtype)) for x in variables]
+        ctx.dtypes = [x.dtype for x in variables]
         total = torch.zeros((), dtype=torch.float32, device=leaves[0].device)
         with ExitStack() as stack:
             for x, found in zip(variables, sums, strict=True):
@@ -58,7 +60,12 @@ class _HeldSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total):
         sums = ctx.saved_tensors
-        return None, None, None, *(grad.mul_(grad_total.to(grad.dtype)) for grad in sums)
+        scaled = (grad.mul_(grad_total.to(grad.dtype)) for grad in sums)
+        return None, None, None, *(x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True))
+
+
+def at_least_float(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 class Held:

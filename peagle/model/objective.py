@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from peagle.cod.rollouts import Rows
+from peagle.cod.segments import Piece, pieces
 from peagle.data.batch import Batch
 from peagle.loss import head_loss
 from peagle.model.base import Drafter, Stream
@@ -55,18 +56,17 @@ def objective(
     )
     correct: list[Tensor] = []
 
-    def part(segment_rows: Rows) -> Callable[[Stream], Tensor]:
+    def part(piece: Piece) -> Callable[[Stream], Tensor]:
         def run(local: Stream) -> Tensor:
             loss, hits = segment_loss(
-                drafter, target_head, batch, segment_rows, local, mix=mix, depth_decay=depth_decay
+                drafter, target_head, batch, piece, local, mix=mix, depth_decay=depth_decay
             )
             correct.append(hits)
             return loss
 
         return run
 
-    pieces = [rows.within(*segment) for segment in batch.segments]
-    parts = [part(piece) for piece in pieces if len(piece.anchor)]
+    parts = [part(piece) for piece in pieces(rows, batch.segments) if len(piece.rows.anchor)]
     if torch.is_grad_enabled():
         loss = held_sum(parts, stream, drafter.shared_parameters())
     else:
@@ -81,13 +81,14 @@ def segment_loss(
     drafter: Drafter,
     target_head: TargetHead,
     batch: Batch,
-    rows: Rows,
+    piece: Piece,
     stream: Stream,
     *,
     mix: Mapping[str, float],
     depth_decay: float,
 ) -> tuple[Float[Tensor, ""], Bool[Tensor, " N"]]:
     """Summed loss of the rows of one segment, all depths, and whether each guess is right."""
+    rows = piece.rows
     deep = rows.depth > 0
 
     def moved(x: Tensor) -> Tensor:
@@ -96,8 +97,8 @@ def segment_loss(
     known, guessed = torch.nonzero(~deep).flatten(), torch.nonzero(deep).flatten()
     hidden = stream.hidden.index_select(0, moved(rows.anchor[known]))
     if len(guessed):
-        deeper = drafter.rollouts(rows.deeper(), stream, batch.position, batch.document)
-        hidden = torch.cat([hidden, deeper.to(hidden.dtype)])
+        deeper = drafter.rollouts(piece.deeper, stream, batch.position, batch.document)
+        hidden = torch.cat([hidden, deeper[: len(guessed)].to(hidden.dtype)])
     order = torch.cat([known, guessed])
     position = rows.position[order]
     teacher = TargetLogits(target_head, batch.final)

@@ -16,9 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from peagle.model.held import at_least_float
+
 # Rows and slots, at most, whose weights exist at a time for each key/value head: whole units.
 TILE = 640
-UNIT = 64  # tiles are multiples of it: oneDNN makes code for each size, and keeps that of few
+UNIT = 128  # tiles are multiples of it: oneDNN makes code for each size, and keeps that of few
 
 
 def weigh(
@@ -125,7 +127,7 @@ def unstacked(x: Float[Tensor, "G N *E"], like: Float[Tensor, "R G T F"]) -> Ten
 
 def precise(x: Float[Tensor, "..."]) -> torch.dtype:
     """What sums are kept in."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return at_least_float(x.dtype)
 
 
 def columns(dtype: torch.dtype) -> int:
