@@ -26,9 +26,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    settings = {
-        key: getattr(args, key) for key in ("shape", "max_rows", "steps", "turns", "device")
-    }
+    settings = {key: getattr(args, key) for key in ("shape", "max_rows", "steps", "turns")}
     facts = {**settings, "peer": "speculators 0.9.0", "machine": machine()}
     rows = []
     for dtype, n in product(args.dtype, args.n):
@@ -36,7 +34,7 @@ def main() -> None:
         rows.append(compared(shape, dtype, args))
         print(table(rows[-1:]), flush=True)
     print(table(rows))
-    path = save("against_speculators", rows, keys=("dtype", "n"), **facts)
+    path = save("against_speculators", rows, keys=("device", "dtype", "n"), **facts)
     print(f"written to {path}")
 
 
@@ -52,6 +50,7 @@ def compared(shape: dict, dtype: str, args: argparse.Namespace) -> dict:
     return {
         "n": shape["n"],
         "dtype": dtype,
+        "device": args.device,
         "tokens_per_second": shape["n"] / seconds,
         "peer_tokens_per_second": shape["n"] / peer_seconds,
         "ratio": peer_seconds / seconds,

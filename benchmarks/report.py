@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "lightning", "transformers", "safetensors")
 
@@ -27,6 +29,7 @@ def machine() -> dict[str, Any]:
         "matrix_tiles": "amx_tile" in named.get("flags", "").split(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(memory / 1e9, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_before": os.getloadavg()[0],  # above 0 others were computing too
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},

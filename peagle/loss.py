@@ -10,7 +10,7 @@
                lambda = exp(-3 * alpha), held constant        kl early, acceptance late
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +18,6 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from peagle.model.fused import fused
 from peagle.model.held import add_product, at_least_float, cast, held_of
 from peagle.model.products import compute_dtype, plain_product
 
@@ -96,8 +95,10 @@ class _HeadLoss(torch.autograd.Function):
         ctx.held = held_of(weight) if needed else None
         if needed:
             grad_weight = torch.zeros_like(weight) if ctx.held is None else ctx.held.grad
+        target_of, finish = steps(hidden)
         for rows in slices(len(states), CUDA_CHUNK_ROWS if hidden.is_cuda else CHUNK_ROWS):
-            target, shared = target_at(teacher, position[rows], states)
+            known, shared = target_at(teacher, position[rows], states)
+            target = target_of(known)
             logits = plain_product(states[rows], head)
             for some in slices(len(logits), cached_rows(logits)):
                 lines = order[rows][some]
@@ -116,8 +117,11 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, _):
         """Raises ``RuntimeError`` where the gradient that is held would have to be scaled."""
-        if ctx.held is not None and grad_total != 1:
-            raise RuntimeError("scale a held sum, not its parts: the head's gradient is added up")
+        if ctx.held is not None:  # checked where it is: a GPU is not waited for
+            torch._assert_async(
+                grad_total == 1,
+                "scale a held sum, not its parts: the head's gradient is added up",
+            )
         # What is handed on is what was saved, so a second backward pass must raise, and does:
         # saved tensors have versions.
         for_hidden, *for_weight = (x.mul_(grad_total.to(x.dtype)) for x in ctx.saved_tensors)
@@ -166,14 +170,22 @@ class Target(NamedTuple):
 
 def target_at(
     teacher: Teacher, position: Int[Tensor, " C"], like: Float[Tensor, "..."]
-) -> tuple[Target, Int[Tensor, " C"]]:
-    """Each position once, and which of them every row guesses; where ``like`` is."""
+) -> tuple[Float[Tensor, "P W"], Int[Tensor, " C"]]:
+    """The target's logits of each position once, and which of them every row guesses."""
     found = torch.unique_consecutive(position, return_inverse=True)
     distinct, shared = (x.to(like.device, non_blocking=True) for x in found)
-    return target_of(teacher[distinct].to(at_least_float(like.dtype))), shared
+    return teacher[distinct].to(at_least_float(like.dtype)), shared
 
 
-@fused
+def steps(x: Float[Tensor, "..."]) -> tuple[Callable, Callable]:
+    """``target_of`` and ``finish`` for where ``x`` is: on CUDA each is a kernel."""
+    if x.is_cuda and x.dtype != torch.float64:
+        from peagle import loss_kernel  # of Triton, which torch has on CUDA only
+
+        return loss_kernel.known, loss_kernel.finish
+    return target_of, finish
+
+
 def target_of(logits: Float[Tensor, "P W"]) -> Target:
     p, label = torch.softmax(logits, -1), first_choice(logits)
     purity = torch.linalg.vecdot(p, logits) - log_sum_exp(logits, p, label)
@@ -188,7 +200,6 @@ def log_sum_exp(
     return logits[rows, first] - softmax[rows, first].log()
 
 
-@fused
 def finish(
     logits: Float[Tensor, "C W"],
     target: Target,
@@ -277,7 +288,7 @@ def global_mean(total: Float[Tensor, ""], count: int | float) -> Float[Tensor, "
 
     Data-parallel training averages gradients over ranks; the factor of the world size undoes it.
     """
-    everywhere = torch.tensor(float(max(count, 1)), device=total.device)
+    everywhere = torch.full((), float(max(count, 1)), device=total.device)
     world = 1
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(everywhere)

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("peagle/**/*.py"), *ROOT.glob("callbacks/**/*.py")])
 LEVELS = [
-    {"address", "model.held", "model.fused"},
+    {"address", "model.held", "model.fused", "loss_kernel"},
     {"provenance", "optimizer", "optimizer_options", "guard", "checkpoint", "data.order",
      "cod.rollouts", "model.config", "model.products", "data.chat", "data.prompts",
      "data.read_ahead", "data.shard", "data.disk", "data.buffers", "data.sample", "data.locks",
@@ -21,7 +21,7 @@ LEVELS = [
     {"cod.segments", "cod.visibility", "data.bad_samples", "data.vocab", "data.capture_config",
      "data.parts", "restore", "metrics", "model.layers", "model.row_states", "model.memory",
      "model.slot_cache", "model.target_head", "model.target_layers", "model.unmasked"},
-    {"model.attention_plan", "model.kernel"},
+    {"model.attention_plan", "model.kernel", "model.dense"},
     {"model.seen"},
     {"model.flash", "model.flex", "data.shard_cache"},
     {"model.attention", "model.target", "data.batch", "data.fetch_ahead", "data.hub_files"},

@@ -11,6 +11,8 @@ from peagle.cod.rollouts import Cod, expected_rows, sample_rows
 from peagle.cod.segments import partition
 from peagle.data.batch import Batch, pack
 from peagle.loss import LOSSES, head_loss
+from peagle.model.attention import causal_attention, plan_attention, rollout_attention
+from peagle.model.attention_plan import plan_flash
 from peagle.model.held import add_product
 from peagle.model.objective import objective
 from peagle.saved_drafter import load_drafter
@@ -70,8 +72,7 @@ def gradients(drafter, head, batch, **options):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "again"])
-def test_gradients_are_those_of_float64_on_the_cpu(dtype, kind, recompute):
+def test_gradients_are_those_of_float64_on_the_cpu(dtype, kind):
     drafter, head, batch = drafter_of(**kind), make_head(), batch_of(300, 25, 141)
     if drafter.config.pruned:
         head = head.restricted(drafter.target_ids(torch.arange(20)))
@@ -79,7 +80,7 @@ def test_gradients_are_those_of_float64_on_the_cpu(dtype, kind, recompute):
     wanted_outcome, wanted = gradients(drafter, head, exact)
     drafter, head = drafter.float().cuda(), head.cuda()
     with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        outcome, got = gradients(drafter, head, there(batch), recompute=recompute)
+        outcome, got = gradients(drafter, head, there(batch), recompute=dtype == torch.float32)
     # FlexAttention multiplies float32 as tf32.
     near, ties = (2e-3, 0.01) if dtype == torch.float32 else (5e-2, 0.1)
     assert len(batch.segments) >= 3
@@ -92,14 +93,62 @@ def test_gradients_are_those_of_float64_on_the_cpu(dtype, kind, recompute):
 def test_nothing_is_compiled_again_for_other_lengths():
     drafter, head = drafter_of().float().cuda(), make_head().cuda()
     with torch.autocast("cuda", torch.bfloat16):
-        for lengths in ((300, 25), (410,)):  # the first makes kernels, the second general ones
+        for lengths in ((900, 25), (300,)):  # with one block of rows, and with more
             gradients(drafter, head, there(batch_of(*lengths)))
         made = dict(counters["stats"])
-        for lengths in ((77, 290, 31), (1000,), (500, 210)):
+        for lengths in ((77, 690, 31), (1000,), (500, 210)):
             _, found = gradients(drafter, head, there(batch_of(*lengths)))
             assert all(grad.isfinite().all() for grad in found.values())  # nor is there a NaN
     assert made["unique_graphs"] > 0
     assert counters["stats"]["unique_graphs"] == made["unique_graphs"]
+
+
+def attention_inputs(rows, slots, heads=4, groups=2, width=64):
+    shapes = [(rows, heads), (rows, groups), (rows, groups), (slots, groups), (slots, groups)]
+    return [torch.randn(*shape, width) for shape in shapes]
+
+
+def near_float64(on_gpu, on_cpu, inputs, dtype, near):
+    """Values and gradients."""
+    there = [x.to("cuda", dtype).requires_grad_() for x in inputs]
+    exact = [x.detach().cpu().double().requires_grad_() for x in there]
+    got, want = on_gpu(*there), on_cpu(*exact)
+    assert got.dtype == dtype and (got.cpu() - want).norm() <= near * want.norm()
+    onward = torch.randn_like(got)
+    found = torch.autograd.grad(got, there, onward)
+    wanted = torch.autograd.grad(want, exact, onward.cpu().double())
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.cpu() - other).norm() <= near * other.norm()
+
+
+@pytest.mark.parametrize(("lengths", "blocks"), [((3300,), 3), ((1500, 40, 2600), 2)])
+def test_long_documents_are_attended_in_dense_blocks(lengths, blocks):
+    document = torch.repeat_interleave(torch.tensor(lengths))
+    supervised = torch.ones(len(document), dtype=torch.bool)
+    rows = sample_rows(supervised, document, cod=COD, generator=None).deeper()
+    inputs = attention_inputs(len(rows.anchor), len(document))
+    plan = plan_attention(rows, document, value=inputs[2].to("cuda", torch.bfloat16))
+    assert (len(plan.dense) >= blocks) == (torch.cuda.get_device_capability() >= (9, 0))
+    near_float64(
+        lambda *x: rollout_attention(*x, plan=plan),
+        lambda *x: rollout_attention(*x, plan=plan_flash(rows, document)),
+        inputs,
+        torch.bfloat16,
+        1e-2,
+    )
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_depth_zero_is_attended_by_the_kernel_for_each_length(dtype, near):
+    lengths = [2500, 130, 1, 700]
+    query, _, _, *pairs = attention_inputs(sum(lengths), sum(lengths))
+    near_float64(
+        lambda *x: causal_attention(*x, document_lengths=lengths),
+        lambda *x: causal_attention(*x, document_lengths=lengths),
+        [query, *pairs],
+        dtype,
+        near,
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -36,7 +36,7 @@ def wanted_mask(rows, document):
 @pytest.mark.parametrize("lengths", [(700,), (300, 5, 140, 400), (90, 80)])
 def test_the_block_mask_is_the_rule_of_visibility(lengths):
     rows, document = drawn(*lengths)
-    plan = plan_flex(rows, document, device=CPU)
+    plan = plan_flex(rows, document, device=CPU, dense=False).mask
     dense = create_mask(plan.mask_mod, 1, 1, *plan.seq_lengths, device="cpu")[0, 0]
     expected, places = wanted_mask(rows, document)
     assert len(rows.anchor) > 2 * BLOCK
@@ -49,7 +49,7 @@ def test_the_block_mask_is_the_rule_of_visibility(lengths):
 @pytest.mark.parametrize("lengths", [(700,), (300, 5, 140, 400), (90, 80)])
 def test_blocks_cover_what_is_seen_and_full_ones_need_no_mask(lengths):
     rows, document = drawn(*lengths)
-    plan = plan_flex(rows, document, device=CPU)
+    plan = plan_flex(rows, document, device=CPU, dense=False).mask
     dense = create_mask(plan.mask_mod, 1, 1, *plan.seq_lengths, device="cpu")[0, 0]
     blocks = dense.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).transpose(1, 2).flatten(2)
     partial, full = (
@@ -91,7 +91,7 @@ def test_flex_equals_the_cpu_path_and_is_compiled_once_for_all_lengths(width):
     for seed, lengths in enumerate([(260, 40), (500,), (30, 7, 300, 90), (220, 210)]):
         rows, document = drawn(*lengths, seed=seed)
         inputs = states(rows, document, width=width)
-        plan = plan_flex(rows, document, device=CPU)
+        plan = plan_flex(rows, document, device=CPU, dense=False)
         with torch.no_grad():
             got = flex_rollout_attention(*inputs, plan=plan, kernel=kernel)
         want = flash_rollout_attention(*inputs, plan=plan_flash(rows, document))
@@ -107,7 +107,7 @@ def test_flex_gives_the_gradients_of_the_cpu_path():
     onward = torch.randn_like(want)
     wanted = torch.autograd.grad(want, inputs, onward)
     there = [x.detach().cuda().requires_grad_() for x in inputs]
-    plan = plan_flex(rows, document, device=torch.device("cuda"))
+    plan = plan_flex(rows, document, device=torch.device("cuda"), dense=False)
     got = flex_rollout_attention(*there, plan=plan)
     for ours, theirs in zip(torch.autograd.grad(got, there, onward.cuda()), wanted, strict=True):
         assert (ours.cpu() - theirs).norm() <= 1e-2 * theirs.norm()  # tf32

@@ -8,13 +8,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peagle.cod.rollouts import Rows
 from peagle.model.attention_plan import Plan, plan_flash
+from peagle.model.dense import UNIT_SLOTS, suits
 from peagle.model.flash import flash_causal_attention, flash_rollout_attention
-from peagle.model.flex import flex_rollout_attention, plan_flex
+from peagle.model.flex import FlexPlan, flex_rollout_attention, plan_flex
 from peagle.model.kernel import fast_dtype
+
+LONG = 2048  # slots of a document, on CUDA
+UNPREPARED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+PREPARED = [SDPBackend.CUDNN_ATTENTION, *UNPREPARED]
 
 
 def kernel_dtype(x: Float[Tensor, "..."], document_lengths: list[int]) -> torch.dtype:
@@ -39,23 +44,29 @@ def causal_attention(
 def causal(
     query: Float[Tensor, "s A D"], key: Float[Tensor, "s G D"], value: Float[Tensor, "s G D"]
 ) -> Float[Tensor, "s A D"]:
-    context = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],  # [1, A, s, D]
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        is_causal=True,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return context[0].transpose(0, 1)
+    """One document: by cuDNN if it is long, in one of few lengths, which cuDNN prepares for."""
+    length, shared = len(query), query.shape[1] // key.shape[1]
+    prepared = suits(value) and length > LONG
+    kernels = PREPARED if prepared else UNPREPARED
+    if value.dtype == torch.float32:  # of the kernels that share keys, none is for float32
+        key, value, shared = *(x.repeat_interleave(shared, 1) for x in (key, value)), 1
+    extra = -length % UNIT_SLOTS if prepared else 0
+    states = (F.pad(x, (0, 0, 0, 0, 0, extra)).transpose(0, 1)[None] for x in (query, key, value))
+    with sdpa_kernel(kernels, set_priority=True):
+        context = F.scaled_dot_product_attention(*states, is_causal=True, enable_gqa=shared > 1)
+    return context[0].transpose(0, 1)[:length]
 
 
 def plan_attention(
-    rows: Rows, document: Int[Tensor, " S"], *, device: torch.device
-) -> Plan | BlockMask:
-    """What follows from the rows of a segment (depth >= 1, sorted) and serves all its layers."""
-    if device.type == "cpu":
+    rows: Rows, document: Int[Tensor, " S"], *, value: Float[Tensor, "S G D"]
+) -> Plan | FlexPlan:
+    """What follows from the rows of a segment (depth >= 1, sorted) and serves all its layers.
+
+    ``value``: of depth 0, for where and in which precision attention is computed.
+    """
+    if value.device.type == "cpu":
         return plan_flash(rows, document)
-    return plan_flex(rows, document, device=device)
+    return plan_flex(rows, document, device=value.device, dense=suits(value))
 
 
 def rollout_attention(
@@ -65,7 +76,7 @@ def rollout_attention(
     prefix_key: Float[Tensor, "S G D"],
     prefix_value: Float[Tensor, "S G D"],
     *,
-    plan: Plan | BlockMask,
+    plan: Plan | FlexPlan,
     alike: bool = False,
 ) -> Float[Tensor, "M A D"]:
     """Depths >= 1: every row sees its document's depth-0 slots up to its anchor, and its rollout.

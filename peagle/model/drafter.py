@@ -68,7 +68,7 @@ class PEagleDrafter(Drafter):
         document: Int[Tensor, " S"],
     ) -> Float[Tensor, "M D"]:
         """Run rows of depth >= 1 against the keys and values of depth 0."""
-        plan = plan_attention(rows, document, device=position.device)
+        plan = plan_attention(rows, document, value=stream.values[0])
         count, mask_row = len(rows.anchor), self.enter_rows(rows, stream.entrance)
         slots = rows.position.to(position.device, non_blocking=True)
         angles = self.rotary.angles(position[slots], stream.keys[0].dtype)

@@ -5,13 +5,15 @@ ranges of them: the slots of its document up to its anchor, and its rollout up t
 sorted by anchor, so the ranges of a block of rows follow from their extremes: blocks of slots that
 all of its rows see (no mask is applied there), a few at the edges, and one or two blocks of rows.
 
+What many rows see in common is left to ``dense.py``; the ranges begin behind it.
+
                  slots                    rows
     block 0      full full part  .        part  .    .
     block 1      full full full part       .   part  .
     block 2       .    .   part full part  .   part part     (another document begins)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -19,9 +21,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxOutput,
+    AuxRequest,
+    BlockMask,
+    flex_attention,
+)
 
 from peagle.cod.rollouts import Rows
+from peagle.model.dense import Block, add_dense, dense_blocks
 
 BLOCK = 128  # FlexAttention's own block size
 NARROWEST = 16  # width of a head, for FlexAttention on CUDA
@@ -42,8 +50,26 @@ class Ranges(NamedTuple):
         return some, (begin >= first.amax(1, True)) & (end <= last.amin(1, True))
 
 
-def plan_flex(rows: Rows, document: Int[Tensor, " S"], *, device: torch.device) -> BlockMask:
-    """The block mask of the rows of a segment (depth >= 1, sorted); all its layers share it.
+class FlexPlan(NamedTuple):
+    """How the rows of a segment (depth >= 1, sorted) see the prefix and their own rollouts; all
+    its layers share it."""
+
+    mask: BlockMask
+    dense: list[Block]  # what the mask leaves out
+
+
+def plan_flex(
+    rows: Rows, document: Int[Tensor, " S"], *, device: torch.device, dense: bool
+) -> FlexPlan:
+    """``dense``: take what many rows see in common out of the mask."""
+    blocks = dense_blocks(rows, document) if dense else []
+    return FlexPlan(block_mask(rows, document, blocks, device), blocks)
+
+
+def block_mask(
+    rows: Rows, document: Int[Tensor, " S"], dense: Sequence[Block], device: torch.device
+) -> BlockMask:
+    """What the rows see, but for the dense blocks.
 
     Rows that only fill up the last block see what the last row sees, and themselves: a softmax
     over nothing would be NaN.
@@ -52,7 +78,10 @@ def plan_flex(rows: Rows, document: Int[Tensor, " S"], *, device: torch.device) 
     number = torch.arange(whole_blocks(count))
     row = number.clamp(max=count - 1)
     anchor = rows.anchor[row]
-    prefix = Ranges(torch.searchsorted(document, document[anchor]), anchor)
+    begin = torch.searchsorted(document, document[anchor])
+    for block in dense:
+        begin[block.rows] = block.slots.stop
+    prefix = Ranges(begin, anchor)
     start = torch.where(number < count, row - rows.depth[row] + 1, number)
     own = Ranges(slots + start, slots + number)
     total = (slots + len(number)) // BLOCK
@@ -92,7 +121,7 @@ def seen_by(prefix: Ranges, own: Ranges, device: torch.device) -> Callable[..., 
 
 
 @cache
-def compiled() -> Callable[..., Tensor]:
+def compiled() -> Callable[..., tuple[Tensor, AuxOutput]]:
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -103,8 +132,8 @@ def flex_rollout_attention(
     prefix_key: Float[Tensor, "S G E"],
     prefix_value: Float[Tensor, "S G E"],
     *,
-    plan: BlockMask,
-    kernel: Callable[..., Tensor] | None = None,
+    plan: FlexPlan,
+    kernel: Callable[..., tuple[Tensor, AuxOutput]] | None = None,
 ) -> Float[Tensor, "M A E"]:
     """Every row sees its document's depth-0 slots up to its anchor, and its rollout so far.
 
@@ -114,15 +143,23 @@ def flex_rollout_attention(
         torch.cat([filled(before), filled(mine)])
         for before, mine in ((prefix_key, key), (prefix_value, value))
     ]
-    dtype, width = value.dtype, value.shape[-1]
-    states = (x.to(dtype).transpose(0, 1)[None] for x in (filled(query), *pairs))
-    context = (kernel or compiled())(
-        *states,
-        block_mask=plan,
+    width = value.shape[-1]
+    queries, keys, values = (heads_first(x, value.dtype) for x in (filled(query), *pairs))
+    out, found = (kernel or compiled())(
+        queries,
+        keys,
+        values,
+        block_mask=plan.mask,
         scale=width**-0.5,
         enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=AuxRequest(lse=True),
     )
+    context = add_dense(queries, keys, values, out, found.lse, plan.dense)
     return context[0].transpose(0, 1)[: len(query), :, :width]
+
+
+def heads_first(x: Float[Tensor, "T A E"], dtype: torch.dtype) -> Float[Tensor, "1 A T E"]:
+    return x.to(dtype).transpose(0, 1)[None]
 
 
 def filled(x: Float[Tensor, "T A E"]) -> Float[Tensor, "T2 A E2"]:

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from peagle.model.config import PEagleConfig
 from peagle.model.feed_forward import FeedForward
+from peagle.model.fused import fused
 
 
 class RMSNorm(nn.RMSNorm):
@@ -143,6 +144,8 @@ class _Rotation(torch.autograd.Function):
 def turned(
     x: Float[Tensor, "#T A E"], cos: Float[Tensor, "T 1 F"], sin: Float[Tensor, "T 1 F"]
 ) -> Float[Tensor, "T A E"]:
+    if x.is_cuda:
+        return turned_at_once(x, cos, sin)
     x = x.to(cos.dtype)
     first, second = x.chunk(2, -1)
     out = x.new_empty(len(cos), *x.shape[1:])
@@ -150,3 +153,11 @@ def turned(
     torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=high).addcmul_(first, sin)
     return out
+
+
+@fused
+def turned_at_once(
+    x: Float[Tensor, "#T A E"], cos: Float[Tensor, "T 1 F"], sin: Float[Tensor, "T 1 F"]
+) -> Float[Tensor, "T A E"]:
+    first, second = x.to(cos.dtype).chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
