@@ -70,9 +70,11 @@ def shown(value: Any) -> str:
 def run_step(script: str, shape: dict[str, Any], *options: str, python: str = sys.executable):
     """One measurement in a process of its own, so that none sees another's memory."""
     command = [python, str(Path(__file__).with_name(script)), json.dumps(shape), *options]
-    root = str(Path(__file__).parents[1])
-    path = {"PYTHONPATH": root} if python == sys.executable else {}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **path})
+    env = dict(os.environ)
+    if python == sys.executable:
+        places = (str(Path(__file__).parents[1]), env.get("PYTHONPATH"))
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         raise SystemExit(f"{script} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
