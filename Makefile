@@ -2,6 +2,7 @@
 # make test         set up, then lint and tests
 # make test-faults  set up, then kill, fill and corrupt for real; ends with a table of faults
 # make test-vllm    set up vLLM's own environment, then serve exported drafters for real
+# make test-gpu    set up, then what needs an NVIDIA GPU
 # make card         regenerate model_cards/quickstart from the quickstart run
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ READY := $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready-$(VLLM)
 
-.PHONY: quickstart test test-faults test-vllm card
+.PHONY: quickstart test test-faults test-vllm test-gpu card
 
 quickstart: $(READY)
 	$(VENV)/bin/python -m peagle fit --config configs/quickstart.yaml
@@ -31,6 +32,10 @@ test-faults: $(READY)
 
 test-vllm: $(READY) $(VLLM_READY)
 	PEAGLE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(VENV)/bin/python -m pytest -m vllm tests/vllm $(VLLM_TESTS)
+
+# Without checks of shapes: torch.compile cannot look through them.
+test-gpu: $(READY)
+	$(VENV)/bin/python -m pytest -m gpu -o addopts=--strict-markers -W default
 
 card: $(READY)
 	$(VENV)/bin/python -m callbacks.card outputs/quickstart outputs/quickstart/drafter model_cards/quickstart

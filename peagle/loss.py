@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from peagle.model.held import add_product, at_least_float, cast, held_of
 from peagle.model.products import compute_dtype, plain_product
@@ -26,6 +27,7 @@ LK_DECAY = 3.0
 CHUNK_ROWS = 512  # logits exist for this many rows at a time
 CUDA_CHUNK_ROWS = 2048  # more: there the head's gradient is read and written for every chunk
 CACHE_BYTES = 2**21  # of float32 logits that the many passes over them find in a CPU's cache
+UNIT = 64  # rows; those of the last chunk are a multiple of it
 BLOCK = 128  # tokens per block in the search for the first choice
 
 
@@ -88,26 +90,28 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, dtype, needed, teacher, position, mix, weights):
         order = torch.argsort(position)
         position, order = position[order], order.to(hidden.device, non_blocking=True)
-        states, head = hidden[order].to(dtype), cast(weight, dtype)
+        states, head = whole_units(hidden[order].to(dtype)), cast(weight, dtype)
         total = states.new_zeros((), dtype=at_least_float(dtype))
         guess = torch.empty_like(order)
         grad_hidden = torch.empty_like(hidden) if needed else None
         ctx.held = held_of(weight) if needed else None
         if needed:
             grad_weight = torch.zeros_like(weight) if ctx.held is None else ctx.held.grad
-        target_of, finish = steps(hidden)
-        for rows in slices(len(states), CUDA_CHUNK_ROWS if hidden.is_cuda else CHUNK_ROWS):
+        target_of, finish = steps(states)
+        for rows in slices(len(order), CUDA_CHUNK_ROWS if hidden.is_cuda else CHUNK_ROWS):
             known, shared = target_at(teacher, position[rows], states)
-            target = target_of(known)
-            logits = plain_product(states[rows], head)
-            for some in slices(len(logits), cached_rows(logits)):
+            target, count = target_of(known), rows.stop - rows.start
+            # Behind the last rows are zeros: nothing is found for them, and they add nothing.
+            chunk = states[rows.start : rows.stop if rows.stop < len(order) else None]
+            logits = plain_product(chunk, head)
+            for some in slices(count, cached_rows(logits)):
                 lines = order[rows][some]
                 share = None if weights is None else weights[lines].to(total.dtype)
                 loss, guess[lines] = finish(logits[some], target, shared[some], share, mix, needed)
                 total += loss
             if needed:
-                grad_hidden[order[rows]] = plain_product(logits, head.T).to(hidden.dtype)
-                add_product(grad_weight, logits.T, states[rows])
+                grad_hidden[order[rows]] = plain_product(logits, head.T)[:count].to(hidden.dtype)
+                add_product(grad_weight, logits.T, chunk)
             del logits  # so that the next are given the same memory
         ctx.mark_non_differentiable(guess)
         if needed:
@@ -126,6 +130,11 @@ class _HeadLoss(torch.autograd.Function):
         # saved tensors have versions.
         for_hidden, *for_weight = (x.mul_(grad_total.to(x.dtype)) for x in ctx.saved_tensors)
         return for_hidden, *(for_weight or [None]), None, None, None, None, None, None
+
+
+def whole_units(states: Float[Tensor, "N D"]) -> Float[Tensor, "N2 D"]:
+    """With rows of zeros up to a number that oneDNN has made code for before."""
+    return F.pad(states, (0, 0, 0, -len(states) % UNIT))
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
@@ -178,8 +187,9 @@ def target_at(
 
 
 def steps(x: Float[Tensor, "..."]) -> tuple[Callable, Callable]:
-    """``target_of`` and ``finish`` for where ``x`` is: on CUDA each is a kernel."""
-    if x.is_cuda and x.dtype != torch.float64:
+    """``target_of`` and ``finish`` for where ``x`` is: on CUDA each is a kernel, which other
+    precisions have not."""
+    if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16):
         from peagle import loss_kernel  # of Triton, which torch has on CUDA only
 
         return loss_kernel.known, loss_kernel.finish

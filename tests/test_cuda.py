@@ -10,7 +10,7 @@ from callbacks.checkpoint import Checkpoint
 from peagle.cod.rollouts import Cod, expected_rows, sample_rows
 from peagle.cod.segments import partition
 from peagle.data.batch import Batch, pack
-from peagle.loss import LOSSES, head_loss
+from peagle.loss import LK_DECAY, LOSSES, head_loss
 from peagle.model.attention import causal_attention, plan_attention, rollout_attention
 from peagle.model.attention_plan import plan_flash
 from peagle.model.held import add_product
@@ -154,6 +154,9 @@ def test_depth_zero_is_attended_by_the_kernel_for_each_length(dtype, near):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("weighted", [False, True], ids=["alike", "weighted"])
 def test_every_loss_is_that_of_float64_on_the_cpu(name, weighted, monkeypatch):
+    from peagle import loss_kernel  # of Triton, which is there on CUDA only
+
+    assert loss_kernel.LK_DECAY.value == LK_DECAY
     monkeypatch.setattr("peagle.loss.CUDA_CHUNK_ROWS", 200)
     hidden, weight, teacher = (torch.randn(n, w) for n, w in ((500, 64), (900, 64), (120, 900)))
     weight, position = weight / 8, torch.randint(120, (500,))
