@@ -2,7 +2,7 @@
 # make test         set up, then lint and tests
 # make test-faults  set up, then kill, fill and corrupt for real; ends with a table of faults
 # make test-vllm    set up vLLM's own environment, then serve exported drafters for real
-# make test-gpu    set up, then what needs an NVIDIA GPU
+# make test-gpu     set up, then what needs an NVIDIA GPU
 # make card         regenerate model_cards/quickstart from the quickstart run
 
 PYTHON ?= python3

@@ -9,7 +9,8 @@ anchor       the last real position that a guess is made from
 depth        how far a guess reaches past its anchor: 0 is the next token
 row          one guess: an (anchor, depth) pair
 rollout      the rows of one anchor, a hole-free prefix 0..d of the depths
-segment      a range of anchors whose rows are trained in one backward pass
+segment      a range of anchors with about as many rows as may be trained at a time
+piece        the rows trained in one backward pass: segments, cut anew once rows are drawn
 document     one conversation; several are packed into a sequence
 supervised   counts towards the loss: the token read and the token guessed are the assistant's
 COD          conditional drop-token sampling: deeper depths keep geometrically fewer rows

@@ -11,7 +11,7 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -20,14 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peagle.model.held import add_product, at_least_float, cast, held_of
-from peagle.model.products import compute_dtype, plain_product
+from peagle.model.products import ROW_UNIT, compute_dtype, plain_product
 
 LOSSES = ("kl", "ce", "tv", "lk_hybrid")
 LK_DECAY = 3.0
 CHUNK_ROWS = 512  # logits exist for this many rows at a time
-CUDA_CHUNK_ROWS = 2048  # more: there the head's gradient is read and written for every chunk
+KERNEL_CHUNK_ROWS = 1024  # more: a GPU reads and writes the head's gradient for every chunk
 CACHE_BYTES = 2**21  # of float32 logits that the many passes over them find in a CPU's cache
-UNIT = 64  # rows; those of the last chunk are a multiple of it
 BLOCK = 128  # tokens per block in the search for the first choice
 
 
@@ -97,22 +96,23 @@ class _HeadLoss(torch.autograd.Function):
         ctx.held = held_of(weight) if needed else None
         if needed:
             grad_weight = torch.zeros_like(weight) if ctx.held is None else ctx.held.grad
-        target_of, finish = steps(states)
-        for rows in slices(len(order), CUDA_CHUNK_ROWS if hidden.is_cuda else CHUNK_ROWS):
+        chunk_rows, at_positions, at_rows = steps(states)
+        for rows in slices(len(order), chunk_rows):
+            # The last chunk takes the zeros behind it along: they add nothing.
+            chunk = rows if rows.stop < len(order) else slice(rows.start, len(states))
+            count = rows.stop - rows.start
             known, shared = target_at(teacher, position[rows], states)
-            target, count = target_of(known), rows.stop - rows.start
-            # Behind the last rows are zeros: nothing is found for them, and they add nothing.
-            chunk = states[rows.start : rows.stop if rows.stop < len(order) else None]
-            logits = plain_product(chunk, head)
+            target = at_positions(known)
+            logits = plain_product(states[chunk], head)
             for some in slices(count, cached_rows(logits)):
                 lines = order[rows][some]
                 share = None if weights is None else weights[lines].to(total.dtype)
-                loss, guess[lines] = finish(logits[some], target, shared[some], share, mix, needed)
+                loss, guess[lines] = at_rows(logits[some], target, shared[some], share, mix, needed)
                 total += loss
             if needed:
                 grad_hidden[order[rows]] = plain_product(logits, head.T)[:count].to(hidden.dtype)
-                add_product(grad_weight, logits.T, chunk)
-            del logits  # so that the next are given the same memory
+                add_product(grad_weight, logits.T, states[chunk])
+            del logits, known, target  # so that the next are given the same memory
         ctx.mark_non_differentiable(guess)
         if needed:
             ctx.save_for_backward(grad_hidden, *([grad_weight] if ctx.held is None else []))
@@ -120,8 +120,9 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        """Raises ``RuntimeError`` where the gradient that is held would have to be scaled."""
-        if ctx.held is not None:  # checked where it is: a GPU is not waited for
+        """Raises ``RuntimeError`` where the gradient that is held would have to be scaled; on CUDA
+        the next call that waits for the GPU does."""
+        if ctx.held is not None:
             torch._assert_async(
                 grad_total == 1,
                 "scale a held sum, not its parts: the head's gradient is added up",
@@ -134,7 +135,8 @@ class _HeadLoss(torch.autograd.Function):
 
 def whole_units(states: Float[Tensor, "N D"]) -> Float[Tensor, "N2 D"]:
     """With rows of zeros up to a number that oneDNN has made code for before."""
-    return F.pad(states, (0, 0, 0, -len(states) % UNIT))
+    extra = 0 if states.is_cuda else -len(states) % ROW_UNIT
+    return F.pad(states, (0, 0, 0, extra)) if extra else states
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
@@ -186,14 +188,14 @@ def target_at(
     return teacher[distinct].to(at_least_float(like.dtype)), shared
 
 
-def steps(x: Float[Tensor, "..."]) -> tuple[Callable, Callable]:
-    """``target_of`` and ``finish`` for where ``x`` is: on CUDA each is a kernel, which other
-    precisions have not."""
+def steps(x: Float[Tensor, "..."]) -> tuple[int, Callable[..., Any], Callable[..., Any]]:
+    """Rows of a chunk, ``target_of`` and ``finish`` for where ``x`` is: on CUDA the latter are
+    kernels, which other precisions have not."""
     if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16):
-        from peagle import loss_kernel  # of Triton, which torch has on CUDA only
+        import peagle.loss_kernel as loss_kernel  # of Triton, which torch has on CUDA only
 
-        return loss_kernel.known, loss_kernel.finish
-    return target_of, finish
+        return KERNEL_CHUNK_ROWS, loss_kernel.known, loss_kernel.finish
+    return CHUNK_ROWS, target_of, finish
 
 
 def target_of(logits: Float[Tensor, "P W"]) -> Target:

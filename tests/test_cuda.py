@@ -3,6 +3,7 @@
 import pytest
 import torch
 from random_parts import make_drafter, make_head, make_sample
+from test_loss import MIXES
 from test_training import BASELINE, Losses, make_data, make_module, make_trainer
 from torch._dynamo.utils import counters
 
@@ -10,7 +11,7 @@ from callbacks.checkpoint import Checkpoint
 from peagle.cod.rollouts import Cod, expected_rows, sample_rows
 from peagle.cod.segments import partition
 from peagle.data.batch import Batch, pack
-from peagle.loss import LK_DECAY, LOSSES, head_loss
+from peagle.loss import LK_DECAY, head_loss
 from peagle.model.attention import causal_attention, plan_attention, rollout_attention
 from peagle.model.attention_plan import plan_flash
 from peagle.model.held import add_product
@@ -151,21 +152,23 @@ def test_depth_zero_is_attended_by_the_kernel_for_each_length(dtype, near):
     )
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("mix", MIXES, ids=lambda mix: "+".join(mix))
 @pytest.mark.parametrize("weighted", [False, True], ids=["alike", "weighted"])
-def test_every_loss_is_that_of_float64_on_the_cpu(name, weighted, monkeypatch):
+def test_every_loss_is_that_of_float64_on_the_cpu(mix, weighted, monkeypatch):
     from peagle import loss_kernel  # of Triton, which is there on CUDA only
 
     assert loss_kernel.LK_DECAY.value == LK_DECAY
-    monkeypatch.setattr("peagle.loss.CUDA_CHUNK_ROWS", 200)
-    hidden, weight, teacher = (torch.randn(n, w) for n, w in ((500, 64), (900, 64), (120, 900)))
+    monkeypatch.setattr("peagle.loss.KERNEL_CHUNK_ROWS", 200)
+    # Wider than the kernels' blocks, and a target whose logits rise from block to block.
+    hidden, weight, teacher = (torch.randn(n, w) for n, w in ((500, 64), (5000, 64), (120, 5000)))
+    teacher[:60] += torch.linspace(-20, 20, 5000)
     weight, position = weight / 8, torch.randint(120, (500,))
     weights = torch.rand(500) if weighted else None
 
     def found(*tensors):
         h, w, t, share = tensors
         h, w = h.clone().requires_grad_(), w.clone().requires_grad_()
-        loss, guess = head_loss(h, w, t, position, mix={name: 1.0}, weights=share)
+        loss, guess = head_loss(h, w, t, position, mix=mix, weights=share)
         grads = torch.autograd.grad(loss, (h, w))
         return loss.item(), guess.cpu(), *(grad.double().cpu() for grad in grads)
 

@@ -10,9 +10,11 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from peagle.cod.rollouts import Cod, Rows, sample_rows
 from peagle.cod.visibility import visible
+from peagle.model import attention, dense
 from peagle.model.attention_plan import plan_flash
 from peagle.model.flash import flash_rollout_attention
 from peagle.model.flex import BLOCK, flex_rollout_attention, plan_flex, whole_blocks
+from peagle.model.layers import turned, turned_at_once
 
 CPU = torch.device("cpu")
 
@@ -65,6 +67,41 @@ def test_blocks_cover_what_is_seen_and_full_ones_need_no_mask(lengths):
     if len(lengths) == 1:  # hardly a block is masked that need not be
         assert full.sum() == blocks.all(-1).sum() > 0
         assert (partial & ~blocks.any(-1)).sum() == 0
+
+
+def test_rows_that_fill_up_a_block_see_what_its_last_row_sees(monkeypatch):
+    for name, size in {"MOST_ROWS": 192, "UNIT_SLOTS": 128, "LEAST_PAIRS": 1}.items():
+        monkeypatch.setattr(dense, name, size)
+    rows, document = drawn(1500)
+    rows = Rows(*(x[-192:] for x in rows))  # a block and a half, all of them dense
+    rows = rows._replace(depth=rows.depth - rows.depth[0] + 1) if rows.depth[0] > 1 else rows
+    plan = plan_flex(rows, document, device=CPU, dense=True)
+    assert plan.dense[0].slots.stop > 1000
+    assert plan.mask.kv_num_blocks[0, 0, -1] <= 4
+
+
+@pytest.mark.parametrize("length", [300, 256])
+def test_depth_zero_on_cuda_is_padded_to_lengths_that_are_few(length, monkeypatch):
+    monkeypatch.setattr(attention, "suits", lambda _: True)
+    monkeypatch.setattr(attention, "LONG", 100)
+    monkeypatch.setattr(attention, "UNIT_SLOTS", 128)
+    asked, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noting(query, *others, **options):
+        asked.append(query.shape[2])
+        return sdpa(query, *others, **options)
+
+    inputs = [torch.randn(length, heads, 16, dtype=torch.float64) for heads in (4, 2, 2)]
+    wanted = attention.causal_attention(*inputs, document_lengths=[length])
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", noting)
+    assert torch.allclose(attention.causal(*inputs), wanted, atol=1e-12)
+    assert asked == [-(-length // 128) * 128]
+
+
+def test_rotation_has_one_result_in_both_its_forms():
+    x, cos, sin = torch.randn(9, 4, 16), torch.randn(9, 1, 8), torch.randn(9, 1, 8)
+    for some in (x, x[:1]):
+        assert torch.allclose(turned_at_once(some, cos, sin), turned(some, cos, sin), atol=1e-6)
 
 
 def listed(count, index):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from peagle.loss import LOSSES, check_mix, first_choice, global_mean, head_loss
+from peagle.model.products import ROW_UNIT
 
 
 def reference(hidden, weight, teacher, position, mix, weights):
@@ -103,6 +104,20 @@ def test_bf16_autocast_stays_near_the_float64_gradient():
     for ours, theirs in zip(torch.autograd.grad(loss, rough), wanted, strict=True):
         assert ours.dtype == torch.float32
         assert (ours.double() - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_products_with_the_head_have_whole_units_of_rows(monkeypatch):
+    monkeypatch.setattr("peagle.loss.CHUNK_ROWS", 2 * ROW_UNIT)
+    asked = []
+
+    def noting(x, weight):
+        asked.append(len(x))
+        return x @ weight.T
+
+    monkeypatch.setattr("peagle.loss.plain_product", noting)
+    hidden, weight, teacher, position = inputs(rows=5 * ROW_UNIT - 7)
+    head_loss(hidden, weight, teacher, position, mix={"kl": 1.0})
+    assert asked == [2 * ROW_UNIT] * 4 + [ROW_UNIT] * 2  # forward and back
 
 
 def test_without_gradients_nothing_is_kept():

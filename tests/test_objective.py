@@ -8,6 +8,9 @@ from peagle.cod.rollouts import Cod, expected_rows, sample_rows
 from peagle.cod.segments import Segment, partition
 from peagle.data.batch import Batch, pack
 from peagle.loss import head_loss
+from peagle.model.attention_plan import plan_flash
+from peagle.model.flash import flash_rollout_attention
+from peagle.model.held import holding
 from peagle.model.objective import objective
 
 COD = Cod(6, 0.8)
@@ -179,13 +182,32 @@ def test_gradients_of_a_segment_are_not_kept_beside_their_sums(monkeypatch):
     assert sizes and set(sizes) == {1}
 
 
+def test_gradients_of_the_prefix_are_added_where_they_are_held():
+    document = torch.zeros(40, dtype=torch.long)
+    rows = sample_rows(document == 0, document, cod=COD, generator=None).deeper()
+    count = len(rows.anchor)
+    inputs = [torch.randn(n, heads, 8) for n, heads in ((count, 4), *[(count, 2)] * 2)]
+    prefix = [torch.randn(40, 2, 8, requires_grad=True) for _ in range(2)]
+    plan, sums = plan_flash(rows, document), [torch.zeros_like(x) for x in prefix]
+
+    def found():
+        out = flash_rollout_attention(*inputs, *prefix, plan=plan)
+        return torch.autograd.grad(out.square().sum(), prefix, allow_unused=True)
+
+    wanted = found()
+    with holding(prefix[0], sums[0]), holding(prefix[1], sums[1]):
+        assert found() == (None, None)
+    for one, other in zip(sums, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_a_segment_that_fails_leaves_gradients_as_they_are(monkeypatch):
     drafter, head, batch = make_drafter(), make_head(), make_batch()
 
     def fails(*_, **__):
         raise RuntimeError("as it is meant to")
 
-    monkeypatch.setattr("peagle.model.objective.segment_loss", fails)
+    monkeypatch.setattr("peagle.model.objective.piece_loss", fails)
     with pytest.raises(RuntimeError, match="as it is meant to"):
         objective(drafter, head, batch, draw(batch), mix={"kl": 1.0})
     for weight in drafter.shared_parameters():

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peagle.cod.rollouts import Cod, rows_of, sample_rows
-from peagle.cod.segments import UNIT, Segment, partition, pieces
+from peagle.cod.segments import Segment, partition, pieces
+from peagle.model.products import ROW_UNIT
 
 
 def test_equal_anchors_are_cut_into_equal_segments():
@@ -34,9 +35,9 @@ def test_segments_cover_every_anchor_once_and_stay_near_the_limit(expected, max_
 )
 def test_every_row_is_in_one_piece_and_rollouts_stay_whole(lengths, count):
     rows = rows_of(torch.tensor(lengths))
-    found = list(pieces(rows, [Segment(0, 1)] * (count - 1) + [Segment(0, len(lengths))]))
-    for field, parts in zip(rows, zip(*(piece.rows for piece in found), strict=True), strict=True):
-        assert torch.equal(torch.cat(parts), field)
+    found = list(pieces(rows, [Segment(0, 1)] * count))
+    for index, field in enumerate(rows):
+        assert torch.equal(torch.cat([field[:0], *(piece.rows[index] for piece in found)]), field)
     for piece in found:
         own = piece.rows.deeper()
         assert all(torch.equal(a[: len(b)], b) for a, b in zip(piece.deeper, own, strict=True))
@@ -59,8 +60,25 @@ def test_pieces_of_long_sequences_have_equally_many_rows_in_whole_units():
     *most, last = (len(piece.deeper.anchor) for piece in pieces(rows, segments))
     mean = len(rows.deeper().anchor) / len(segments)
     assert len(segments) == 16 and len(set(most)) == 1
-    assert most[0] % UNIT == 0 and mean - UNIT < most[0] <= mean
+    assert most[0] % ROW_UNIT == 0 and mean - ROW_UNIT < most[0] <= mean
     assert 0 < last <= most[0]
+
+
+def test_one_segment_is_one_piece():
+    rows = rows_of(torch.full((500,), 4))
+    (piece,) = pieces(rows, [Segment(0, 500)])
+    assert len(piece.rows.anchor) == 2000 and len(piece.deeper.anchor) == 1500
+
+
+@pytest.mark.parametrize("alone", [1, 3000], ids=["all", "many"])
+def test_rows_of_depth_zero_that_stand_alone_are_limited_too(alone):
+    lengths = torch.ones(8192, dtype=torch.long)
+    if alone > 1:
+        lengths[alone:] = 4
+    rows = rows_of(lengths)
+    found = list(pieces(rows, [Segment(0, 1)] * 16))
+    assert 15 <= len(found) <= 20
+    assert max(len(piece.rows.anchor) for piece in found) <= len(rows.anchor) / 16 + ROW_UNIT
 
 
 def test_segments_below_a_unit_fill_nothing_up():

@@ -60,7 +60,10 @@ class Rows(NamedTuple):
     def within(self, start: int, stop: int) -> "Rows":
         """The rows of the anchors ``start <= anchor < stop``."""
         bounds = torch.tensor([start, stop], device=self.anchor.device)
-        first, last = torch.searchsorted(self.anchor, bounds).tolist()
+        return self.between(*torch.searchsorted(self.anchor, bounds).tolist())
+
+    def between(self, first: int, last: int) -> "Rows":
+        """The rows ``first`` to ``last - 1`` in their order."""
         return Rows(self.anchor[first:last], self.depth[first:last])
 
     def deeper(self) -> "Rows":

@@ -1,7 +1,7 @@
 """Cutting a sequence into segments: ranges of anchors that are trained one after the other.
 
-The data module cuts by what it expects of the draw; once rows are drawn, the cuts are moved a
-little, to where the numbers of rows suit the hardware.
+The data module cuts by what it expects of the draw. Once rows are drawn they are cut anew, into as
+many pieces or one more, whose numbers of rows suit the hardware.
 """
 
 import math
@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peagle.cod.rollouts import Rows
-
-UNIT = 64  # rows of depth 1 and more come in multiples of it: oneDNN makes code for each number
+from peagle.model.products import ROW_UNIT
 
 
 class Segment(NamedTuple):
@@ -56,20 +55,33 @@ class Piece(NamedTuple):
 
 
 def pieces(rows: Rows, segments: Sequence[Segment]) -> Iterator[Piece]:
-    """The drawn rows, in pieces no larger than the segments are on average.
+    """The drawn rows, cut anew in pieces of about the mean size of the segments.
 
-    Every row is in one piece, and rollouts stay whole. All but the last have equally many deeper
-    rows, in whole units unless segments are smaller than one.
+    Every row is in one piece, and rollouts stay whole. Pieces have equally many deeper rows, in
+    whole units if segments are that large: fewer than the mean, so that there can be one piece
+    more than segments. Where rows of depth 0 stand alone, it is all rows that limit a piece.
     """
     deeper = rows.deeper()
-    begins = torch.nonzero(deeper.depth == 1).flatten()
+    if len(segments) == 1:
+        yield Piece(rows, deeper)
+        return
+    longest = int(rows.depth.max()) + 1 if len(rows.depth) else 1
     mean = len(deeper.anchor) // len(segments)
-    whole = mean // UNIT * UNIT
-    size = max([whole or mean, *deeper.depth.tolist()])  # a rollout at least
-    anchor = first = 0
-    while first + size < len(deeper.anchor):
-        cut = int(begins[torch.searchsorted(begins, first + size, right=True) - 1])
-        stop, last = int(deeper.anchor[cut]), first + size if whole else cut
-        yield Piece(rows.within(anchor, stop), Rows(*(x[first:last] for x in deeper)))
-        anchor, first = stop, cut
-    yield Piece(rows.within(anchor, segments[-1].stop), Rows(*(x[first:] for x in deeper)))
+    whole = mean // ROW_UNIT * ROW_UNIT
+    size = max(whole or mean, longest)
+    most = max(len(rows.anchor) // len(segments) + ROW_UNIT, longest)
+    begins = torch.nonzero(deeper.depth == 1).flatten()
+    start = first = 0  # of the piece, among all rows and among deeper ones
+    while start < len(rows.anchor):
+        stop, cut = len(rows.anchor), len(deeper.anchor)
+        last = cut
+        if first + size < len(deeper.anchor):
+            cut = int(begins[torch.searchsorted(begins, first + size, right=True) - 1])
+            stop = int(torch.searchsorted(rows.anchor, deeper.anchor[cut]))
+            last = first + size if whole else cut
+        if stop - start > most:
+            anchor = rows.anchor[start + most]
+            stop = int(torch.searchsorted(rows.anchor, anchor))
+            cut = last = int(torch.searchsorted(deeper.anchor, anchor))
+        yield Piece(rows.between(start, stop), deeper.between(first, last))
+        start, first = stop, cut

@@ -50,8 +50,10 @@ def causal(
     kernels = PREPARED if prepared else UNPREPARED
     if value.dtype == torch.float32:  # of the kernels that share keys, none is for float32
         key, value, shared = *(x.repeat_interleave(shared, 1) for x in (key, value)), 1
-    extra = -length % UNIT_SLOTS if prepared else 0
-    states = (F.pad(x, (0, 0, 0, 0, 0, extra)).transpose(0, 1)[None] for x in (query, key, value))
+    states = (query, key, value)
+    if prepared and length % UNIT_SLOTS:
+        states = (F.pad(x, (0, 0, 0, 0, 0, -length % UNIT_SLOTS)) for x in states)
+    states = (x.transpose(0, 1)[None] for x in states)
     with sdpa_kernel(kernels, set_priority=True):
         context = F.scaled_dot_product_attention(*states, is_causal=True, enable_gqa=shared > 1)
     return context[0].transpose(0, 1)[:length]

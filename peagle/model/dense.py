@@ -37,10 +37,11 @@ class Block(NamedTuple):
 
 def suits(value: Float[Tensor, "T G E"]) -> bool:
     """Whether cuDNN's kernels take such values, on a GPU for which they are the fastest."""
-    if not value.is_cuda or torch.cuda.get_device_capability(value.device) < (9, 0):
+    if not value.is_cuda or torch.version.hip or not torch.backends.cudnn.is_available():
         return False
+    measured = torch.cuda.get_device_capability(value.device)[0] == 9  # Hopper
     half, width = value.dtype in (torch.bfloat16, torch.float16), value.shape[-1]
-    return half and width % 8 == 0 and 16 <= width <= 128 and torch.backends.cudnn.is_available()
+    return measured and half and width % 8 == 0 and 16 <= width <= 128
 
 
 def dense_blocks(rows: Rows, document: Int[Tensor, " S"]) -> list[Block]:

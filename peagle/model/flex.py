@@ -78,10 +78,10 @@ def block_mask(
     number = torch.arange(whole_blocks(count))
     row = number.clamp(max=count - 1)
     anchor = rows.anchor[row]
-    begin = torch.searchsorted(document, document[anchor])
+    begin = torch.searchsorted(document, document[rows.anchor])
     for block in dense:
         begin[block.rows] = block.slots.stop
-    prefix = Ranges(begin, anchor)
+    prefix = Ranges(begin[row], anchor)
     start = torch.where(number < count, row - rows.depth[row] + 1, number)
     own = Ranges(slots + start, slots + number)
     total = (slots + len(number)) // BLOCK

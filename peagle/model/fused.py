@@ -2,7 +2,7 @@
 
 There each of PyTorch's operators is a pass over memory of its own, and these functions have five to
 fifteen of them. Compiled, they read what they need once and write what they find. On the CPU they
-run as they are written, on as many rows at a time as a cache holds.
+run as they are written.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""The training objective of one packed sequence, segment by segment.
+"""The training objective of one packed sequence, piece by piece.
 
 The paper's Algorithm 1 bounds memory by reading the depth-0 prefix again in every segment. Here
-depth 0 runs once; each segment then runs forward *and* backward against its keys and values, and
+depth 0 runs once; each piece then runs forward *and* backward against its keys and values, and
 only their gradients are kept. The caller gets one scalar, so Lightning's automatic optimisation,
 clipping, accumulation, mixed precision and DDP work unchanged.
 """
@@ -42,7 +42,7 @@ def objective(
     depth_decay: float = 1.0,
     recompute: bool = False,
 ) -> Outcome:
-    """Loss of all ``rows``, with gradients held per segment when gradients are enabled.
+    """Loss of all ``rows``, with gradients held per piece when gradients are enabled.
 
     A row of depth ``d`` weighs ``depth_decay ** d``. ``recompute`` runs depth 0 again in the
     backward pass instead of keeping its activations.
@@ -58,7 +58,7 @@ def objective(
 
     def part(piece: Piece) -> Callable[[Stream], Tensor]:
         def run(local: Stream) -> Tensor:
-            loss, hits = segment_loss(
+            loss, hits = piece_loss(
                 drafter, target_head, batch, piece, local, mix=mix, depth_decay=depth_decay
             )
             correct.append(hits)
@@ -77,7 +77,7 @@ def objective(
     return Outcome(loss, weight, rows, hits)
 
 
-def segment_loss(
+def piece_loss(
     drafter: Drafter,
     target_head: TargetHead,
     batch: Batch,
@@ -87,13 +87,13 @@ def segment_loss(
     mix: Mapping[str, float],
     depth_decay: float,
 ) -> tuple[Float[Tensor, ""], Bool[Tensor, " N"]]:
-    """Summed loss of the rows of one segment, all depths, and whether each guess is right."""
-    rows = piece.rows
-    deep = rows.depth > 0
+    """Summed loss of the rows of one piece, all depths, and whether each guess is right."""
 
     def moved(x: Tensor) -> Tensor:
         return x.to(stream.hidden.device, non_blocking=True)
 
+    rows = piece.rows
+    deep = rows.depth > 0
     known, guessed = torch.nonzero(~deep).flatten(), torch.nonzero(deep).flatten()
     hidden = stream.hidden.index_select(0, moved(rows.anchor[known]))
     if len(guessed):

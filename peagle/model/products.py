@@ -27,6 +27,7 @@ CACHE_LIMITS = {
 }
 os.environ.update(CACHE_LIMITS)
 
+ROW_UNIT = 64  # rows come in multiples of it where they can be chosen, so that kinds are few
 FEW = 128  # rows below which laying out the weight costs oneDNN more than it gains
 FAST = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()
 
