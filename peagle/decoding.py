@@ -8,6 +8,8 @@ draws from the rest of the target's distribution (rejection sampling with a gree
 vLLM does by default), so its output has the target's distribution.
 """
 
+import functools
+import inspect
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -140,9 +142,17 @@ class Decoder:
     ) -> Float[Tensor, "B q V"]:
         cache.slots.place(position, limit=int(position.max()) + 1)
         mask = self.masks.place(cache, self.target.dtype)
+        cached = {cache_argument(type(self.target)): cache}
         return self.target(
-            input_ids=ids, position_ids=position, attention_mask=mask, past_key_values=cache
+            input_ids=ids, position_ids=position, attention_mask=mask, **cached
         ).logits
+
+
+@functools.cache
+def cache_argument(target: type[PreTrainedModel]) -> str:
+    """What the target calls its cache: transformers 5.24 has a new name for it."""
+    known = inspect.signature(target.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 class BatchState:

@@ -8,6 +8,7 @@ from trained_drafters import COD, trained_drafter
 
 from peagle.cod.rollouts import Cod, Rows, rows_of, sample_rows
 from peagle.cod.rounds import right_prefix, round_starts
+from peagle.cod.segments import Segment
 from peagle.data.batch import Batch, pack
 from peagle.data.sample import Sample
 from peagle.decoding import Decoder
@@ -56,7 +57,7 @@ def text_batch(target, layers, prompts, answers):
             Sample(ids, torch.arange(len(ids)) >= len(prompt), seen.aux(layers)[0], final)
         )
     packed = pack(samples)
-    return Batch(**packed, segments=((0, len(packed["tokens"])),), seed=0)
+    return Batch(**packed, segments=(Segment(0, len(packed["tokens"])),), seed=0)
 
 
 @pytest.mark.parametrize("parallel", [True, False], ids=["p-eagle", "eagle3"])

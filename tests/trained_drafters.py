@@ -7,6 +7,7 @@ target itself says after one prompt.
 import torch
 
 from peagle.cod.rollouts import Cod, sample_rows
+from peagle.cod.segments import Segment
 from peagle.data.batch import Batch, pack
 from peagle.data.capture import block_of
 from peagle.data.sample import Sample
@@ -45,7 +46,7 @@ def answers(target, layer_ids, prompt: list[int]) -> Batch:
     aux, final = seen.aux(layer_ids), seen.entering[len(decoder_layers(target))]
     mask = torch.arange(ids.shape[1]) >= len(prompt) - 1
     packed = pack([Sample(i, mask, a, f) for i, a, f in zip(ids, aux, final, strict=True)])
-    return Batch(**packed, segments=((0, len(packed["tokens"])),), seed=0)
+    return Batch(**packed, segments=(Segment(0, len(packed["tokens"])),), seed=0)
 
 
 def trained_drafter(target, prompt: list[int], *, parallel_drafting: bool) -> Drafter:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from peagle.cod.rollouts import Cod, sample_rows
+from peagle.cod.segments import Segment
 from peagle.data.batch import Batch, pack
 from peagle.data.buffers import Buffers
 from peagle.data.manifest import Manifest
@@ -64,7 +65,7 @@ def peak_of_step(segments: int) -> int:
     )
     slots = pack([random_sample(length, width, 0)])
     bounds = torch.linspace(0, len(slots["tokens"]), segments + 1).long().tolist()
-    batch = Batch(**slots, segments=tuple(pairwise(bounds)), seed=0)
+    batch = Batch(**slots, segments=tuple(Segment(a, b) for a, b in pairwise(bounds)), seed=0)
     cod, generator = Cod(8, 0.9), torch.Generator().manual_seed(0)
     rows = sample_rows(batch.supervised, batch.document, cod=cod, generator=generator)
     assert len(rows.anchor) > 4 * length

@@ -9,6 +9,7 @@ from runs import finish, last, lines
 from torch.nn.utils import clip_grad_norm_
 
 from peagle.cod.rollouts import Cod, sample_rows
+from peagle.cod.segments import Segment
 from peagle.data.batch import Batch, pack
 from peagle.data.store import Store
 from peagle.model.drafter import PEagleDrafter
@@ -38,7 +39,7 @@ def drafter(reference) -> PEagleDrafter:
 def batch_of(samples, segments: int) -> Batch:
     slots = pack(samples)
     bounds = torch.linspace(0, len(slots["tokens"]), segments + 1).long().tolist()
-    return Batch(**slots, segments=tuple(pairwise(bounds)), seed=0)
+    return Batch(**slots, segments=tuple(Segment(a, b) for a, b in pairwise(bounds)), seed=0)
 
 
 def gradients(drafter, head, batch, *, bf16: bool):
