@@ -62,7 +62,7 @@ def causal(
 def plan_attention(
     rows: Rows, document: Int[Tensor, " S"], *, value: Float[Tensor, "S G D"]
 ) -> Plan | FlexPlan:
-    """What follows from the rows of a segment (depth >= 1, sorted) and serves all its layers.
+    """What follows from the rows of a piece (depth >= 1, sorted) and serves all its layers.
 
     ``value``: of depth 0, for where and in which precision attention is computed.
     """
@@ -84,7 +84,7 @@ def rollout_attention(
     """Depths >= 1: every row sees its document's depth-0 slots up to its anchor, and its rollout.
 
     Depth 0 never looks at deeper rows, so its keys and values are computed once per sequence and
-    read here by every segment. ``alike``: rows that stand at the same slot have the same query,
+    read here by every piece. ``alike``: rows that stand at the same slot have the same query,
     which is made use of on the CPU.
     """
     inputs = (query, key, value, prefix_key, prefix_value)

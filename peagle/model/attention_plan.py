@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How the rows of a segment (depth >= 1, sorted) see the prefix and their own rollout, or how
+    """How the rows of a piece (depth >= 1, sorted) see the prefix and their own rollout, or how
     the slots of depth 0 see each other.
 
     A leaf with a mask sees its slots and its own rows as the mask says; one without is of slots of

@@ -121,7 +121,7 @@ class Drafter(PreTrainedModel, ABC):
                 hidden, key, value = known_slots(*inputs)
             embedding = None
             keys.append(key)
-            values.append(value.to(key.dtype))  # once, not in every segment
+            values.append(value.to(key.dtype))  # once, not in every piece
         return Stream(hidden, tuple(keys), tuple(values), entrance)
 
     @abstractmethod
@@ -149,7 +149,7 @@ class Drafter(PreTrainedModel, ABC):
         """Run rows of depth >= 1 (sorted) against the keys and values of depth 0."""
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """The trained parameters that every segment reads; the others serve only the stream."""
+        """The trained parameters that every piece reads; the others serve only the stream."""
         modules = (self.layers, self.norm, self.lm_head)
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 

@@ -44,7 +44,7 @@ class PEagleDrafter(Drafter):
         hidden: Float[Tensor, "S D"],
         mask: Float[Tensor, "1 D"],
     ) -> MaskRow | RowInputs:
-        """Computed once per sequence; part of the stream, so that no segment repeats it."""
+        """Computed once per sequence; part of the stream, so that no piece repeats it."""
         state = self.combine(self.mask_hidden.view(1, -1))
         if self.config.hidden_state != "shared":
             return RowInputs(state, mask, hidden)
@@ -100,4 +100,4 @@ class PEagleDrafter(Drafter):
         if self.config.hidden_state == "shared":
             return [p for p in super().shared_parameters() if p not in stream_only]
         own = [p for p in self.row_states.parameters() if p.requires_grad]
-        return [*super().shared_parameters(), *own]  # every segment enters layer 0 with its rows
+        return [*super().shared_parameters(), *own]  # every piece enters layer 0 with its rows

@@ -87,7 +87,7 @@ class _Attention(torch.autograd.Function):
         key = inputs[1]
         queries, own, prefix = in_parts(*inputs)
         onward, out = (heads_first(x.to(inputs[0].dtype), key) for x in (grad, total))
-        # A segment sees few of all slots: where their gradients are held, they are added there.
+        # A piece sees few of all slots: where their gradients are held, they are added there.
         held = [None, None, None, *ctx.held]
         grads = [
             torch.zeros_like(x, dtype=precise(x)) if known is None else known.grad

@@ -1,6 +1,6 @@
 """Attention of rollouts on CUDA: FlexAttention with a block mask that is built, never evaluated.
 
-Keys are ``[depth-0 slots | rows of the segment]``, each padded to whole blocks. A row sees two
+Keys are ``[depth-0 slots | rows of the piece]``, each padded to whole blocks. A row sees two
 ranges of them: the slots of its document up to its anchor, and its rollout up to itself. Rows come
 sorted by anchor, so the ranges of a block of rows follow from their extremes: blocks of slots that
 all of its rows see (no mask is applied there), a few at the edges, and one or two blocks of rows.
@@ -51,7 +51,7 @@ class Ranges(NamedTuple):
 
 
 class FlexPlan(NamedTuple):
-    """How the rows of a segment (depth >= 1, sorted) see the prefix and their own rollouts; all
+    """How the rows of a piece (depth >= 1, sorted) see the prefix and their own rollouts; all
     its layers share it."""
 
     mask: BlockMask
@@ -111,7 +111,7 @@ def ordered(
 
 
 def seen_by(prefix: Ranges, own: Ranges, device: torch.device) -> Callable[..., Tensor]:
-    """Tensors only, no lengths: a kernel compiled once then serves segments of every length."""
+    """Tensors only, no lengths: a kernel compiled once then serves pieces of every length."""
     begin, anchor, first, last = (x.int().to(device, non_blocking=True) for x in (*prefix, *own))
 
     return lambda batch, head, query, key: (

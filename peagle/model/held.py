@@ -38,8 +38,8 @@ class _HeldSum(torch.autograd.Function):
         leaves = [x.detach().requires_grad_() for x in inputs[:count]]
         shared = tree_unflatten(leaves, form)
         variables = [*leaves, *inputs[count:]]
-        # Zeros, not None: DDP waits for every parameter, and a draw may leave one unused. Sums of
-        # what is bf16 are not.
+        # Zeros, not None: DDP waits for every parameter, and a draw may leave one unused.
+        # In float32 also for what is bf16, so that many parts are rounded once.
         sums = [torch.zeros_like(x, dtype=at_least_float(x.dtype)) for x in variables]
         ctx.dtypes = [x.dtype for x in variables]
         total = torch.zeros((), dtype=torch.float32, device=leaves[0].device)
