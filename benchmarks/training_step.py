@@ -4,6 +4,8 @@
 
 ``limit_share`` is the share of what the machine could do at best: the operations that the step
 cannot do without (``shapes.py``) at the rate of a large matrix product measured in the same run.
+Where several ``--n`` are given, a second table says how the time per token grows from the shortest
+on, beside how its operations do (they grow by those of attention).
 """
 
 import argparse
@@ -36,6 +38,8 @@ def main() -> None:
         rows.append(measured(shape, segments, rates[dtype], args))
         print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
+    if len(set(args.n)) > 1:
+        print(table([growth(row, rows) for row in rows]))
     keys = ("dtype", "n", "depths", "segments")
     path = save(f"training_step_{args.device}", rows, keys=keys, **facts)
     print(f"written to {path}")
@@ -63,6 +67,17 @@ def measured(shape: dict, segments: int, rate: float, args: argparse.Namespace) 
         "peak_memory_gb": result["peak_gb"],
         "gradient_norm": result["gradient_norm"],
     }
+
+
+def growth(row: dict, rows: list[dict]) -> dict:
+    """Time and operations per token against the shortest of otherwise equal steps."""
+    same = ("dtype", "depths", "segments")
+    alike = [other for other in rows if all(other[key] == row[key] for key in same)]
+    shortest = min(alike, key=lambda other: other["n"])
+    columns = ("milliseconds_per_token", "least_milliseconds_per_token")
+    time, operations = (row[column] / shortest[column] for column in columns)
+    facts = {key: row[key] for key in ("dtype", "depths", "segments", "n")}
+    return {**facts, "time_per_token": time, "operations_per_token": operations}
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from peagle.model.held import add_product, at_least_float, cast, held_of
-from peagle.model.products import ROW_UNIT, compute_dtype, plain_product
+from peagle.model.held import at_least_float, cast, held_of
+from peagle.model.onednn import ROW_UNIT, add_product, plain_product
+from peagle.model.products import compute_dtype
 
 LOSSES = ("kl", "ce", "tv", "lk_hybrid")
 LK_DECAY = 3.0

@@ -25,7 +25,7 @@ from peagle.engine.vllm import (
     server_environment,
 )
 from peagle.model.export import export_drafter
-from peagle.model.products import CACHE_LIMITS
+from peagle.model.onednn import CACHE_LIMITS
 
 ROOT = Path(__file__).parent.parent
 VLLM = Vllm("/env/bin/python", "0.32.0", ("LlamaForCausalLMEagle3", "LlamaForCausalLM"), "cpu",

@@ -14,8 +14,8 @@ from peagle.data.batch import Batch, pack
 from peagle.loss import LK_DECAY, head_loss
 from peagle.model.attention import causal_attention, plan_attention, rollout_attention
 from peagle.model.attention_plan import plan_flash
-from peagle.model.held import add_product
 from peagle.model.objective import objective
+from peagle.model.onednn import add_product
 from peagle.saved_drafter import load_drafter
 
 pytestmark = [

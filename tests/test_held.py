@@ -5,9 +5,10 @@ import torch
 from transformers import LlamaConfig
 
 from peagle.loss import head_loss
-from peagle.model import held
+from peagle.model import onednn
 from peagle.model.feed_forward import FeedForward
-from peagle.model.held import add_product, cast, held_of, held_sum
+from peagle.model.held import cast, held_of, held_sum
+from peagle.model.onednn import add_product
 from peagle.model.products import product
 
 
@@ -121,8 +122,8 @@ def test_a_part_must_not_scale_the_loss_of_the_head():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 4, 10])
 def test_a_product_is_added_block_by_block(dtype, rows, monkeypatch):
-    monkeypatch.setattr(held, "BLOCK_ROWS", 4)
-    monkeypatch.setattr(held, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(onednn, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(onednn, "BLOCK_ELEMENTS", 1)
     a, b = torch.randn(6, rows).to(dtype).T, torch.randn(6, 3).to(dtype)
     before = torch.randn(rows, 3)
     total = before.clone()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peagle.loss import LOSSES, check_mix, first_choice, global_mean, head_loss
-from peagle.model.products import ROW_UNIT
+from peagle.model.onednn import ROW_UNIT
 
 
 def reference(hidden, weight, teacher, position, mix, weights):

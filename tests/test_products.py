@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from peagle.model import products
-from peagle.model.products import FEW, Linear, plain_product, product, speed_up
+from peagle.model.onednn import FEW, dense, outer_product, plain_product, plain_products
+from peagle.model.products import Linear, product, speed_up
 
 
 @pytest.mark.parametrize("rows", [0, 1, FEW - 1, FEW, 1000])
@@ -28,6 +29,33 @@ def test_a_product_and_its_gradients_equal_those_of_torch(rows, dtype):
 def test_a_transposed_weight_needs_no_copy():
     x, weight = torch.randn(300, 32), torch.randn(32, 48)
     assert torch.allclose(plain_product(x, weight.T), x @ weight, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("out", "inside"), [(200, 40), (40, 200), (5, 300), (300, 5)])
+def test_a_product_over_rows_is_the_same_whichever_side_is_wider(out, inside, dtype):
+    a, b = torch.randn(70, out).to(dtype).T, torch.randn(70, inside).to(dtype)
+    near = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    wanted = a.double() @ b.double()
+    assert (outer_product(a, b) - wanted).norm() < near * wanted.norm()
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_products_of_heads_are_those_of_torch(heads):
+    a, b = torch.randn(heads, 64, 20), torch.randn(heads, 20, 50)
+    assert torch.allclose(plain_products(a, b), a @ b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_with_gaps_is_copied_in_its_own_order():
+    whole = torch.randn(64, 96)
+    for weight in (whole, whole.T):
+        assert dense(weight).data_ptr() == weight.data_ptr()
+    for weight in (whole[:, 8:40], whole[:, 8:40].T):
+        copy = dense(weight)
+        assert torch.equal(copy, weight) and (copy.stride(0) == 1) == (weight.stride(0) == 1)
+        assert copy.is_contiguous() or copy.T.is_contiguous()
+        x = torch.randn(FEW, weight.shape[1])
+        assert torch.allclose(plain_product(x, weight), x @ weight.T, rtol=1e-5, atol=1e-4)
 
 
 def test_autocast_decides_the_precision_as_it_does_for_torch():

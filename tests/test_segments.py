@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from peagle.cod.rollouts import Cod, rows_of, sample_rows
 from peagle.cod.segments import Segment, partition, pieces
-from peagle.model.products import ROW_UNIT
+from peagle.model.onednn import ROW_UNIT
 
 
 def test_equal_anchors_are_cut_into_equal_segments():

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peagle.cod.rollouts import Rows
-from peagle.model.products import ROW_UNIT
+from peagle.model.onednn import ROW_UNIT
 
 
 class Segment(NamedTuple):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from peagle.engine.server import Server, free_port
-from peagle.model.products import CACHE_LIMITS
+from peagle.model.onednn import CACHE_LIMITS
 
 FIRST_VERSION = (0, 16)  # the first vLLM with parallel_drafting (vllm-project/vllm#32887)
 MODEL_NAME = "target"

@@ -15,7 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from peagle.model.fused import fused
 from peagle.model.held import cast, gradient, held_of
-from peagle.model.products import compute_dtype, plain_product
+from peagle.model.onednn import plain_product
+from peagle.model.products import compute_dtype
 
 ELEMENTS = 2**18  # of one tensor that a CPU's cache holds beside others
 

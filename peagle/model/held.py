@@ -14,9 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-# Of a product that is cast before it is added, this much exists at a time: whichever is more.
-BLOCK_ROWS = 1024
-BLOCK_ELEMENTS = 2**20
+from peagle.model.onednn import add_product, outer_product
 
 
 def held_sum(
@@ -123,21 +121,6 @@ def gradient(
     """What a backward pass returns for a weight whose gradient is ``a @ b``: nothing once it has
     been added to what is held."""
     if held is None:
-        return a @ b
+        return outer_product(a, b)
     add_product(held.grad, a, b)
     return None
-
-
-def add_product(
-    total: Float[Tensor, "O I"], a: Float[Tensor, "O N"], b: Float[Tensor, "N I"]
-) -> None:
-    """``total += a @ b``, summed in the precision of ``total``."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-        return
-    if total.is_cuda:  # its library adds to float32 what it multiplied in bf16
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-        return
-    rows = max(BLOCK_ROWS, BLOCK_ELEMENTS // total.shape[1])
-    for into, some in zip(total.split(rows), a.split(rows), strict=True):
-        into += some @ b

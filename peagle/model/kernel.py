@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peagle.model.unmasked import precise, unstacked
+from peagle.model.onednn import FAST
+from peagle.model.unmasked import precise, stacked, unstacked
 
 LONG = 1024  # slots from which on bf16 is faster, for a CPU with bf16 but without matrix tiles
 MATRIX_TILES = torch.cpu._is_amx_tile_supported()
@@ -63,11 +64,6 @@ def worth_stacking(query: Float[Tensor, "R G T E"]) -> bool:
     return len(query) > 1 and query.shape[1] >= torch.get_num_threads()
 
 
-def stacked(x: Float[Tensor, "R G T *E"]) -> Float[Tensor, "G N *E"]:
-    """The rows of all heads that share a key/value head, one after the other."""
-    return x.transpose(0, 1).flatten(1, 2)
-
-
 def of_all(mask: Tensor | None, query: Float[Tensor, "R G T E"]) -> Tensor | None:
     """The mask of rows that are stacked."""
     return None if mask is None else mask.repeat(len(query), 1)
@@ -75,7 +71,8 @@ def of_all(mask: Tensor | None, query: Float[Tensor, "R G T E"]) -> Tensor | Non
 
 def by_products(query: Float[Tensor, "..."]) -> bool:
     """Whether products (``unmasked.py``) are faster than the kernel where nothing is masked."""
-    return query.dtype == torch.bfloat16 and BF16 and not MATRIX_TILES
+    suits = {torch.bfloat16: BF16, torch.float32: FAST}
+    return suits.get(query.dtype, False) and not MATRIX_TILES
 
 
 def fast_dtype(dtype: torch.dtype, longest: int) -> torch.dtype:

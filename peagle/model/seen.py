@@ -1,9 +1,9 @@
 """Attention of a block of rows to slots that all of them see: most of what attention is.
 
-The flash kernel does it, or the products of ``unmasked.py``: in bf16 where they are the faster of
-the two, and where rows have one query for each place. Those of layer 0 do (all of them read the
-mask token and differ in rotation only), so that it is attended from each place once, however many
-rows of other anchors stand there.
+The flash kernel does it, or the products of ``unmasked.py``: where they are the faster of the two
+(``kernel.by_products``), and where rows have one query for each place. Those of layer 0 do (all of
+them read the mask token and differ in rotation only), so that it is attended from each place once,
+however many rows of other anchors stand there.
 """
 
 import torch

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from peagle.data.damage import DamageError
 from peagle.data.index import IDENTITY
 from peagle.data.sample import digest
-from peagle.model.products import plain_product
+from peagle.model.onednn import plain_product
 
 TENSORS = ("norm", "head", "embedding")
 

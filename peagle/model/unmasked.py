@@ -1,14 +1,16 @@
 """Attention of rows to slots that all of them see, as matrix products.
 
-torch's flash kernel searches each row's largest score before it may take an exponential, and in
-bf16 without tiles for matrix products its own products are slow. Here the rows come with the
-log-sum-exp of what they have attended to already (their leaf first, ``attention_plan.py``), so that
-``exp(score - norm)`` needs no maximum: it is what a slot weighs beside what was seen before.
-``norm`` is subtracted inside the product, by columns of its own; in bf16 what is rounded is the
-difference, and the exponential (of base two: the faster one) is the only pass over it.
+torch's flash kernel searches each row's largest score before it may take an exponential, and its
+own products are slow: in bf16 on a CPU without tiles for them, in float32 where MKL is
+(``onednn.py``). Here the rows come with the log-sum-exp of what they have attended to already
+(their leaf first, ``attention_plan.py``), so that ``exp(score - norm)`` needs no maximum: it is
+what a slot weighs beside what was seen before. ``norm`` is subtracted inside the product, by
+columns of its own; in bf16 what is rounded is the difference, and the exponential (of base two: the
+faster one) is the only pass over it.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
@@ -17,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peagle.model.held import at_least_float
+from peagle.model.onednn import plain_products
 
-# Rows and slots, at most, whose weights exist at a time for each key/value head: whole units.
-TILE = 640
+TILE = 1280  # rows and slots, at most, whose weights exist at a time: whole units
 UNIT = 128  # tiles are multiples of it: oneDNN makes code for each size, and keeps that of few
 
 
@@ -34,16 +36,16 @@ def weigh(
     Both add up in float32 or better what each tile has added up and rounded to the query's
     precision. Either is infinite where a score exceeds ``norm`` by more than that can say.
     """
-    scores = _Scores(query, key, norm)
-    total = query.new_zeros(*scores.shape, query.shape[-1], dtype=precise(query))
+    scores = _Scores(stacked(query), key[0], stacked(norm))
+    total = query.new_zeros(*scores.shape, query.shape[3], dtype=precise(query))
     weight = total.new_zeros(scores.shape)
-    slots = zip(scores.keys, tiles(value[0]), strict=True)
-    for (keys, values), (queries, sums, counts) in product(
-        slots, zip(scores.queries, evenly(total), evenly(weight), strict=True)
-    ):
+    by_slots = [scores.keys, tiles(value[0])]
+    by_rows = [scores.queries, evenly(total), evenly(weight)]
+    for keys, values, queries, sums, counts in each(by_slots, by_rows):
         weights = scores.exponential(queries, keys)
-        sums += weights @ values
+        sums += plain_products(weights, values)
         counts += weights.sum(-1)
+        del weights  # so that the next are given the same memory
     return unstacked(total, query), unstacked(weight, query)
 
 
@@ -57,48 +59,70 @@ def weigh_backward(
 ) -> tuple[Float[Tensor, "R G T E"], Float[Tensor, "1 G S E"], Float[Tensor, "1 G S E"]]:
     """Gradients of query, key and value; ``norm`` and what the rows attend to, whose product with
     ``grad`` is ``shift``, are of all that they see."""
-    scores, width = _Scores(query, key, norm), query.shape[-1]
-    slope = shifted(grad, -shift)
+    scores, width = _Scores(stacked(query), key[0], stacked(norm)), query.shape[3]
+    slope = shifted(stacked(grad), -stacked(shift))
     for_query = query.new_zeros(*scores.shape, width, dtype=precise(query))
-    for_key, for_value = for_query.new_zeros(2, len(key[0]), width, key.shape[2])
-    by_rows = [scores.queries, across(scores.queries, width), slope, across(slope, width)]
+    for_key, for_value = for_query.new_zeros(2, key.shape[1], width, key.shape[2])
     by_slots = [scores.keys, tiles(key[0]), with_ones(value[0])]
     by_slots += [evenly(x, dim=2) for x in (for_key, for_value)]
-    for there, here in product(
-        zip(*by_slots, strict=True), zip(*by_rows, evenly(for_query), strict=True)
-    ):
-        keys, upright, values, sum_key, sum_value = there
-        queries, queries_across, onward, onward_across, sum_query = here
+    by_rows = [scores.queries, across(scores.queries, width), slope, across(slope, width)]
+    for tile in each(by_slots, [*by_rows, evenly(for_query)]):
+        keys, upright, values, sum_key, sum_value, *rows = tile
+        queries, queries_across, onward, onward_across, sum_query = rows
         weights = scores.exponential(queries, keys)
-        sum_value += onward_across @ weights
-        weights *= onward @ values
-        sum_query += weights @ upright
-        sum_key += queries_across @ weights
+        sum_value += plain_products(onward_across, weights)
+        weights *= plain_products(onward, values)
+        sum_query += plain_products(weights, upright)
+        sum_key += plain_products(queries_across, weights)
+        del weights
     for_query *= scores.scale
-    for_key *= scores.scale
+    for_key *= scores.scale / scores.stretch
     return unstacked(for_query, query), for_key.mT[None], for_value.mT[None]
 
 
 class _Scores:
     """Tiles of queries and keys with the columns that subtract ``norm``."""
 
-    def __init__(self, query: Tensor, key: Tensor, norm: Tensor):
-        self.scale = query.shape[-1] ** -0.5
-        self.queries = shifted(query, norm / -self.scale)
-        self.keys = with_ones(key[0])
-        self.shape = (query.shape[1], sum(tile.shape[1] for tile in self.queries))
+    def __init__(
+        self,
+        query: Float[Tensor, "G N E"],
+        key: Float[Tensor, "G S E"],
+        norm: Float[Tensor, "G N"],
+    ):
+        self.scale = query.shape[2] ** -0.5
+        binary = self.scale / math.log(2)
+        # Queries in bf16 would be rounded again: the product is stretched then.
+        self.stretch = 1.0 if query.dtype == torch.bfloat16 else binary
+        self.factor = binary / self.stretch
+        stretched = query if self.stretch == 1 else query * self.stretch
+        self.queries = shifted(stretched, norm * (-self.stretch / self.scale))
+        self.keys = with_ones(key)
+        self.shape = (len(query), sum(tile.shape[1] for tile in self.queries))
         largest = max(tile.shape[1] for tile in self.queries), max(t.shape[2] for t in self.keys)
-        self.room = query.new_empty(query.shape[1] * math.prod(largest))
+        self.room = query.new_empty(len(query) * math.prod(largest) if self.factor != 1 else 0)
 
     def exponential(
         self, queries: Float[Tensor, "G n C"], keys: Float[Tensor, "G C s"]
     ) -> Float[Tensor, "G n s"]:
-        """``exp(score - norm)`` of a tile, until the next one takes its memory."""
+        """``exp(score - norm)`` of a tile."""
+        if self.factor == 1:
+            return plain_products(queries, keys).exp2_()
         shape = (*queries.shape[:2], keys.shape[2])
         scores = self.room[: math.prod(shape)].view(shape)
-        binary = self.scale / math.log(2)
-        torch.baddbmm(scores, queries, keys, beta=0, alpha=binary, out=scores)
+        torch.baddbmm(scores, queries, keys, beta=0, alpha=self.factor, out=scores)
         return scores.exp2_()
+
+
+def each(
+    by_slots: list[Sequence[Float[Tensor, "G ..."]]],
+    by_rows: list[Sequence[Float[Tensor, "G ..."]]],
+) -> Iterator[tuple[Float[Tensor, "g ..."], ...]]:
+    """What belongs to each tile, of slots and of rows; of one head after the other where oneDNN has
+    to be asked for each."""
+    for there, here in product(zip(*by_slots, strict=True), zip(*by_rows, strict=True)):
+        tile = (*there, *here)
+        count = 1 if tile[0].dtype == torch.float32 else len(tile[0])
+        yield from zip(*(x.split(count) for x in tile), strict=True)
 
 
 def tiles(x: Float[Tensor, "G N E"]) -> list[Float[Tensor, "G _ E"]]:
@@ -119,8 +143,15 @@ def evenly(x: Float[Tensor, "..."], dim: int = 1) -> tuple[Float[Tensor, "..."],
     return x.tensor_split(cuts, dim)
 
 
-def unstacked(x: Float[Tensor, "G N *E"], like: Float[Tensor, "R G T F"]) -> Tensor:
-    """Without the rows that ``shifted`` has added."""
+def stacked(x: Float[Tensor, "R G T *E"]) -> Float[Tensor, "G N *E"]:
+    """The rows of all heads that share a key/value head, one after the other."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def unstacked(
+    x: Float[Tensor, "G N *E"], like: Float[Tensor, "R G T F"]
+) -> Float[Tensor, "R G T *E"]:
+    """Each head by itself again, without the rows that ``shifted`` has added."""
     heads, _, rows, _ = like.shape
     return x[:, : heads * rows].unflatten(1, (heads, rows)).transpose(0, 1)
 
@@ -135,12 +166,9 @@ def columns(dtype: torch.dtype) -> int:
     return 3 if dtype == torch.bfloat16 else 1
 
 
-def shifted(
-    x: Float[Tensor, "R G T E"], shift: Float[Tensor, "R G T"]
-) -> list[Float[Tensor, "G _ C"]]:
+def shifted(x: Float[Tensor, "G N E"], shift: Float[Tensor, "G N"]) -> list[Float[Tensor, "G _ C"]]:
     """Tiles of ``x`` with columns that add up to ``shift``, and rows of zeros up to a unit."""
-    parts = (x.transpose(0, 1), split(shift.transpose(0, 1), x.dtype))
-    rows = torch.cat(parts, -1).flatten(1, 2)
+    rows = torch.cat([x, split(shift, x.dtype)], 2)
     return tiles(F.pad(rows, (0, 0, 0, -rows.shape[1] % UNIT)))
 
 

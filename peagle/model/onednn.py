@@ -1,0 +1,80 @@
+"""Matrix products without gradients; of float32 on the CPU by the faster of torch's two libraries.
+
+torch gives float32 products to MKL, which on other makers' processors does without half of what
+they can. oneDNN, which torch has for bf16, does not: LOG.md has the rates. Both compute in
+float32 and differ in rounding only.
+
+oneDNN and its wrapper keep the code that they made for the last 1,024 shapes each. Every step has
+numbers of rows of its own, so that most of it is never used again: on the quickstart it grew to a
+gigabyte. Both read their limits from the environment when they are first used.
+"""
+
+import os
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# As many as a layer of a segment has, forward and back, so that the layers share them; what a user
+# has set stays.
+CACHE_LIMITS = {
+    name: "48"
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    if name not in os.environ
+}
+os.environ.update(CACHE_LIMITS)
+
+ROW_UNIT = 64  # rows come in multiples of it where they can be chosen, so that kinds are few
+FEW = 32  # rows below which laying out the weight costs oneDNN more than it gains
+FAST = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()
+
+# Of a product that is made before it is added, this much exists at a time: whichever is more.
+BLOCK_ROWS = 1024
+BLOCK_ELEMENTS = 2**20
+
+
+def suits(x: Float[Tensor, "..."], weight: Float[Tensor, "..."]) -> bool:
+    exact = x.dtype == weight.dtype == torch.float32
+    return FAST and exact and x.device.type == "cpu" and len(x) >= FEW
+
+
+def plain_product(x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "T O"]:
+    """``x @ weight.T``."""
+    if suits(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, dense(weight), None, "none", [], "")
+    return x @ weight.T
+
+
+def plain_products(a: Float[Tensor, "G M K"], b: Float[Tensor, "G K N"]) -> Float[Tensor, "G M N"]:
+    """``a @ b``; of a single head by ``plain_product``."""
+    return plain_product(a[0], b[0].T)[None] if len(a) == 1 else a @ b
+
+
+def dense(weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
+    """Without gaps, in the order that it has: of what has gaps oneDNN's product takes seconds."""
+    return weight.contiguous() if weight.stride(-1) == 1 else weight.T.contiguous().T
+
+
+def outer_product(a: Float[Tensor, "O N"], b: Float[Tensor, "N I"]) -> Float[Tensor, "O I"]:
+    """``a @ b``, which sums over rows: a weight's gradient.
+
+    oneDNN copies both, and the second operand in parallel: that should be the wider one.
+    """
+    if len(a) > b.shape[1] and suits(b.T, a):
+        return plain_product(b.T, a).T
+    return plain_product(a, b.T)
+
+
+def add_product(
+    total: Float[Tensor, "O I"], a: Float[Tensor, "O N"], b: Float[Tensor, "N I"]
+) -> None:
+    """``total += a @ b``, summed in the precision of ``total``."""
+    if total.is_cuda and a.dtype != total.dtype:
+        # Its library adds to float32 what it multiplied in bf16.
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif a.dtype == total.dtype and not suits(a, b):
+        total.addmm_(a, b)
+    else:
+        rows = max(BLOCK_ROWS, BLOCK_ELEMENTS // total.shape[1])
+        for into, some in zip(total.split(rows), a.split(rows), strict=True):
+            into += outer_product(some, b)
