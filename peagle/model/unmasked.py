@@ -71,7 +71,7 @@ def weigh_backward(
         queries, queries_across, onward, onward_across, sum_query = rows
         weights = scores.exponential(queries, keys)
         sum_value += plain_products(onward_across, weights)
-        weights *= plain_products(onward, values)
+        weights *= plain_products(onward, values.mT)
         sum_query += plain_products(weights, upright)
         sum_key += plain_products(queries_across, weights)
         del weights
@@ -98,18 +98,18 @@ class _Scores:
         self.queries = shifted(stretched, norm * (-self.stretch / self.scale))
         self.keys = with_ones(key)
         self.shape = (len(query), sum(tile.shape[1] for tile in self.queries))
-        largest = max(tile.shape[1] for tile in self.queries), max(t.shape[2] for t in self.keys)
+        largest = max(tile.shape[1] for tile in self.queries), max(t.shape[1] for t in self.keys)
         self.room = query.new_empty(len(query) * math.prod(largest) if self.factor != 1 else 0)
 
     def exponential(
-        self, queries: Float[Tensor, "G n C"], keys: Float[Tensor, "G C s"]
+        self, queries: Float[Tensor, "G n C"], keys: Float[Tensor, "G s C"]
     ) -> Float[Tensor, "G n s"]:
         """``exp(score - norm)`` of a tile."""
         if self.factor == 1:
-            return plain_products(queries, keys).exp2_()
-        shape = (*queries.shape[:2], keys.shape[2])
+            return plain_products(queries, keys.mT).exp2_()
+        shape = (*queries.shape[:2], keys.shape[1])
         scores = self.room[: math.prod(shape)].view(shape)
-        torch.baddbmm(scores, queries, keys, beta=0, alpha=self.factor, out=scores)
+        torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=self.factor, out=scores)
         return scores.exp2_()
 
 
@@ -181,7 +181,7 @@ def split(x: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "... C"]
     return torch.stack(parts, -1)
 
 
-def with_ones(x: Float[Tensor, "G S E"]) -> list[Float[Tensor, "G C _"]]:
-    """Tiles of ``x``, across, with what takes up the columns of ``shifted``."""
-    count = columns(x.dtype)
-    return [torch.cat([t.mT, t.new_ones(len(t), count, t.shape[1])], 1) for t in evenly(x)]
+def with_ones(x: Float[Tensor, "G S E"]) -> list[Float[Tensor, "G _ C"]]:
+    """Tiles of ``x`` with what takes up the columns of ``shifted``."""
+    ones = x.new_ones(*x.shape[:2], columns(x.dtype))
+    return tiles(torch.cat([x, ones], 2))
