@@ -121,16 +121,27 @@ def test_a_part_must_not_scale_the_loss_of_the_head():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 4, 10])
-def test_a_product_is_added_block_by_block(dtype, rows, monkeypatch):
+@pytest.mark.parametrize("width", [3, 12])  # less and more than rows
+def test_a_product_is_added_block_by_block(dtype, rows, width, monkeypatch):
+    monkeypatch.setattr(onednn, "FEW", 1)
     monkeypatch.setattr(onednn, "BLOCK_ROWS", 4)
     monkeypatch.setattr(onednn, "BLOCK_ELEMENTS", 1)
-    a, b = torch.randn(6, rows).to(dtype).T, torch.randn(6, 3).to(dtype)
-    before = torch.randn(rows, 3)
+    a, b = torch.randn(6, rows).to(dtype).T, torch.randn(6, width).to(dtype)
+    before = torch.randn(rows, width)
     total = before.clone()
     add_product(total, a, b)
     wanted = before.double() + a.double() @ b.double()
     near = 1e-5 if dtype == torch.float32 else 2e-2
     assert (total - wanted).norm() < near * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parts_without_rows_add_nothing(dtype):
+    weight = torch.randn(64, 48, dtype=dtype, requires_grad=True)
+    x = torch.zeros(0, 48, dtype=dtype, requires_grad=True)
+    total = held_sum([lambda shared: product(shared[0], weight).sum()] * 2, (x,), [weight])
+    (found,) = torch.autograd.grad(total, weight)
+    assert found.shape == weight.shape and not found.any()
 
 
 @pytest.mark.parametrize("frozen", ["gate_proj", "up_proj", "down_proj"])

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from peagle.model import products
-from peagle.model.onednn import FEW, dense, outer_product, plain_product, plain_products
+from peagle.model.held import at_least_float
+from peagle.model.onednn import FEW, add_product, dense, plain_product, plain_products
 from peagle.model.products import Linear, product, speed_up
 
 
@@ -33,11 +34,14 @@ def test_a_transposed_weight_needs_no_copy():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("out", "inside"), [(200, 40), (40, 200), (5, 300), (300, 5)])
-def test_a_product_over_rows_is_the_same_whichever_side_is_wider(out, inside, dtype):
-    a, b = torch.randn(70, out).to(dtype).T, torch.randn(70, inside).to(dtype)
+@pytest.mark.parametrize("rows", [0, 1, 70])
+def test_a_gradient_is_added_whichever_side_is_wider(rows, out, inside, dtype):
+    a, b = torch.randn(rows, out).to(dtype).T, torch.randn(rows, inside).to(dtype)
     near = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    wanted = a.double() @ b.double()
-    assert (outer_product(a, b) - wanted).norm() < near * wanted.norm()
+    total = torch.randn(out, inside).to(at_least_float(dtype))
+    wanted = total.double() + a.double() @ b.double()
+    add_product(total, a, b)
+    assert (total - wanted).norm() < near * wanted.norm()
 
 
 @pytest.mark.parametrize("heads", [1, 3])

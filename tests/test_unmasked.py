@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peagle.cod.rollouts import Cod, Rows, sample_rows
-from peagle.model import attention_plan, flash, kernel, seen, unmasked
+from peagle.model import attention_plan, flash, kernel, onednn, seen, unmasked
 from peagle.model.attention_plan import places
 from peagle.model.flash import flash_causal_attention, flash_rollout_attention, merge
 
@@ -35,6 +35,7 @@ def no_tiles(monkeypatch):
     monkeypatch.setattr(kernel, "BF16", True)
     monkeypatch.setattr(kernel, "FAST", True)
     monkeypatch.setattr(kernel, "MATRIX_TILES", False)
+    monkeypatch.setattr(onednn, "FEW", 1)  # heads are narrow here
 
 
 @pytest.fixture

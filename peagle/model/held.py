@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from peagle.model.onednn import add_product, outer_product
+from peagle.model.onednn import add_product, plain_product
 
 
 def held_sum(
@@ -121,6 +121,6 @@ def gradient(
     """What a backward pass returns for a weight whose gradient is ``a @ b``: nothing once it has
     been added to what is held."""
     if held is None:
-        return outer_product(a, b)
+        return plain_product(a, b.T)
     add_product(held.grad, a, b)
     return None

@@ -70,9 +70,12 @@ def of_all(mask: Tensor | None, query: Float[Tensor, "R G T E"]) -> Tensor | Non
 
 
 def by_products(query: Float[Tensor, "..."]) -> bool:
-    """Whether products (``unmasked.py``) are faster than the kernel where nothing is masked."""
-    suits = {torch.bfloat16: BF16, torch.float32: FAST}
-    return suits.get(query.dtype, False) and not MATRIX_TILES
+    """Whether products (``unmasked.py``) are faster than the kernel where nothing is masked.
+
+    Only Intel's processors have tiles, and there MKL, which the kernel calls, has full speed.
+    """
+    faster = {torch.bfloat16: BF16, torch.float32: FAST}
+    return faster.get(query.dtype, False) and not MATRIX_TILES
 
 
 def fast_dtype(dtype: torch.dtype, longest: int) -> torch.dtype:

@@ -33,20 +33,21 @@ BLOCK_ROWS = 1024
 BLOCK_ELEMENTS = 2**20
 
 
-def suits(x: Float[Tensor, "..."], weight: Float[Tensor, "..."]) -> bool:
+def suits(x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"]) -> bool:
     exact = x.dtype == weight.dtype == torch.float32
-    return FAST and exact and x.device.type == "cpu" and len(x) >= FEW
+    enough = len(x) >= FEW and x.shape[1] > 0  # it has no code for sums of nothing
+    return FAST and exact and enough and x.device.type == "cpu"
 
 
 def plain_product(x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "T O"]:
-    """``x @ weight.T``."""
+    """``x @ weight.T``, without gradients."""
     if suits(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, dense(weight), None, "none", [], "")
     return x @ weight.T
 
 
 def plain_products(a: Float[Tensor, "G M K"], b: Float[Tensor, "G K N"]) -> Float[Tensor, "G M N"]:
-    """``a @ b``; of a single head by ``plain_product``."""
+    """``a @ b``; of a single head by ``plain_product``, which has no form for several."""
     return plain_product(a[0], b[0].T)[None] if len(a) == 1 else a @ b
 
 
@@ -55,26 +56,21 @@ def dense(weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
     return weight.contiguous() if weight.stride(-1) == 1 else weight.T.contiguous().T
 
 
-def outer_product(a: Float[Tensor, "O N"], b: Float[Tensor, "N I"]) -> Float[Tensor, "O I"]:
-    """``a @ b``, which sums over rows: a weight's gradient.
-
-    oneDNN copies both, and the second operand in parallel: that should be the wider one.
-    """
-    if len(a) > b.shape[1] and suits(b.T, a):
-        return plain_product(b.T, a).T
-    return plain_product(a, b.T)
-
-
 def add_product(
     total: Float[Tensor, "O I"], a: Float[Tensor, "O N"], b: Float[Tensor, "N I"]
 ) -> None:
-    """``total += a @ b``, summed in the precision of ``total``."""
+    """``total += a @ b``, a weight's gradient, summed in the precision of ``total``.
+
+    oneDNN lays out both factors anew, but only its weight in parallel: that is the wider one.
+    """
     if total.is_cuda and a.dtype != total.dtype:
         # Its library adds to float32 what it multiplied in bf16.
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    elif a.dtype == total.dtype and not suits(a, b):
+        return
+    wide = len(a) > b.shape[1] and suits(b.T, a)
+    if a.dtype == total.dtype and not (wide or suits(a, b.T)):
         total.addmm_(a, b)
-    else:
-        rows = max(BLOCK_ROWS, BLOCK_ELEMENTS // total.shape[1])
-        for into, some in zip(total.split(rows), a.split(rows), strict=True):
-            into += outer_product(some, b)
+        return
+    rows = max(BLOCK_ROWS, BLOCK_ELEMENTS // total.shape[1])
+    for into, some in zip(total.split(rows), a.split(rows), strict=True):
+        into += plain_product(b.T, some).T if wide else plain_product(some, b.T)

@@ -21,7 +21,9 @@ from torch.nn import functional as F
 from peagle.model.held import at_least_float
 from peagle.model.onednn import plain_products
 
-TILE = 1280  # rows and slots, at most, whose weights exist at a time: whole units
+# Rows and slots, at most, whose weights exist at a time: whole units. In float32 of one key/value
+# head, else of all.
+TILE = 1280
 UNIT = 128  # tiles are multiples of it: oneDNN makes code for each size, and keeps that of few
 
 
