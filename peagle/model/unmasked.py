@@ -47,7 +47,7 @@ def weigh(
         weights = scores.exponential(queries, keys)
         sums += plain_products(weights, values)
         counts += weights.sum(-1)
-        del weights  # so that the next are given the same memory
+        del weights  # in float32, so that the next are given the same memory
     return unstacked(total, query), unstacked(weight, query)
 
 
@@ -93,7 +93,8 @@ class _Scores:
     ):
         self.scale = query.shape[2] ** -0.5
         binary = self.scale / math.log(2)
-        # Queries in bf16 would be rounded again: the product is stretched then.
+        # Queries are stretched before the product; in bf16, where that would round them again, what
+        # they are multiplied to is.
         self.stretch = 1.0 if query.dtype == torch.bfloat16 else binary
         self.factor = binary / self.stretch
         stretched = query if self.stretch == 1 else query * self.stretch
