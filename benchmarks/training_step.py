@@ -1,18 +1,23 @@
 """Speed and memory of training steps over lengths, depths, segments and precisions.
 
-    python benchmarks/training_step.py --n 2048 4096 --segments 1 16 --dtype fp32 bf16
+    python benchmarks/training_step.py --n 4096 --segments 1 16 --dtype fp32 bf16 --turns 6
 
 ``limit_share`` is the share of what the machine could do at best: the operations that the step
 cannot do without (``shapes.py``) at the rate of a large matrix product measured in the same run.
 Where several ``--n`` are given, a second table says how the time per token grows from the shortest
-on, beside how its operations do (they grow by those of attention).
+on, beside how its operations do (they grow by those of attention). Where several ``--segments``
+are, one says what more of them cost, turn by turn: a shared machine changes between turns, and a
+ratio within one is of the same minute.
 """
 
 import argparse
 import json
+from collections import defaultdict
 from dataclasses import asdict
 from itertools import product
 from math import ceil
+from statistics import median
+from typing import NamedTuple
 
 import torch
 from measure import STORED, matrix_rate
@@ -29,26 +34,43 @@ def main() -> None:
     parser.add_argument("--segments", type=int, nargs="+", default=[8])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--steps", type=int, default=2, help="the fastest counts")
+    parser.add_argument("--steps", type=int, default=2, help="per turn; the fastest counts")
+    parser.add_argument("--turns", type=int, default=1, help="all that is asked for, again")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    facts = {"shape": args.shape, "steps": args.steps, "machine": machine()}
+    facts = {"shape": args.shape, "steps": args.steps, "turns": args.turns, "machine": machine()}
     dtypes = [DTYPES[name] for name in args.dtype]
     rates: dict[str, float] = {}
-    steps = []
-    for dtype, n, depths, segments in product(dtypes, args.n, args.depths, args.segments):
-        # Again and again: a shared machine may have half its rate for a while.
-        rates[dtype] = max(rates.get(dtype, 0.0), rate(dtype, torch.device(args.device)))
-        whole = Shape(**{**SHAPES[args.shape], "n": n, "depths": depths, "dtype": dtype})
-        steps.append((whole, measured(whole, segments, args)))
-        print(json.dumps(steps[-1][1]), flush=True)
-    rows = [row_of(whole, result, rates[whole.dtype]) for whole, result in steps]
+    found: dict[Step, list[dict]] = defaultdict(list)
+    steps = [Step(*each) for each in product(dtypes, args.n, args.depths, args.segments)]
+    for turn in range(args.turns):
+        for step in steps if turn % 2 == 0 else reversed(steps):
+            # Again and again: a shared machine may have half its rate for a while.
+            now = rate(step.dtype, torch.device(args.device))
+            rates[step.dtype] = max(rates.get(step.dtype, 0.0), now)
+            found[step].append(measured(step, args))
+            print(json.dumps({**step._asdict(), **found[step][-1]}), flush=True)
+    rows = [row_of(step.shape(args.shape), found[step], rates[step.dtype]) for step in steps]
     print(table(rows))
     if len(set(args.n)) > 1:
         print(table([growth(row, rows) for row in rows]))
+    if len(set(args.segments)) > 1:
+        print(table([segment_cost(step, found) for step in steps]))
     keys = ("dtype", "n", "depths", "segments")
     path = save(f"training_step_{args.device}", rows, keys=keys, **facts)
     print(f"written to {path}")
+
+
+class Step(NamedTuple):
+    """What is asked for."""
+
+    dtype: str
+    n: int
+    depths: int
+    segments: int
+
+    def shape(self, name: str) -> Shape:
+        return Shape(**{**SHAPES[name], "n": self.n, "depths": self.depths, "dtype": self.dtype})
 
 
 def rate(dtype: str, device: torch.device) -> float:
@@ -56,15 +78,17 @@ def rate(dtype: str, device: torch.device) -> float:
     return matrix_rate(STORED[dtype], device, product=plain_product)
 
 
-def measured(whole: Shape, segments: int, args: argparse.Namespace) -> dict:
-    expected = whole.n + whole.deeper_rows
+def measured(step: Step, args: argparse.Namespace) -> dict:
+    shape = step.shape(args.shape)
     # One rollout more than the share: the cut is made between anchors.
-    limit = ceil(expected / segments) + whole.depths
+    limit = ceil((shape.n + shape.deeper_rows) / step.segments) + shape.depths
     options = ("--max_rows", str(limit), "--steps", str(args.steps), "--device", args.device)
-    return run_step("peagle_step.py", asdict(whole), *options)
+    return run_step("peagle_step.py", asdict(shape), *options)
 
 
-def row_of(whole: Shape, result: dict, rate: float) -> dict:
+def row_of(whole: Shape, results: list[dict], rate: float) -> dict:
+    result = min(results, key=lambda each: each["seconds"])
+    peak = max(each["peak_gb"] for each in results)
     least = sum(whole.operations().values()) / rate
     return {
         "n": whole.n,
@@ -76,7 +100,7 @@ def row_of(whole: Shape, result: dict, rate: float) -> dict:
         "tokens_per_second": whole.n / result["seconds"],
         "limit_share": least / result["seconds"],
         "matrix_gflops": rate / 1e9,
-        "peak_memory_gb": result["peak_gb"],
+        "peak_memory_gb": peak,
         "gradient_norm": result["gradient_norm"],
     }
 
@@ -90,6 +114,21 @@ def growth(row: dict, rows: list[dict]) -> dict:
     time, operations = (row[column] / shortest[column] for column in columns)
     facts = {key: row[key] for key in ("dtype", "depths", "segments", "n")}
     return {**facts, "time_per_token": time, "operations_per_token": operations}
+
+
+def segment_cost(step: Step, found: dict[Step, list[dict]]) -> dict:
+    """Time against the fewest segments of an otherwise equal step: within each turn, and of the
+    fastest."""
+    fewest = min((other for other in found if other[:3] == step[:3]), key=lambda s: s.segments)
+    times, least = ([result["seconds"] for result in found[s]] for s in (step, fewest))
+    ratios = sorted(a / b for a, b in zip(times, least, strict=True))
+    return {
+        **step._asdict(),
+        "time_by_turn": median(ratios),
+        "lowest": ratios[0],
+        "highest": ratios[-1],
+        "of_fastest": min(times) / min(least),
+    }
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def no_tiles(monkeypatch):
     """A CPU with bf16 and oneDNN, without tiles for matrix products: with them its kernel does all
     of it."""
     monkeypatch.setattr(kernel, "BF16", True)
-    monkeypatch.setattr(kernel, "FAST", True)
+    monkeypatch.setattr(kernel, "SLOW_MKL", True)
     monkeypatch.setattr(kernel, "MATRIX_TILES", False)
     monkeypatch.setattr(onednn, "FEW", 1)  # heads are narrow here
 
@@ -174,7 +174,7 @@ def test_rollout_attention_is_that_of_float64(dtype, calls):
 @PRECISIONS
 def test_where_the_kernel_is_as_fast_it_does_all(dtype, calls, monkeypatch):
     monkeypatch.setattr(kernel, "BF16", False)
-    monkeypatch.setattr(kernel, "FAST", False)
+    monkeypatch.setattr(kernel, "SLOW_MKL", False)
     inputs = [random_heads(60, heads, 16, seed=heads, dtype=dtype) for heads in (4, 2, 2)]
     flash_causal_attention(*inputs, document_lengths=[60])
     assert calls == {"attend": 1}

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peagle.model.onednn import FAST
+from peagle.model.onednn import SLOW_MKL
 from peagle.model.unmasked import precise, stacked, unstacked
 
 LONG = 1024  # slots from which on bf16 is faster, for a CPU with bf16 but without matrix tiles
@@ -72,9 +72,9 @@ def of_all(mask: Tensor | None, query: Float[Tensor, "R G T E"]) -> Tensor | Non
 def by_products(query: Float[Tensor, "..."]) -> bool:
     """Whether products (``unmasked.py``) are faster than the kernel where nothing is masked.
 
-    Only Intel's processors have tiles, and there MKL, which the kernel calls, has full speed.
+    The kernel calls MKL, and takes matrix tiles for bf16 where there are any.
     """
-    faster = {torch.bfloat16: BF16, torch.float32: FAST}
+    faster = {torch.bfloat16: BF16, torch.float32: SLOW_MKL}
     return faster.get(query.dtype, False) and not MATRIX_TILES
 
 

@@ -1,8 +1,8 @@
 """Matrix products without gradients; of float32 on the CPU by the faster of torch's two libraries.
 
-torch gives float32 products to MKL, which on other makers' processors does without half of what
-they can. oneDNN, which torch has for bf16, does not: LOG.md has the rates. Both compute in
-float32 and differ in rounding only.
+torch gives float32 products to MKL, which on AMD's processors does without units of 512 bits.
+oneDNN, which torch has for bf16, does not: LOG.md has the rates. Both compute in float32 and differ
+in rounding only.
 
 oneDNN and its wrapper keep the code that they made for the last 1,024 shapes each. Every step has
 numbers of rows of its own, so that most of it is never used again: on the quickstart it grew to a
@@ -10,6 +10,8 @@ gigabyte. Both read their limits from the environment when they are first used.
 """
 
 import os
+import re
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -27,6 +29,18 @@ os.environ.update(CACHE_LIMITS)
 ROW_UNIT = 64  # rows come in multiples of it where they can be chosen, so that kinds are few
 FEW = 32  # rows below which laying out the weight costs oneDNN more than it gains
 FAST = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()
+
+
+def units_of_512_bits(cpuinfo: str) -> bool:
+    """Whether Linux describes a processor of AMD's with such units: from family 26 (Zen 5) on."""
+    family = re.search(r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: (\d+)$", cpuinfo, re.MULTILINE)
+    return family is not None and int(family[1]) >= 26
+
+
+CPUINFO = Path("/proc/cpuinfo")
+# MKL has half the rate of oneDNN there. Elsewhere it is as fast in a weight's gradient, which it
+# adds up as it goes, and so is the attention kernel that calls it.
+SLOW_MKL = FAST and CPUINFO.exists() and units_of_512_bits(CPUINFO.read_text())
 
 # Of a product that is made before it is added, this much exists at a time: whichever is more.
 BLOCK_ROWS = 1024
@@ -68,7 +82,7 @@ def add_product(
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         return
     wide = len(a) > b.shape[1] and suits(b.T, a)
-    if a.dtype == total.dtype and not (wide or suits(a, b.T)):
+    if a.dtype == total.dtype and not (SLOW_MKL and (wide or suits(a, b.T))):
         total.addmm_(a, b)
         return
     rows = max(BLOCK_ROWS, BLOCK_ELEMENTS // total.shape[1])

@@ -63,23 +63,23 @@ def weigh_backward(
     ``grad`` is ``shift``, are of all that they see."""
     scores, width = _Scores(stacked(query), key[0], stacked(norm)), query.shape[3]
     slope = shifted(stacked(grad), -stacked(shift))
-    for_query = query.new_zeros(*scores.shape, width, dtype=precise(query))
-    for_key, for_value = for_query.new_zeros(2, key.shape[1], width, key.shape[2])
-    by_slots = [scores.keys, tiles(key[0]), with_ones(value[0])]
-    by_slots += [evenly(x, dim=2) for x in (for_key, for_value)]
-    by_rows = [scores.queries, across(scores.queries, width), slope, across(slope, width)]
-    for tile in each(by_slots, [*by_rows, evenly(for_query)]):
-        keys, upright, values, sum_key, sum_value, *rows = tile
-        queries, queries_across, onward, onward_across, sum_query = rows
-        weights = scores.exponential(queries, keys)
-        sum_value += plain_products(onward_across, weights)
-        weights *= plain_products(onward, values.mT)
-        sum_query += plain_products(weights, upright)
-        sum_key += plain_products(queries_across, weights)
+    for_key, for_value = query.new_zeros(2, *key.shape[1:], dtype=precise(query))
+    for_query = for_key.new_zeros(len(for_key), width, scores.shape[1])
+    by_slots = [scores.keys, across(key[0]), with_ones(value[0])]
+    by_slots += [evenly(for_key), evenly(for_value)]
+    by_rows = [scores.queries, narrow(scores.queries, width), slope, narrow(slope, width)]
+    for tile in each(by_slots, [*by_rows, evenly(for_query, dim=2)]):
+        keys, keys_across, values, sum_key, sum_value, *rows = tile
+        queries, narrow_queries, onward, narrow_onward, sum_query = rows
+        weights = scores.exponential(keys, queries)
+        sum_value += plain_products(weights, narrow_onward)
+        weights *= plain_products(values, onward.mT)
+        sum_key += plain_products(weights, narrow_queries)
+        sum_query += plain_products(keys_across, weights)
         del weights
     for_query *= scores.scale
     for_key *= scores.scale / scores.stretch
-    return unstacked(for_query, query), for_key.mT[None], for_value.mT[None]
+    return unstacked(for_query.mT, query), for_key[None], for_value[None]
 
 
 class _Scores:
@@ -105,14 +105,14 @@ class _Scores:
         self.room = query.new_empty(len(query) * math.prod(largest) if self.factor != 1 else 0)
 
     def exponential(
-        self, queries: Float[Tensor, "G n C"], keys: Float[Tensor, "G s C"]
-    ) -> Float[Tensor, "G n s"]:
-        """``exp(score - norm)`` of a tile."""
+        self, a: Float[Tensor, "G a C"], b: Float[Tensor, "G b C"]
+    ) -> Float[Tensor, "G a b"]:
+        """``exp(score - norm)`` of a tile: queries and keys, or keys and queries."""
         if self.factor == 1:
-            return plain_products(queries, keys.mT).exp2_()
-        shape = (*queries.shape[:2], keys.shape[1])
+            return plain_products(a, b.mT).exp2_()
+        shape = (*a.shape[:2], b.shape[1])
         scores = self.room[: math.prod(shape)].view(shape)
-        torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=self.factor, out=scores)
+        torch.baddbmm(scores, a, b.mT, beta=0, alpha=self.factor, out=scores)
         return scores.exp2_()
 
 
@@ -133,9 +133,14 @@ def tiles(x: Float[Tensor, "G N E"]) -> list[Float[Tensor, "G _ E"]]:
     return [tile.contiguous() for tile in evenly(x)]
 
 
-def across(found: list[Float[Tensor, "G _ C"]], width: int) -> list[Float[Tensor, "G E _"]]:
-    """The first ``width`` columns as rows: the products want what they sum over side by side."""
-    return [tile[..., :width].mT.contiguous() for tile in found]
+def across(x: Float[Tensor, "G N E"]) -> list[Float[Tensor, "G E _"]]:
+    """Columns as rows."""
+    return [tile.mT.contiguous() for tile in evenly(x)]
+
+
+def narrow(found: list[Float[Tensor, "G _ C"]], width: int) -> list[Float[Tensor, "G _ E"]]:
+    """Without the columns of ``shifted``."""
+    return [tile[..., :width].contiguous() for tile in found]
 
 
 def evenly(x: Float[Tensor, "..."], dim: int = 1) -> tuple[Float[Tensor, "..."], ...]:
