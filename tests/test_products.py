@@ -5,9 +5,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peagle.model import products
-from peagle.model.held import at_least_float
-from peagle.model.onednn import FEW, add_product, dense, plain_product, plain_products
+from peagle.model import onednn, products
+from peagle.model.held import at_least_float, gradient
+from peagle.model.onednn import (
+    FEW,
+    add_product,
+    dense,
+    plain_product,
+    plain_products,
+    units_of_512_bits,
+)
 from peagle.model.products import Linear, product, speed_up
 
 
@@ -35,13 +42,36 @@ def test_a_transposed_weight_needs_no_copy():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("out", "inside"), [(200, 40), (40, 200), (5, 300), (300, 5)])
 @pytest.mark.parametrize("rows", [0, 1, 70])
-def test_a_gradient_is_added_whichever_side_is_wider(rows, out, inside, dtype):
+@pytest.mark.parametrize("slow_mkl", [False, True])
+def test_a_gradient_is_added_whichever_side_is_wider(
+    slow_mkl, rows, out, inside, dtype, monkeypatch
+):
+    monkeypatch.setattr(onednn, "SLOW_MKL", slow_mkl)
     a, b = torch.randn(rows, out).to(dtype).T, torch.randn(rows, inside).to(dtype)
     near = 2e-2 if dtype == torch.bfloat16 else 1e-5
     total = torch.randn(out, inside).to(at_least_float(dtype))
     wanted = total.double() + a.double() @ b.double()
     add_product(total, a, b)
     assert (total - wanted).norm() < near * wanted.norm()
+    alone = gradient(None, a, b)
+    assert alone.dtype == a.dtype and alone.is_contiguous()
+    assert torch.allclose(alone.double(), a.double() @ b.double(), rtol=near, atol=near * rows)
+
+
+def test_processors_with_units_of_512_bits_are_known_by_maker_and_family():
+    def described(vendor: str, family: int) -> str:
+        lines = (
+            "processor\t: 0",
+            f"vendor_id\t: {vendor}",
+            f"cpu family\t: {family}",
+            "model\t: 2",
+        )
+        return "\n".join(lines) + "\n\n"
+
+    assert not units_of_512_bits(described("AuthenticAMD", 25))  # Zen 4 takes two of 256
+    assert units_of_512_bits(2 * described("AuthenticAMD", 26))
+    assert not units_of_512_bits(described("GenuineIntel", 26))
+    assert not units_of_512_bits("Processor\t: AArch64\n")
 
 
 @pytest.mark.parametrize("heads", [1, 3])

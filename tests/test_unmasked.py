@@ -30,8 +30,8 @@ def scores_of(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def no_tiles(monkeypatch):
-    """A CPU with bf16 and oneDNN, without tiles for matrix products: with them its kernel does all
-    of it."""
+    """A CPU with bf16 and a slow MKL, without tiles for matrix products: elsewhere the kernel does
+    it."""
     monkeypatch.setattr(kernel, "BF16", True)
     monkeypatch.setattr(kernel, "SLOW_MKL", True)
     monkeypatch.setattr(kernel, "MATRIX_TILES", False)
