@@ -26,6 +26,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": named.get("model name", platform.processor()),
+        "processor_family": named.get("cpu family"),  # which libraries are used depends on it
         "matrix_tiles": "amx_tile" in named.get("flags", "").split(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(memory / 1e9, 1),

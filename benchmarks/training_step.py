@@ -35,34 +35,23 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--steps", type=int, default=2, help="per turn; the fastest counts")
-    parser.add_argument("--turns", type=int, default=1, help="all that is asked for, again")
+    parser.add_argument("--turns", type=int, default=1, help="how often all of it is measured")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     facts = {"shape": args.shape, "steps": args.steps, "turns": args.turns, "machine": machine()}
-    dtypes = [DTYPES[name] for name in args.dtype]
-    rates: dict[str, float] = {}
-    found: dict[Step, list[dict]] = defaultdict(list)
-    steps = [Step(*each) for each in product(dtypes, args.n, args.depths, args.segments)]
-    for turn in range(args.turns):
-        for step in steps if turn % 2 == 0 else reversed(steps):
-            # Again and again: a shared machine may have half its rate for a while.
-            now = rate(step.dtype, torch.device(args.device))
-            rates[step.dtype] = max(rates.get(step.dtype, 0.0), now)
-            found[step].append(measured(step, args))
-            print(json.dumps({**step._asdict(), **found[step][-1]}), flush=True)
-    rows = [row_of(step.shape(args.shape), found[step], rates[step.dtype]) for step in steps]
-    print(table(rows))
+    rows = measure_all(args)
+    keys = ("dtype", "n", "depths", "segments")
+    path = save(f"training_step_{args.device}", rows, keys=keys, **facts)
+    print(table([without_turns(row) for row in rows]))
     if len(set(args.n)) > 1:
         print(table([growth(row, rows) for row in rows]))
     if len(set(args.segments)) > 1:
-        print(table([segment_cost(step, found) for step in steps]))
-    keys = ("dtype", "n", "depths", "segments")
-    path = save(f"training_step_{args.device}", rows, keys=keys, **facts)
+        print(table([segment_cost(row, rows) for row in rows]))
     print(f"written to {path}")
 
 
 class Step(NamedTuple):
-    """What is asked for."""
+    """What one measurement is of; ``segments`` are asked for, there may be one more or less."""
 
     dtype: str
     n: int
@@ -73,8 +62,26 @@ class Step(NamedTuple):
         return Shape(**{**SHAPES[name], "n": self.n, "depths": self.depths, "dtype": self.dtype})
 
 
+def measure_all(args: argparse.Namespace) -> list[dict]:
+    dtypes = [DTYPES[name] for name in args.dtype]
+    steps = [Step(*each) for each in product(dtypes, args.n, args.depths, args.segments)]
+    steps = list(dict.fromkeys(steps))
+    rates: dict[str, float] = {}
+    found: dict[Step, list[dict]] = defaultdict(list)
+    for turn in range(args.turns):
+        # There and back, so that what a machine does in time falls on each alike.
+        for step in steps if turn % 2 == 0 else reversed(steps):
+            # Again and again: a shared machine may have half its rate for a while.
+            now = rate(step.dtype, torch.device(args.device))
+            rates[step.dtype] = max(rates.get(step.dtype, 0.0), now)
+            found[step].append(measured(step, args))
+            print(json.dumps(found[step][-1]), flush=True)
+    return [row_of(step.shape(args.shape), found[step], rates[step.dtype]) for step in steps]
+
+
 def rate(dtype: str, device: torch.device) -> float:
-    """By the library that the step uses: the other one may be slower, and the share beyond 1."""
+    """By the faster library, which the step uses where it can: by the other one, its share of the
+    rate could be beyond 1."""
     return matrix_rate(STORED[dtype], device, product=plain_product)
 
 
@@ -102,7 +109,12 @@ def row_of(whole: Shape, results: list[dict], rate: float) -> dict:
         "matrix_gflops": rate / 1e9,
         "peak_memory_gb": peak,
         "gradient_norm": result["gradient_norm"],
+        "seconds_by_turn": [each["seconds"] for each in results],
     }
+
+
+def without_turns(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key != "seconds_by_turn"}
 
 
 def growth(row: dict, rows: list[dict]) -> dict:
@@ -116,14 +128,16 @@ def growth(row: dict, rows: list[dict]) -> dict:
     return {**facts, "time_per_token": time, "operations_per_token": operations}
 
 
-def segment_cost(step: Step, found: dict[Step, list[dict]]) -> dict:
+def segment_cost(row: dict, rows: list[dict]) -> dict:
     """Time against the fewest segments of an otherwise equal step: within each turn, and of the
     fastest."""
-    fewest = min((other for other in found if other[:3] == step[:3]), key=lambda s: s.segments)
-    times, least = ([result["seconds"] for result in found[s]] for s in (step, fewest))
+    same = ("dtype", "n", "depths")
+    alike = [other for other in rows if all(other[key] == row[key] for key in same)]
+    fewest = min(alike, key=lambda other: other["segments"])
+    times, least = (each["seconds_by_turn"] for each in (row, fewest))
     ratios = sorted(a / b for a, b in zip(times, least, strict=True))
     return {
-        **step._asdict(),
+        **{key: row[key] for key in (*same, "segments")},
         "time_by_turn": median(ratios),
         "lowest": ratios[0],
         "highest": ratios[-1],

@@ -13,7 +13,7 @@ from peagle.model.onednn import (
     dense,
     plain_product,
     plain_products,
-    units_of_512_bits,
+    wide_amd,
 )
 from peagle.model.products import Linear, product, speed_up
 
@@ -58,7 +58,7 @@ def test_a_gradient_is_added_whichever_side_is_wider(
     assert torch.allclose(alone.double(), a.double() @ b.double(), rtol=near, atol=near * rows)
 
 
-def test_processors_with_units_of_512_bits_are_known_by_maker_and_family():
+def test_amds_processors_with_wide_units_are_known_by_their_family():
     def described(vendor: str, family: int) -> str:
         lines = (
             "processor\t: 0",
@@ -68,10 +68,21 @@ def test_processors_with_units_of_512_bits_are_known_by_maker_and_family():
         )
         return "\n".join(lines) + "\n\n"
 
-    assert not units_of_512_bits(described("AuthenticAMD", 25))  # Zen 4 takes two of 256
-    assert units_of_512_bits(2 * described("AuthenticAMD", 26))
-    assert not units_of_512_bits(described("GenuineIntel", 26))
-    assert not units_of_512_bits("Processor\t: AArch64\n")
+    assert not wide_amd(described("AuthenticAMD", 25))  # Zen 4 takes two of 256
+    assert wide_amd(2 * described("AuthenticAMD", 26))
+    assert not wide_amd(described("GenuineIntel", 26))
+    assert not wide_amd("Processor\t: AArch64\n")
+
+
+@pytest.mark.parametrize("slow_mkl", [False, True])
+@pytest.mark.parametrize("rows", [0, FEW])
+def test_mkl_adds_gradients_of_float32_unless_it_is_slow(slow_mkl, rows, monkeypatch):
+    monkeypatch.setattr(onednn, "FAST", True)
+    monkeypatch.setattr(onednn, "SLOW_MKL", slow_mkl)
+    calls = []
+    monkeypatch.setattr(onednn, "plain_product", lambda x, w: calls.append(x) or x @ w.T)
+    add_product(torch.zeros(FEW, 48), torch.randn(FEW, rows), torch.randn(rows, 48))
+    assert len(calls) == (slow_mkl and rows > 0)
 
 
 @pytest.mark.parametrize("heads", [1, 3])

@@ -175,6 +175,11 @@ def test_rollout_attention_is_that_of_float64(dtype, calls):
 def test_where_the_kernel_is_as_fast_it_does_all(dtype, calls, monkeypatch):
     monkeypatch.setattr(kernel, "BF16", False)
     monkeypatch.setattr(kernel, "SLOW_MKL", False)
+    rows = rollout_rows()
+    attend = partial(flash_rollout_attention, plan=attention_plan.plan_flash(rows, DOCUMENT))
+    assert max(both(attend, rollout_inputs(rows), dtype)) < NEAR[dtype]
+    assert calls["attend"] > 4 and not calls["weigh"] and not calls["weigh_backward"]
+    calls.clear()
     inputs = [random_heads(60, heads, 16, seed=heads, dtype=dtype) for heads in (4, 2, 2)]
     flash_causal_attention(*inputs, document_lengths=[60])
     assert calls == {"attend": 1}
@@ -242,7 +247,14 @@ def test_only_bf16_is_attended_to_in_half_precision():
     assert found == {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
 
 
-def test_no_rows_weigh_nothing():
-    query, key, value = (random_heads(1, 3, count, 16, seed=count) for count in (0, 5, 5))
-    gained, weight = unmasked.weigh(query, key, value, torch.zeros(1, 3, 0))
+@PRECISIONS
+def test_no_rows_weigh_nothing(dtype):
+    query, key, value = (
+        random_heads(1, 3, count, 16, seed=count, dtype=dtype) for count in (0, 40, 40)
+    )
+    none = torch.zeros(1, 3, 0)
+    gained, weight = unmasked.weigh(query, key, value, none)
     assert gained.shape == (1, 3, 0, 16) and weight.shape == (1, 3, 0)
+    found = unmasked.weigh_backward(query, query, key, value, none, none)
+    assert [x.shape for x in found] == [query.shape, key.shape, value.shape]
+    assert not any(x.any() for x in found)

@@ -120,9 +120,6 @@ def gradient(
 ) -> Float[Tensor, "O I"] | None:
     """What a backward pass returns for a weight whose gradient is ``a @ b``: nothing once it has
     been added to what is held."""
-    if held is None:
-        found = a.new_zeros(len(a), b.shape[1])
-        add_product(found, a, b)
-        return found
-    add_product(held.grad, a, b)
-    return None
+    total = a.new_zeros(len(a), b.shape[1]) if held is None else held.grad
+    add_product(total, a, b)
+    return total if held is None else None

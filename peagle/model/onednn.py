@@ -1,8 +1,8 @@
 """Matrix products without gradients; of float32 on the CPU by the faster of torch's two libraries.
 
-torch gives float32 products to MKL, which on AMD's processors does without units of 512 bits.
-oneDNN, which torch has for bf16, does not: LOG.md has the rates. Both compute in float32 and differ
-in rounding only.
+torch gives float32 products to MKL, which on AMD's processors does without AVX-512. oneDNN, which
+torch has for bf16, does not: somewhat faster on most, twice as fast on those whose units are 512
+bits wide (LOG.md has the rates). Both compute in float32 and differ in rounding only.
 
 oneDNN and its wrapper keep the code that they made for the last 1,024 shapes each. Every step has
 numbers of rows of its own, so that most of it is never used again: on the quickstart it grew to a
@@ -31,16 +31,17 @@ FEW = 32  # rows below which laying out the weight costs oneDNN more than it gai
 FAST = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()
 
 
-def units_of_512_bits(cpuinfo: str) -> bool:
-    """Whether Linux describes a processor of AMD's with such units: from family 26 (Zen 5) on."""
+def wide_amd(cpuinfo: str) -> bool:
+    """Whether Linux describes a processor of AMD's with units of 512 bits: from family 26 (Zen 5)
+    on, but for some of laptops."""
     family = re.search(r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: (\d+)$", cpuinfo, re.MULTILINE)
     return family is not None and int(family[1]) >= 26
 
 
 CPUINFO = Path("/proc/cpuinfo")
-# MKL has half the rate of oneDNN there. Elsewhere it is as fast in a weight's gradient, which it
-# adds up as it goes, and so is the attention kernel that calls it.
-SLOW_MKL = FAST and CPUINFO.exists() and units_of_512_bits(CPUINFO.read_text())
+# Whether MKL is to be avoided altogether. On family 25 (Zen 4) it is as fast in the gradient of a
+# weight, which it adds up as it goes, and the attention kernel that calls it is the faster one.
+SLOW_MKL = FAST and CPUINFO.exists() and wide_amd(CPUINFO.read_text())
 
 # Of a product that is made before it is added, this much exists at a time: whichever is more.
 BLOCK_ROWS = 1024
@@ -75,7 +76,8 @@ def add_product(
 ) -> None:
     """``total += a @ b``, a weight's gradient, summed in the precision of ``total``.
 
-    oneDNN lays out both factors anew, but only its weight in parallel: that is the wider one.
+    MKL adds as it goes, unless it is slow. oneDNN lays out both factors anew, but only its weight
+    in parallel: that is the wider one.
     """
     if total.is_cuda and a.dtype != total.dtype:
         # Its library adds to float32 what it multiplied in bf16.
