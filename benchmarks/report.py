@@ -38,16 +38,22 @@ def machine() -> dict[str, Any]:
 
 
 def save(name: str, rows: list[dict[str, Any]], *, keys: tuple[str, ...], **facts: Any) -> Path:
-    """Write ``benchmarks/results/NAME.json``; rows of earlier calls stay unless measured again.
+    """Write ``benchmarks/results/NAME.json``; rows of earlier calls stay unless measured again, on
+    a processor of the same family.
 
     Long measurements can so be split over calls. Every row carries the facts of its call.
     """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    measured = {tuple(row[key] for key in keys) for row in rows}
+
+    def identity(row: dict[str, Any]) -> list[Any]:
+        return [*(row[key] for key in keys), row["machine"].get("processor_family") or ""]
+
+    rows = [{**row, **facts} for row in rows]
+    measured = [identity(row) for row in rows]
     before = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [row for row in before if tuple(row[key] for key in keys) not in measured]
-    found = sorted(kept + [{**row, **facts} for row in rows], key=lambda r: [r[k] for k in keys])
+    kept = [row for row in before if identity(row) not in measured]
+    found = sorted(kept + rows, key=identity)
     path.write_text(json.dumps({"rows": found}, indent=2) + "\n")
     return path
 
