@@ -1,8 +1,9 @@
 """Matrix products without gradients; of float32 on the CPU by the faster of torch's two libraries.
 
 torch gives float32 products to MKL, which on AMD's processors does without AVX-512. oneDNN, which
-torch has for bf16, does not: somewhat faster on most, twice as fast on those whose units are 512
-bits wide (LOG.md has the rates). Both compute in float32 and differ in rounding only.
+torch has for bf16, does not: it is somewhat faster on family 25 (Zen 4), and twice as fast on 26
+(Zen 5), whose units are 512 bits wide; LOG.md has the rates. Both compute in float32 and differ in
+rounding only.
 
 oneDNN and its wrapper keep the code that they made for the last 1,024 shapes each. Every step has
 numbers of rows of its own, so that most of it is never used again: on the quickstart it grew to a
@@ -32,8 +33,8 @@ FAST = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()
 
 
 def wide_amd(cpuinfo: str) -> bool:
-    """Whether Linux describes a processor of AMD's with units of 512 bits: from family 26 (Zen 5)
-    on, but for some of laptops."""
+    """Whether Linux describes a processor of AMD's with units of 512 bits: family 26 (Zen 5) or
+    later."""
     family = re.search(r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: (\d+)$", cpuinfo, re.MULTILINE)
     return family is not None and int(family[1]) >= 26
 
