@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from peagle.model.held import at_least_float, cast, held_of
-from peagle.model.onednn import ROW_UNIT, add_product, plain_product
+from peagle.model.held import at_least_float, factor, held_of
+from peagle.model.onednn import ROW_UNIT, add_product
 from peagle.model.products import compute_dtype
 
 LOSSES = ("kl", "ce", "tv", "lk_hybrid")
@@ -90,7 +90,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, dtype, needed, teacher, position, mix, weights):
         order = torch.argsort(position)
         position, order = position[order], order.to(hidden.device, non_blocking=True)
-        states, head = whole_units(hidden[order].to(dtype)), cast(weight, dtype)
+        states, head = whole_units(hidden[order].to(dtype)), factor(weight, dtype, lasting=True)
         total = states.new_zeros((), dtype=at_least_float(dtype))
         guess = torch.empty_like(order)
         grad_hidden = torch.empty_like(hidden) if needed else None
@@ -104,14 +104,14 @@ class _HeadLoss(torch.autograd.Function):
             count = rows.stop - rows.start
             known, shared = target_at(teacher, position[rows], states)
             target = at_positions(known)
-            logits = plain_product(states[chunk], head)
+            logits = head.product(states[chunk])
             for some in slices(count, cached_rows(logits)):
                 lines = order[rows][some]
                 share = None if weights is None else weights[lines].to(total.dtype)
                 loss, guess[lines] = at_rows(logits[some], target, shared[some], share, mix, needed)
                 total += loss
             if needed:
-                grad_hidden[order[rows]] = plain_product(logits, head.T)[:count].to(hidden.dtype)
+                grad_hidden[order[rows]] = head.product_back(logits)[:count].to(hidden.dtype)
                 add_product(grad_weight, logits.T, states[chunk])
             del logits, known, target  # so that the next are given the same memory
         ctx.mark_non_differentiable(guess)

@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 from peagle.loss import head_loss
 from peagle.model import onednn
 from peagle.model.feed_forward import FeedForward
-from peagle.model.held import cast, held_of, held_sum
+from peagle.model.held import factor, held_of, held_sum
 from peagle.model.onednn import add_product
 from peagle.model.products import product
 
@@ -40,20 +40,21 @@ def test_gradients_by_products_and_by_autograd_come_together():
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_a_weight_is_cast_once_for_all_parts_and_released_after_them():
+def test_a_weight_is_prepared_once_for_all_parts_and_released_after_them():
     weight, vector, parts = weighty(dtype=torch.float32)
-    copies = []
+    factors = []
 
     def noting(part):
         def run(shared):
-            copies.append(cast(weight, torch.bfloat16))
+            factors.append(factor(weight, torch.bfloat16))
             return part(shared)
 
         return run
 
     with torch.autocast("cpu", torch.bfloat16):
         total = held_sum([noting(part) for part in parts], (vector,), [weight])
-    assert len(copies) == 3 and all(copy is copies[0] for copy in copies)
+    assert len(factors) == 3 and all(one is factors[0] for one in factors)
+    assert factor(weight, torch.bfloat16) is not factors[0]
     assert held_of(weight) is None
     (found,) = torch.autograd.grad(total, weight)
     assert found.dtype == torch.float32 and found.any()

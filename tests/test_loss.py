@@ -5,6 +5,7 @@ import torch
 
 from peagle.loss import LOSSES, check_mix, first_choice, global_mean, head_loss
 from peagle.model.onednn import ROW_UNIT
+from peagle.model.weight import Weight
 
 
 def reference(hidden, weight, teacher, position, mix, weights):
@@ -110,11 +111,16 @@ def test_products_with_the_head_have_whole_units_of_rows(monkeypatch):
     monkeypatch.setattr("peagle.loss.CHUNK_ROWS", 2 * ROW_UNIT)
     asked = []
 
-    def noting(x, weight):
-        asked.append(len(x))
-        return x @ weight.T
+    class Noting(Weight):
+        def product(self, x):
+            asked.append(len(x))
+            return super().product(x)
 
-    monkeypatch.setattr("peagle.loss.plain_product", noting)
+        def product_back(self, grad):
+            asked.append(len(grad))
+            return super().product_back(grad)
+
+    monkeypatch.setattr("peagle.model.held.Weight", Noting)
     hidden, weight, teacher, position = inputs(rows=5 * ROW_UNIT - 7)
     head_loss(hidden, weight, teacher, position, mix={"kl": 1.0})
     assert asked == [2 * ROW_UNIT] * 4 + [ROW_UNIT] * 2  # forward and back

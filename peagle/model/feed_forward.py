@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from peagle.model.fused import fused
-from peagle.model.held import cast, gradient, held_of
-from peagle.model.onednn import plain_product
+from peagle.model.held import factor, gradient, held_of
 from peagle.model.products import compute_dtype
 
 ELEMENTS = 2**18  # of one tensor that a CPU's cache holds beside others
@@ -39,22 +38,24 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *weights):
         ctx.held = [held_of(weight) for weight in weights]
-        to_gate, to_up, to_down = (cast(weight, x.dtype) for weight in weights)
-        gate, up = plain_product(x, to_gate), plain_product(x, to_up)
+        ctx.factors = [factor(weight, x.dtype) for weight in weights]
+        to_gate, to_up, to_down = ctx.factors
+        gate, up = to_gate.product(x), to_up.product(x)
         inner = torch.empty_like(gate)
         for into, some, others in rows_at_a_time(inner, gate, up):
             gate_up(into, some, others)
-        ctx.save_for_backward(x, to_gate, to_up, to_down, gate, up)
-        return plain_product(inner, to_down)
+        ctx.save_for_backward(x, gate, up, *weights)
+        return to_down.product(inner)
 
     @staticmethod
     def backward(ctx, grad):
-        x, to_gate, to_up, to_down, gate, up = ctx.saved_tensors
-        slope = plain_product(grad, to_down.T)
+        x, gate, up, *_ = ctx.saved_tensors  # torch sees to it that weights are what they were
+        to_gate, to_up, to_down = ctx.factors
+        slope = to_down.product_back(grad)
         # A second backward pass raises, since these are overwritten: saved tensors have versions.
         for some, others, onward in rows_at_a_time(gate, up, slope):
             gate_up_backward(some, others, onward)
-        for_x = plain_product(gate, to_gate.T).add_(plain_product(slope, to_up.T))
+        for_x = to_gate.product_back(gate).add_(to_up.product_back(slope))
         pairs = zip(ctx.held, ((gate, x), (slope, x), (grad, up)), strict=True)
         return for_x, *(gradient(held, a.T, b) for held, (a, b) in pairs)
 

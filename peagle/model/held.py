@@ -1,7 +1,7 @@
 """Gradients of a sum of which each part is differentiated as soon as it is computed.
 
-What all parts read is held meanwhile. A weight's copy in the precision of the products is made
-once. Gradients are added to their sums where they are found (a weight's by the product itself, as
+What all parts read is held meanwhile. What products make of a weight (``weight.py``) is made once.
+Gradients are added to their sums where they are found (a weight's by the product itself, as
 Megatron does with its ``main_grad``), so that no part makes a copy of all of them.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from peagle.model.onednn import add_product
+from peagle.model.weight import Weight
 
 
 def held_sum(
@@ -70,14 +71,14 @@ class Held:
     """A weight while the parts of a held sum run."""
 
     def __init__(self, weight: Tensor, grad: Tensor):
-        self.weight, self.grad = weight.detach(), grad
-        self.copy = self.weight
+        self.weight, self.grad = weight, grad
+        self.factor: Weight | None = None
 
-    def to(self, dtype: torch.dtype) -> Tensor:
+    def to(self, dtype: torch.dtype) -> Weight:
         """The weight in this precision; the last one that was asked for is kept."""
-        if self.copy.dtype != dtype:
-            self.copy = self.weight.to(dtype)
-        return self.copy
+        if self.factor is None or self.factor.dtype != dtype:
+            self.factor = Weight(self.weight, dtype, lasting=True)
+        return self.factor
 
 
 @contextmanager
@@ -109,10 +110,10 @@ def held_of(weight: Tensor) -> Held | None:
     return getattr(weight, "held", None)
 
 
-def cast(weight: Float[Tensor, "O I"], dtype: torch.dtype) -> Float[Tensor, "O I"]:
-    """``weight`` in this precision, without gradients; one copy for all parts of a held sum."""
+def factor(weight: Float[Tensor, "O I"], dtype: torch.dtype, *, lasting: bool = False) -> Weight:
+    """For products in this precision; one for all parts of a held sum."""
     held = held_of(weight)
-    return weight.detach().to(dtype) if held is None else held.to(dtype)
+    return Weight(weight, dtype, lasting=lasting) if held is None else held.to(dtype)
 
 
 def gradient(

@@ -40,8 +40,10 @@ def rows_within(
         ValueError: naming the smallest budget that holds a segment of one rollout.
     """
     weights = parameters(config)
-    stream = slots * slot_bytes(config, element, recompute=recompute) + head_bytes(config)
-    fixed = SEGMENT * weights + stream + CHUNKS * 4 * CHUNK_ROWS * config.draft_vocab_size
+    stream = slots * slot_bytes(config, element, recompute=recompute)
+    stream += 2 * config.draft_vocab_size * config.target_hidden_size  # the target's head
+    fixed = SEGMENT * weights + laid_bytes(config, element) + stream
+    fixed += CHUNKS * 4 * CHUNK_ROWS * config.draft_vocab_size
     layers = deeper * config.num_hidden_layers
     row = row_bytes(config, element, layers) + score_bytes(config, slots)
     again = slots * layer_bytes(config, element) if recompute else 0
@@ -55,10 +57,9 @@ def rows_within(
     return int((memory_gb * 1e9 / SLACK - fixed) / row)
 
 
-def head_bytes(config: PEagleConfig) -> int:
-    """The target's head, and room for the draft head's copy in the precision of the products."""
-    target_head = 2 * config.draft_vocab_size * config.target_hidden_size
-    return target_head + 4 * config.draft_vocab_size * config.hidden_size
+def laid_bytes(config: PEagleConfig, element: int) -> int:
+    """What segments multiply by, laid out in both directions (``weight.py``)."""
+    return 2 * element * (parameters(config) - config.vocab_size * config.hidden_size)
 
 
 def slot_bytes(config: PEagleConfig, element: int, *, recompute: bool) -> int:

@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peagle.model.held import cast, gradient, held_of
-from peagle.model.onednn import plain_product, suits
+from peagle.model.held import factor, gradient, held_of
+from peagle.model.onednn import suits
 
 
 def compute_dtype(x: Float[Tensor, "..."]) -> torch.dtype:
@@ -29,14 +29,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         dtype, ctx.held = compute_dtype(x), held_of(weight)
-        x, weight = x.to(dtype), cast(weight, dtype)
+        x, ctx.factor = x.to(dtype), factor(weight, dtype)
         ctx.save_for_backward(x, weight)
-        return plain_product(x, weight)
+        return ctx.factor.product(x)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        for_x = plain_product(grad, weight.T) if ctx.needs_input_grad[0] else None
+        x, _ = ctx.saved_tensors  # torch sees to it that the weight is what it was
+        for_x = ctx.factor.product_back(grad) if ctx.needs_input_grad[0] else None
         for_weight = gradient(ctx.held, grad.T, x) if ctx.needs_input_grad[1] else None
         return for_x, for_weight
 

@@ -1,0 +1,62 @@
+"""Products with a weight that was laid out for them equal those of torch, forward and back."""
+
+import pytest
+import torch
+
+from peagle.model import weight as module
+from peagle.model.onednn import FEW
+from peagle.model.weight import Weight
+
+EVERY = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12, torch.float16: 2e-3}
+
+
+def near(got, wanted, dtype):
+    assert got.dtype == dtype and got.shape == wanted.shape
+    return (got.double() - wanted).norm() <= NEAR[dtype] * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", EVERY)
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, FEW - 1, FEW, 300])
+@pytest.mark.parametrize(("out", "inside"), [(96, 40), (40, 96), (1, 7)])
+def test_products_forth_and_back_are_those_of_torch(out, inside, rows, lasting, dtype):
+    weight = torch.randn(out, inside).requires_grad_()
+    factor, exact = Weight(weight, dtype, lasting=lasting), weight.detach().to(dtype).double()
+    for _ in range(2):  # again with what was laid out
+        x, grad = torch.randn(rows, inside).to(dtype), torch.randn(rows, out).to(dtype)
+        assert near(factor.product(x), x.double() @ exact.T, dtype)
+        assert near(factor.product_back(grad), grad.double() @ exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_and_weights_with_gaps_are_read_where_they_are(dtype):
+    whole = torch.randn(96, 200)
+    for weight in (whole[:, 8:72], whole[:64, :].T, whole[::2, 1::3]):
+        factor, exact = Weight(weight, dtype, lasting=True), weight.to(dtype).double()
+        x = torch.randn(50, 2 * exact.shape[1]).to(dtype)[:, : exact.shape[1]]
+        grad = torch.randn(exact.shape[0], 50).to(dtype).T
+        assert near(factor.product(x), x.double() @ exact.T, dtype)
+        assert near(factor.product_back(grad), grad.double() @ exact, dtype)
+
+
+@pytest.mark.skipif(not module.FASTEST[torch.float32], reason="no oneDNN that suits this processor")
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_lasting_weight_is_laid_out_once_for_each_direction(lasting, monkeypatch):
+    laid = []
+    real = module.laid_out
+    monkeypatch.setattr(module, "laid_out", lambda weight: laid.append(weight) or real(weight))
+    factor = Weight(torch.randn(96, 40), torch.float32, lasting=lasting)
+    for rows in (FEW, 100, 1):
+        factor.product(torch.randn(rows, 40))
+        factor.product_back(torch.randn(rows, 96))
+    assert [tuple(weight.shape) for weight in laid] == [(96, 40), (40, 96)] * lasting
+
+
+def test_a_cast_is_made_once_for_a_lasting_weight_that_cannot_be_laid_out(monkeypatch):
+    monkeypatch.setattr(module, "FASTEST", {})
+    weight = torch.randn(8, 4)
+    kept, made = (Weight(weight, torch.bfloat16, lasting=lasting) for lasting in (True, False))
+    assert kept.plain.data_ptr() == kept.plain.data_ptr()
+    assert made.weight.data_ptr() == weight.data_ptr()  # no copy outlives a product
+    assert Weight(weight, torch.float32, lasting=True).plain.data_ptr() == weight.data_ptr()
