@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from peagle.model.held import at_least_float, factor, held_of
+from peagle.model.held import at_least_float, factor_of, held_of
 from peagle.model.onednn import ROW_UNIT, add_product
 from peagle.model.products import compute_dtype
 
@@ -90,7 +90,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, dtype, needed, teacher, position, mix, weights):
         order = torch.argsort(position)
         position, order = position[order], order.to(hidden.device, non_blocking=True)
-        states, head = whole_units(hidden[order].to(dtype)), factor(weight, dtype, lasting=True)
+        states, head = whole_units(hidden[order].to(dtype)), factor_of(weight, dtype, lasting=True)
         total = states.new_zeros((), dtype=at_least_float(dtype))
         guess = torch.empty_like(order)
         grad_hidden = torch.empty_like(hidden) if needed else None

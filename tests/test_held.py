@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 from peagle.loss import head_loss
 from peagle.model import onednn
 from peagle.model.feed_forward import FeedForward
-from peagle.model.held import factor, held_of, held_sum
+from peagle.model.held import factor_of, held_of, held_sum
 from peagle.model.onednn import add_product
 from peagle.model.products import product
 
@@ -46,7 +46,7 @@ def test_a_weight_is_prepared_once_for_all_parts_and_released_after_them():
 
     def noting(part):
         def run(shared):
-            factors.append(factor(weight, torch.bfloat16))
+            factors.append(factor_of(weight, torch.bfloat16))
             return part(shared)
 
         return run
@@ -54,10 +54,21 @@ def test_a_weight_is_prepared_once_for_all_parts_and_released_after_them():
     with torch.autocast("cpu", torch.bfloat16):
         total = held_sum([noting(part) for part in parts], (vector,), [weight])
     assert len(factors) == 3 and all(one is factors[0] for one in factors)
-    assert factor(weight, torch.bfloat16) is not factors[0]
+    assert factor_of(weight, torch.bfloat16) is not factors[0]
     assert held_of(weight) is None
     (found,) = torch.autograd.grad(total, weight)
     assert found.dtype == torch.float32 and found.any()
+
+
+def test_what_is_held_serves_the_precision_that_is_asked_for():
+    weight, seen = torch.randn(6, 4, requires_grad=True), []
+
+    def part(shared):
+        seen.extend(factor_of(weight, dtype).dtype for dtype in (torch.bfloat16, torch.float32))
+        return shared[0].sum()
+
+    held_sum([part], (torch.ones(1, requires_grad=True),), [weight])
+    assert seen == [torch.bfloat16, torch.float32]
 
 
 def test_sums_of_many_rounded_gradients_are_kept_in_the_precision_of_the_weight():

@@ -14,7 +14,7 @@ from peagle.data.batch import Batch, pack
 from peagle.data.sample import Sample
 from peagle.model.config import PEagleConfig
 from peagle.model.drafter import PEagleDrafter
-from peagle.model.memory import parameters, rows_within
+from peagle.model.memory import SLACK, laid_bytes, parameters, rows_within
 from peagle.model.objective import objective
 from peagle.model.target_head import TargetHead
 
@@ -32,6 +32,22 @@ def test_the_weights_are_counted(changes):
     drafter = make_drafter(**changes)
     matrices = sum(p.numel() for p in drafter.parameters() if p.ndim == 2)
     assert parameters(drafter.config) == matrices
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"parallel_drafting": False}, {"hidden_state": "anchor_scaled"}]
+)
+def test_weights_of_segments_are_counted_as_they_are_laid_out(changes):
+    drafter = make_drafter(**changes)
+    shared = sum(p.numel() for p in drafter.shared_parameters() if p.ndim == 2)
+    assert 2 * 4 * shared <= laid_bytes(drafter.config, 4) < 2 * 4 * parameters(drafter.config)
+
+
+def test_a_budget_has_room_for_weights_that_are_laid_out(monkeypatch):
+    before = rows(4.0)
+    bytes_of = laid_bytes(large(), 4)
+    monkeypatch.setattr("peagle.model.memory.laid_bytes", lambda *_: 0)
+    assert abs(rows(4.0 - SLACK * bytes_of / 1e9) - before) <= 1
 
 
 def rows(gigabytes, **changes):

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
+from peagle.loss import head_loss
 from peagle.model import weight as module
-from peagle.model.onednn import FEW
+from peagle.model.feed_forward import FeedForward
+from peagle.model.held import held_sum
+from peagle.model.products import product
 from peagle.model.weight import Weight
 
 EVERY = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
@@ -18,7 +22,7 @@ def near(got, wanted, dtype):
 
 @pytest.mark.parametrize("dtype", EVERY)
 @pytest.mark.parametrize("lasting", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, FEW - 1, FEW, 300])
+@pytest.mark.parametrize("rows", [0, 1, 31, 300])
 @pytest.mark.parametrize(("out", "inside"), [(96, 40), (40, 96), (1, 7)])
 def test_products_forth_and_back_are_those_of_torch(out, inside, rows, lasting, dtype):
     weight = torch.randn(out, inside).requires_grad_()
@@ -40,23 +44,59 @@ def test_rows_and_weights_with_gaps_are_read_where_they_are(dtype):
         assert near(factor.product_back(grad), grad.double() @ exact, dtype)
 
 
-@pytest.mark.skipif(not module.FASTEST[torch.float32], reason="no oneDNN that suits this processor")
+@pytest.fixture
+def laid(monkeypatch):
+    """Shapes of what is laid out, on any processor."""
+    shapes, real = [], module.laid_out
+    monkeypatch.setattr(module, "FASTEST", {torch.float32: True})
+    monkeypatch.setattr(
+        module, "laid_out", lambda weight: shapes.append(tuple(weight.shape)) or real(weight)
+    )
+    return shapes
+
+
 @pytest.mark.parametrize("lasting", [False, True])
-def test_a_lasting_weight_is_laid_out_once_for_each_direction(lasting, monkeypatch):
-    laid = []
-    real = module.laid_out
-    monkeypatch.setattr(module, "laid_out", lambda weight: laid.append(weight) or real(weight))
+def test_a_lasting_weight_is_laid_out_once_for_each_direction(lasting, laid):
     factor = Weight(torch.randn(96, 40), torch.float32, lasting=lasting)
-    for rows in (FEW, 100, 1):
+    for rows in (100, 1):
         factor.product(torch.randn(rows, 40))
         factor.product_back(torch.randn(rows, 96))
-    assert [tuple(weight.shape) for weight in laid] == [(96, 40), (40, 96)] * lasting
+    assert laid == [(96, 40), (40, 96)] * lasting
+
+
+def test_parts_of_a_held_sum_share_what_was_laid_out(laid):
+    module_ = FeedForward(LlamaConfig(hidden_size=32, intermediate_size=12))
+    x, weights = torch.randn(40, 32, requires_grad=True), list(module_.parameters())
+    held_sum([lambda shared: module_(shared[0]).sum()] * 3, (x,), weights)
+    assert sorted(laid) == sorted([(12, 32), (32, 12)] * 3)
+
+
+def test_chunks_of_a_loss_share_what_was_laid_out(laid, monkeypatch):
+    monkeypatch.setattr("peagle.loss.CHUNK_ROWS", 64)
+    hidden, head = torch.randn(300, 8, requires_grad=True), torch.randn(20, 8)
+    head_loss(hidden, head, torch.randn(300, 20), torch.arange(300), mix={"kl": 1.0})
+    assert laid == [(20, 8), (8, 20)]
+
+
+@pytest.mark.parametrize(
+    ("of", "bf16"), [("linear", False), ("feed_forward", False), ("feed_forward", True)]
+)
+def test_a_weight_that_changes_before_the_backward_pass_is_an_error(of, bf16):
+    layer = FeedForward(LlamaConfig(hidden_size=32, intermediate_size=12))
+    weight = layer.gate_proj.weight
+    x = torch.randn(40, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = product(x, weight) if of == "linear" else layer(x)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.float().sum().backward()
 
 
 def test_a_cast_is_made_once_for_a_lasting_weight_that_cannot_be_laid_out(monkeypatch):
     monkeypatch.setattr(module, "FASTEST", {})
     weight = torch.randn(8, 4)
     kept, made = (Weight(weight, torch.bfloat16, lasting=lasting) for lasting in (True, False))
-    assert kept.plain.data_ptr() == kept.plain.data_ptr()
+    assert kept.plain is kept.plain
     assert made.weight.data_ptr() == weight.data_ptr()  # no copy outlives a product
     assert Weight(weight, torch.float32, lasting=True).plain.data_ptr() == weight.data_ptr()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from peagle.model.fused import fused
-from peagle.model.held import factor, gradient, held_of
+from peagle.model.held import factor_of, gradient, held_of
 from peagle.model.products import compute_dtype
 
 ELEMENTS = 2**18  # of one tensor that a CPU's cache holds beside others
@@ -38,7 +38,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *weights):
         ctx.held = [held_of(weight) for weight in weights]
-        ctx.factors = [factor(weight, x.dtype) for weight in weights]
+        ctx.factors = [factor_of(weight, x.dtype) for weight in weights]
         to_gate, to_up, to_down = ctx.factors
         gate, up = to_gate.product(x), to_up.product(x)
         inner = torch.empty_like(gate)
@@ -49,7 +49,7 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, gate, up, *_ = ctx.saved_tensors  # torch sees to it that weights are what they were
+        x, gate, up, *_ = ctx.saved_tensors  # torch checks that weights are what they were
         to_gate, to_up, to_down = ctx.factors
         slope = to_down.product_back(grad)
         # A second backward pass raises, since these are overwritten: saved tensors have versions.

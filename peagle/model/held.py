@@ -110,7 +110,7 @@ def held_of(weight: Tensor) -> Held | None:
     return getattr(weight, "held", None)
 
 
-def factor(weight: Float[Tensor, "O I"], dtype: torch.dtype, *, lasting: bool = False) -> Weight:
+def factor_of(weight: Float[Tensor, "O I"], dtype: torch.dtype, *, lasting: bool = False) -> Weight:
     """For products in this precision; one for all parts of a held sum."""
     held = held_of(weight)
     return Weight(weight, dtype, lasting=lasting) if held is None else held.to(dtype)

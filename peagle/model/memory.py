@@ -1,7 +1,8 @@
 """How many rows a segment may have within a memory budget: a count of what a step keeps alive.
 
-What is counted are weights, gradients and optimizer states, the batch, the depth-0 stream, one
-segment and a chunk of the loss; not the interpreter and its libraries (about half a gigabyte).
+What is counted are weights (also as they are laid out for products), gradients and optimizer
+states, the batch, the depth-0 stream, one segment and a chunk of the loss; not the interpreter and
+its libraries (about half a gigabyte).
 Three moments can be the highest: a segment's backward pass, that of depth 0, the optimizer's step.
 """
 
@@ -58,7 +59,8 @@ def rows_within(
 
 
 def laid_bytes(config: PEagleConfig, element: int) -> int:
-    """What segments multiply by, laid out in both directions (``weight.py``)."""
+    """What segments multiply by, laid out in both directions (``weight.py``); where it is not, a
+    budget is not used up."""
     return 2 * element * (parameters(config) - config.vocab_size * config.hidden_size)
 
 

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peagle.model.held import factor, gradient, held_of
+from peagle.model.held import factor_of, gradient, held_of
 from peagle.model.onednn import suits
 
 
@@ -29,13 +29,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         dtype, ctx.held = compute_dtype(x), held_of(weight)
-        x, ctx.factor = x.to(dtype), factor(weight, dtype)
+        x, ctx.factor = x.to(dtype), factor_of(weight, dtype)
         ctx.save_for_backward(x, weight)
         return ctx.factor.product(x)
 
     @staticmethod
     def backward(ctx, grad):
-        x, _ = ctx.saved_tensors  # torch sees to it that the weight is what it was
+        x, _ = ctx.saved_tensors  # torch checks that the weight is what it was
         for_x = ctx.factor.product_back(grad) if ctx.needs_input_grad[0] else None
         for_weight = gradient(ctx.held, grad.T, x) if ctx.needs_input_grad[1] else None
         return for_x, for_weight

@@ -2,7 +2,7 @@
 
 oneDNN reads a weight in an order of its own, and lays it out anew for every product. One that
 serves many products of a step is laid out once for each direction, which makes them 2 to 9 per cent
-faster (LOG.md).
+faster (LOG.md, 2026-11-29).
 """
 
 from functools import cached_property
@@ -11,33 +11,33 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peagle.model.onednn import FAST, FEW, plain_product
+from peagle.model.onednn import FAST, plain_product
 
 # Precisions in which oneDNN is the fastest that torch has on this processor.
 FASTEST = {torch.float32: FAST, torch.bfloat16: FAST and torch.cpu._is_avx512_bf16_supported()}
 
 
 class Weight:
-    """``weight`` in the precision of the products."""
+    """Multiplies rows by a weight, in one precision."""
 
     def __init__(self, weight: Float[Tensor, "O I"], dtype: torch.dtype, *, lasting: bool = False):
         """``lasting``: for many products; what they need is kept, at most twice its memory."""
-        suits = weight.device.type == "cpu" and weight.numel() > 0 and FASTEST.get(dtype, False)
-        self.lays_out = lasting and suits
-        self.weight, self.dtype = weight.detach(), dtype
-        if lasting and not suits:
-            self.weight = self.plain
+        on_cpu = weight.device.type == "cpu" and weight.numel() > 0
+        self.lays_out = lasting and on_cpu and FASTEST.get(dtype, False)
+        cast_once = lasting and not self.lays_out
+        self.weight = weight.detach().to(dtype) if cast_once else weight.detach()
+        self.dtype = dtype
 
     def product(self, x: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
         """``x @ weight.T``"""
-        if self.lays_out and len(x) >= FEW:
-            return laid_product(x, self.forth)
+        if self.lays_out:
+            return laid_product(x, self.forward)
         return plain_product(x, self.plain)
 
     def product_back(self, grad: Float[Tensor, "T O"]) -> Float[Tensor, "T I"]:
         """``grad @ weight``"""
-        if self.lays_out and len(grad) >= FEW:
-            return laid_product(grad, self.back)
+        if self.lays_out:
+            return laid_product(grad, self.backward)
         return plain_product(grad, self.plain.T)
 
     @property
@@ -45,11 +45,11 @@ class Weight:
         return self.weight.to(self.dtype)
 
     @cached_property
-    def forth(self) -> Tensor:
+    def forward(self) -> Tensor:
         return laid_out(self.plain)
 
     @cached_property
-    def back(self) -> Tensor:
+    def backward(self) -> Tensor:
         return laid_out(self.plain.T)
 
 

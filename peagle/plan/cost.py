@@ -9,7 +9,7 @@ import torch
 from peagle.loss import CHUNK_ROWS
 from peagle.model.config import PEagleConfig
 from peagle.model.kinds import drafter_class
-from peagle.model.memory import CHUNKS, SLACK, row_bytes, score_bytes, slot_bytes
+from peagle.model.memory import CHUNKS, SLACK, laid_bytes, row_bytes, score_bytes, slot_bytes
 
 
 class Shape(NamedTuple):
@@ -37,8 +37,9 @@ def cost_of(
 ) -> Cost:
     """Memory and arithmetic of training on one packed sequence.
 
-    Weights, gradients (twice: a segment's, and their sum) and the optimizer's state are float32,
-    activations bf16 when ``half``. ``muon`` keeps one moment of matrices where AdamW keeps two.
+    Weights, gradients (twice: their sum, and what is handed on) and the optimizer's state are
+    float32; activations, and weights as they are laid out for products, bf16 when ``half``.
+    ``muon`` keeps one moment of matrices where AdamW keeps two.
     """
     with torch.device("meta"):
         drafter = drafter_class(config)(config)
@@ -54,7 +55,8 @@ def cost_of(
     row = row_bytes(config, element, layers) + score_bytes(config, shape.slots)
     memory = {
         "weights": 4 * total,
-        "gradients": 4 * (2 * trained + 2 * head),
+        "laid out": laid_bytes(config, element),
+        "gradients": 4 * 2 * trained,
         "optimizer": (4 if muon else 8) * matrices + 8 * (trained - matrices),
         "target head": 2 * config.draft_vocab_size * config.target_hidden_size,
         "sequence": shape.slots * slot_bytes(config, element, recompute=recompute),
