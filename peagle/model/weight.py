@@ -1,8 +1,8 @@
 """A weight that rows are multiplied by, forward and back, without gradients.
 
 oneDNN reads a weight in an order of its own, and lays it out anew for every product. One that
-serves many products of a step is laid out once for each direction, which makes them 2 to 9 per cent
-faster (LOG.md, 2026-11-29).
+serves many products of a step is laid out once for each direction, which makes them some per cent
+faster, those of few rows most (LOG.md, 2026-11-29).
 """
 
 from functools import cached_property
@@ -31,13 +31,13 @@ class Weight:
     def product(self, x: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
         """``x @ weight.T``"""
         if self.lays_out:
-            return laid_product(x, self.forward)
+            return laid_product(x, self.for_product)
         return plain_product(x, self.plain)
 
     def product_back(self, grad: Float[Tensor, "T O"]) -> Float[Tensor, "T I"]:
         """``grad @ weight``"""
         if self.lays_out:
-            return laid_product(grad, self.backward)
+            return laid_product(grad, self.for_product_back)
         return plain_product(grad, self.plain.T)
 
     @property
@@ -45,11 +45,11 @@ class Weight:
         return self.weight.to(self.dtype)
 
     @cached_property
-    def forward(self) -> Tensor:
+    def for_product(self) -> Tensor:
         return laid_out(self.plain)
 
     @cached_property
-    def backward(self) -> Tensor:
+    def for_product_back(self) -> Tensor:
         return laid_out(self.plain.T)
 
 
