@@ -12,6 +12,7 @@ from peagle.model.attention_plan import plan_flash
 from peagle.model.flash import flash_rollout_attention
 from peagle.model.held import holding
 from peagle.model.objective import objective
+from peagle.model.weight import laid_out
 
 COD = Cod(6, 0.8)
 
@@ -199,6 +200,17 @@ def test_gradients_of_the_prefix_are_added_where_they_are_held():
         assert found() == (None, None)
     for one, other in zip(sums, wanted, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_targets_head_is_laid_out_once_for_all_pieces_and_chunks(monkeypatch):
+    segments = (Segment(0, 60), Segment(60, 126))
+    drafter, head, batch = make_drafter(), make_head(), make_batch(segments=segments)
+    found = []  # nothing of the drafter, which is in float64
+    monkeypatch.setattr("peagle.model.weight.FASTEST", {torch.float32: True})
+    monkeypatch.setattr("peagle.model.weight.laid_out", lambda x: found.append(x) or laid_out(x))
+    monkeypatch.setattr("peagle.loss.CHUNK_ROWS", 16)
+    objective(drafter, head, batch, draw(batch), mix={"kl": 1.0})
+    assert [x.data_ptr() for x in found] == [head.head.data_ptr()]
 
 
 def test_a_segment_that_fails_leaves_gradients_as_they_are(monkeypatch):

@@ -242,6 +242,12 @@ def test_heads_that_share_keys_may_go_through_as_rows_of_one(masked, monkeypatch
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
+def test_as_many_rows_as_the_kernel_takes_at_once_are_not_put_together():
+    most = kernel.MANY - 1
+    worth = [kernel.worth_stacking(torch.empty(2, 64, rows, 8)) for rows in (most, most + 1)]
+    assert worth == [True, False]
+
+
 def test_only_bf16_is_attended_to_in_half_precision():
     found = {dtype: kernel.fast_dtype(dtype, 2048) for dtype in (torch.bfloat16, torch.float16)}
     assert found == {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}

@@ -58,17 +58,18 @@ def pieces(rows: Rows, segments: Sequence[Segment]) -> Iterator[Piece]:
     """The drawn rows, cut anew in pieces of about the mean size of the segments.
 
     Every row is in one piece, and rollouts stay whole. Pieces have equally many deeper rows, in
-    whole units if segments are that large: fewer than the mean, so that there can be one piece
-    more than segments. Where rows of depth 0 stand alone, it is all rows that limit a piece.
+    whole units if segments are that large: the mean, rounded, so that the last piece takes what is
+    left, or can be one more than there are segments. Where rows of depth 0 stand alone, it is all
+    rows that limit a piece.
     """
     deeper = rows.deeper()
     if len(segments) == 1:
         yield Piece(rows, deeper)
         return
     longest = int(rows.depth.max()) + 1 if len(rows.depth) else 1
-    mean = len(deeper.anchor) // len(segments)
-    whole = mean // ROW_UNIT * ROW_UNIT
-    size = max(whole or mean, longest)
+    mean = len(deeper.anchor) / len(segments)
+    whole = round(mean / ROW_UNIT) * ROW_UNIT if mean >= ROW_UNIT else 0
+    size = max(whole or int(mean), longest)
     most = max(len(rows.anchor) // len(segments) + ROW_UNIT, longest)
     begins = torch.nonzero(deeper.depth == 1).flatten()
     start = first = 0  # of the piece, among all rows and among deeper ones

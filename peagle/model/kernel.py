@@ -7,6 +7,7 @@ from torch import Tensor
 from peagle.model.onednn import SLOW_MKL
 from peagle.model.unmasked import precise, stacked, unstacked
 
+MANY = 768  # rows from which on the kernel takes 256 at a time, instead of 64 or 32
 LONG = 1024  # slots from which on bf16 is faster, for a CPU with bf16 but without matrix tiles
 MATRIX_TILES = torch.cpu._is_amx_tile_supported()
 BF16 = torch.cpu._is_avx512_bf16_supported()
@@ -60,8 +61,9 @@ def suited(*inputs: Float[Tensor, "..."]) -> list[Float[Tensor, "..."]]:
 
 def worth_stacking(query: Float[Tensor, "R G T E"]) -> bool:
     """Whether heads that share keys go through as rows of one: the kernel is faster with more
-    rows, but its backward pass takes the heads in parallel."""
-    return len(query) > 1 and query.shape[1] >= torch.get_num_threads()
+    rows, up to so many, but its backward pass takes the heads in parallel."""
+    shared, groups, rows, _ = query.shape
+    return shared > 1 and rows < MANY and groups >= torch.get_num_threads()
 
 
 def of_all(mask: Tensor | None, query: Float[Tensor, "R G T E"]) -> Tensor | None:

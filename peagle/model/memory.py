@@ -42,7 +42,7 @@ def rows_within(
     """
     weights = parameters(config)
     stream = slots * slot_bytes(config, element, recompute=recompute)
-    stream += 2 * config.draft_vocab_size * config.target_hidden_size  # the target's head
+    stream += target_head_bytes(config)
     fixed = SEGMENT * weights + laid_bytes(config, element) + stream
     fixed += CHUNKS * 4 * CHUNK_ROWS * config.draft_vocab_size
     layers = deeper * config.num_hidden_layers
@@ -59,9 +59,14 @@ def rows_within(
 
 
 def laid_bytes(config: PEagleConfig, element: int) -> int:
-    """What segments multiply by, laid out in both directions (``weight.py``); where it is not, a
-    budget is not used up."""
-    return 2 * element * (parameters(config) - config.vocab_size * config.hidden_size)
+    """What segments multiply by, laid out in both directions (``weight.py``), and the target's head
+    in one; where it is not, a budget is not used up."""
+    shared = parameters(config) - config.vocab_size * config.hidden_size
+    return 2 * element * shared + target_head_bytes(config)
+
+
+def target_head_bytes(config: PEagleConfig) -> int:
+    return 2 * config.draft_vocab_size * config.target_hidden_size
 
 
 def slot_bytes(config: PEagleConfig, element: int, *, recompute: bool) -> int:

@@ -8,6 +8,7 @@ clipping, accumulation, mixed precision and DDP work unchanged.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from peagle.loss import head_loss
 from peagle.model.base import Drafter, Stream
 from peagle.model.held import held_sum
 from peagle.model.target_head import TargetHead
+from peagle.model.weight import Weight
 
 
 class Outcome(NamedTuple):
@@ -54,12 +56,13 @@ def objective(
         document_lengths=torch.bincount(batch.document).tolist(),
         recompute=recompute and torch.is_grad_enabled(),
     )
+    teacher = TargetLogits(target_head, batch.final)
     correct: list[Tensor] = []
 
     def part(piece: Piece) -> Callable[[Stream], Tensor]:
         def run(local: Stream) -> Tensor:
             loss, hits = piece_loss(
-                drafter, target_head, batch, piece, local, mix=mix, depth_decay=depth_decay
+                drafter, teacher, batch, piece, local, mix=mix, depth_decay=depth_decay
             )
             correct.append(hits)
             return loss
@@ -79,7 +82,7 @@ def objective(
 
 def piece_loss(
     drafter: Drafter,
-    target_head: TargetHead,
+    teacher: "TargetLogits",
     batch: Batch,
     piece: Piece,
     stream: Stream,
@@ -101,7 +104,6 @@ def piece_loss(
         hidden = torch.cat([hidden, deeper[: len(guessed)].to(hidden.dtype)])
     order = torch.cat([known, guessed])
     position = rows.position[order]
-    teacher = TargetLogits(target_head, batch.final)
     weights = None
     if depth_decay != 1:
         weights = moved((depth_decay ** rows.depth[order]).float())
@@ -119,10 +121,14 @@ def piece_loss(
 
 @dataclass(frozen=True)
 class TargetLogits:
-    """The target's logits, computed for the positions that are asked for."""
+    """The target's logits, computed for the positions that are asked for: of one step."""
 
     head: TargetHead
     final: Float[Tensor, "S T"]
 
     def __getitem__(self, position: Int[Tensor, " P"]) -> Float[Tensor, "P W"]:
-        return self.head(self.final[position])
+        return self.head(self.final[position], self.weight)
+
+    @cached_property
+    def weight(self) -> Weight:
+        return Weight(self.head.head, self.head.head.dtype, lasting=True)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from peagle.data.damage import DamageError
 from peagle.data.index import IDENTITY
 from peagle.data.sample import digest
-from peagle.model.onednn import plain_product
+from peagle.model.weight import Weight
 
 TENSORS = ("norm", "head", "embedding")
 
@@ -77,12 +77,18 @@ class TargetHead(nn.Module):
         )
 
     @torch.no_grad()
-    def forward(self, final: Float[Tensor, "P T"]) -> Float[Tensor, "P W"]:
-        """The target's logits, rounded where the target rounds, as float32."""
+    def forward(
+        self, final: Float[Tensor, "P T"], weight: Weight | None = None
+    ) -> Float[Tensor, "P W"]:
+        """The target's logits, rounded where the target rounds, as float32.
+
+        ``weight``: what products make of the head, for many calls.
+        """
         states = F.rms_norm(final.float(), (final.shape[-1],), None, self.eps)
         states = states.to(self.norm.dtype) * self.norm
+        weight = weight or Weight(self.head, self.head.dtype)
         with torch.autocast(final.device.type, enabled=False):
-            logits = plain_product(states.to(self.head.dtype), self.head)
+            logits = weight.product(states.to(weight.dtype))
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits.float()

@@ -9,7 +9,15 @@ import torch
 from peagle.loss import CHUNK_ROWS
 from peagle.model.config import PEagleConfig
 from peagle.model.kinds import drafter_class
-from peagle.model.memory import CHUNKS, SLACK, laid_bytes, row_bytes, score_bytes, slot_bytes
+from peagle.model.memory import (
+    CHUNKS,
+    SLACK,
+    laid_bytes,
+    row_bytes,
+    score_bytes,
+    slot_bytes,
+    target_head_bytes,
+)
 
 
 class Shape(NamedTuple):
@@ -58,7 +66,7 @@ def cost_of(
         "laid out": laid_bytes(config, element),
         "gradients": 4 * 2 * trained,
         "optimizer": (4 if muon else 8) * matrices + 8 * (trained - matrices),
-        "target head": 2 * config.draft_vocab_size * config.target_hidden_size,
+        "target head": target_head_bytes(config),
         "sequence": shape.slots * slot_bytes(config, element, recompute=recompute),
         "segment": shape.segment_rows * row,
         "logits": CHUNKS * 4 * CHUNK_ROWS * config.draft_vocab_size,
