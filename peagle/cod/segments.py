@@ -1,7 +1,7 @@
 """Cutting a sequence into segments: ranges of anchors that are trained one after the other.
 
-The data module cuts by what it expects of the draw. Once rows are drawn they are cut anew, into as
-many pieces or one more, whose numbers of rows suit the hardware.
+The data module cuts by what it expects of the draw. Once rows are drawn they are cut anew, into
+about as many pieces, whose numbers of rows suit the hardware.
 """
 
 import math
@@ -58,9 +58,8 @@ def pieces(rows: Rows, segments: Sequence[Segment]) -> Iterator[Piece]:
     """The drawn rows, cut anew in pieces of about the mean size of the segments.
 
     Every row is in one piece, and rollouts stay whole. Pieces have equally many deeper rows, in
-    whole units if segments are that large: the mean, rounded, so that the last piece takes what is
-    left, or can be one more than there are segments. Where rows of depth 0 stand alone, it is all
-    rows that limit a piece.
+    whole units if segments are that large: their mean, rounded. The last piece takes what is left.
+    Where rows of depth 0 stand alone, it is all rows that limit a piece.
     """
     deeper = rows.deeper()
     if len(segments) == 1:
