@@ -60,8 +60,16 @@ def test_pieces_of_long_sequences_have_equally_many_rows_in_whole_units():
     *most, last = (len(piece.deeper.anchor) for piece in pieces(rows, segments))
     mean = len(rows.deeper().anchor) / len(segments)
     assert len(segments) == 16 and len(set(most)) == 1
-    assert most[0] % ROW_UNIT == 0 and abs(most[0] - mean) <= ROW_UNIT / 2
+    assert most[0] % ROW_UNIT == 0 and mean - ROW_UNIT < most[0] <= mean
     assert 0 < last <= most[0]
+
+
+def test_no_piece_is_made_for_a_small_rest():
+    rows = rows_of(torch.full((2548,), 4))  # a mean of 1911 deeper rows, of 29.9 units
+    found = list(pieces(rows, [Segment(0, 1)] * 4))
+    assert [len(piece.deeper.anchor) for piece in found] == [1920, 1920, 1920, 1884]
+    rows = rows_of(torch.full((112,), 4))  # a mean of 84: two units would be half again as much
+    assert len(next(pieces(rows, [Segment(0, 1)] * 4)).deeper.anchor) == 64
 
 
 def test_one_segment_is_one_piece():

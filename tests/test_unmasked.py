@@ -242,10 +242,17 @@ def test_heads_that_share_keys_may_go_through_as_rows_of_one(masked, monkeypatch
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_as_many_rows_as_the_kernel_takes_at_once_are_not_put_together():
-    most = kernel.MANY - 1
-    worth = [kernel.worth_stacking(torch.empty(2, 64, rows, 8)) for rows in (most, most + 1)]
-    assert worth == [True, False]
+def test_heads_of_many_rows_go_through_by_themselves(monkeypatch):
+    shapes, real = [], kernel.flash
+    monkeypatch.setattr(
+        kernel, "flash", lambda x, *a, **k: shapes.append(x.shape) or real(x, *a, **k)
+    )
+    monkeypatch.setattr(kernel, "MANY", 20)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for rows in (19, 20):
+        query, key, value = (random_heads(2, 3, n, 8, seed=n) for n in (rows, 30, 30))
+        kernel.attend(query, key, value)
+    assert shapes == [(1, 3, 38, 8), (2, 3, 20, 8)]
 
 
 def test_only_bf16_is_attended_to_in_half_precision():

@@ -16,6 +16,8 @@ from torch import Tensor
 from peagle.cod.rollouts import Rows
 from peagle.model.onednn import ROW_UNIT
 
+ROOM = 1.02  # of a piece, beside the mean: a rest so small is not worth a piece of its own
+
 
 class Segment(NamedTuple):
     """The anchors ``start <= anchor < stop``."""
@@ -58,8 +60,8 @@ def pieces(rows: Rows, segments: Sequence[Segment]) -> Iterator[Piece]:
     """The drawn rows, cut anew in pieces of about the mean size of the segments.
 
     Every row is in one piece, and rollouts stay whole. Pieces have equally many deeper rows, in
-    whole units if segments are that large: their mean, rounded. The last piece takes what is left.
-    Where rows of depth 0 stand alone, it is all rows that limit a piece.
+    whole units if segments are that large: hardly more than the mean, so that there can be one
+    piece more than segments. Where rows of depth 0 stand alone, it is all rows that limit a piece.
     """
     deeper = rows.deeper()
     if len(segments) == 1:
@@ -67,9 +69,10 @@ def pieces(rows: Rows, segments: Sequence[Segment]) -> Iterator[Piece]:
         return
     longest = int(rows.depth.max()) + 1 if len(rows.depth) else 1
     mean = len(deeper.anchor) / len(segments)
-    whole = round(mean / ROW_UNIT) * ROW_UNIT if mean >= ROW_UNIT else 0
+    whole = int(mean * ROOM / ROW_UNIT) * ROW_UNIT
     size = max(whole or int(mean), longest)
-    most = max(len(rows.anchor) // len(segments) + ROW_UNIT, longest)
+    share = max(whole / mean, 1) if whole else 1
+    most = max(int(share * len(rows.anchor) / len(segments)) + ROW_UNIT, longest)
     begins = torch.nonzero(deeper.depth == 1).flatten()
     start = first = 0  # of the piece, among all rows and among deeper ones
     while start < len(rows.anchor):

@@ -26,7 +26,8 @@ def attend(
 ) -> tuple[Float[Tensor, "R G T E"], Float[Tensor, "R G T"]]:
     """What the rows attend to, and the log-sum-exp of their scores."""
     query, key, value = suited(query, key, value)
-    if causal or not worth_stacking(query):
+    many = query.shape[2] >= MANY  # not so in the backward pass: key and value are summed up there
+    if causal or many or not worth_stacking(query):
         return flash(query, key, value, 0.0, causal, attn_mask=mask)
     inputs = (stacked(query)[None], key[:1], value[:1])
     out, norm = flash(*inputs, 0.0, False, attn_mask=of_all(mask, query))
@@ -61,9 +62,8 @@ def suited(*inputs: Float[Tensor, "..."]) -> list[Float[Tensor, "..."]]:
 
 def worth_stacking(query: Float[Tensor, "R G T E"]) -> bool:
     """Whether heads that share keys go through as rows of one: the kernel is faster with more
-    rows, up to so many, but its backward pass takes the heads in parallel."""
-    shared, groups, rows, _ = query.shape
-    return shared > 1 and rows < MANY and groups >= torch.get_num_threads()
+    rows, but its backward pass takes the heads in parallel."""
+    return len(query) > 1 and query.shape[1] >= torch.get_num_threads()
 
 
 def of_all(mask: Tensor | None, query: Float[Tensor, "R G T E"]) -> Tensor | None:

@@ -34,6 +34,21 @@ class Outcome(NamedTuple):
     correct: Bool[Tensor, " N"]
 
 
+@dataclass(frozen=True)
+class TargetLogits:
+    """The target's logits at the positions that are asked for; its head is laid out for all."""
+
+    head: TargetHead
+    final: Float[Tensor, "S T"]
+
+    def __getitem__(self, position: Int[Tensor, " P"]) -> Float[Tensor, "P W"]:
+        return self.head(self.final[position], self.weight)
+
+    @cached_property
+    def weight(self) -> Weight:
+        return self.head.factor(lasting=True)
+
+
 def objective(
     drafter: Drafter,
     target_head: TargetHead,
@@ -82,7 +97,7 @@ def objective(
 
 def piece_loss(
     drafter: Drafter,
-    teacher: "TargetLogits",
+    teacher: TargetLogits,
     batch: Batch,
     piece: Piece,
     stream: Stream,
@@ -117,18 +132,3 @@ def piece_loss(
     )
     right = drafter.target_ids(guess) == batch.labels[moved(position)]
     return loss, torch.empty_like(right).index_copy_(0, moved(order), right)
-
-
-@dataclass(frozen=True)
-class TargetLogits:
-    """The target's logits, computed for the positions that are asked for: of one step."""
-
-    head: TargetHead
-    final: Float[Tensor, "S T"]
-
-    def __getitem__(self, position: Int[Tensor, " P"]) -> Float[Tensor, "P W"]:
-        return self.head(self.final[position], self.weight)
-
-    @cached_property
-    def weight(self) -> Weight:
-        return Weight(self.head.head, self.head.head.dtype, lasting=True)

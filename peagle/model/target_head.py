@@ -76,17 +76,21 @@ class TargetHead(nn.Module):
             softcap=self.softcap,
         )
 
+    def factor(self, *, lasting: bool = False) -> Weight:
+        """The head as products want it."""
+        return Weight(self.head, self.head.dtype, lasting=lasting)
+
     @torch.no_grad()
     def forward(
         self, final: Float[Tensor, "P T"], weight: Weight | None = None
     ) -> Float[Tensor, "P W"]:
         """The target's logits, rounded where the target rounds, as float32.
 
-        ``weight``: what products make of the head, for many calls.
+        ``weight``: the head's own ``factor``, where it serves many calls.
         """
         states = F.rms_norm(final.float(), (final.shape[-1],), None, self.eps)
         states = states.to(self.norm.dtype) * self.norm
-        weight = weight or Weight(self.head, self.head.dtype)
+        weight = self.factor() if weight is None else weight
         with torch.autocast(final.device.type, enabled=False):
             logits = weight.product(states.to(weight.dtype))
         if self.softcap:
