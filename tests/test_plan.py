@@ -96,7 +96,11 @@ def test_steps_and_rows_follow_from_the_packed_conversations():
     guessed = packs_of(RUN, replace(DATA, exact=False))  # the long ones are perhaps not so long
     assert sum(guessed) == 4080 + 10 * 900 and len(guessed) >= len(packs) + 5
     budget = replace(RUN, max_rows=None, memory_gb=0.05)
-    assert 0 < sequence_of(budget, DATA, CONFIG).segment_rows <= 1125
+    within = sequence_of(budget, DATA, CONFIG).segment_rows
+    assert 0 < within <= 1125
+    # Given both, both hold.
+    both = [replace(budget, max_rows=rows) for rows in (10, 10**6)]
+    assert [sequence_of(run, DATA, CONFIG).segment_rows for run in both] == [10, within]
 
 
 def test_the_steps_are_those_that_fit_then_makes(tmp_path):

@@ -52,11 +52,11 @@ class HiddenStatesDataModule(L.LightningDataModule):
         mask_token_id: id of the reserved mask token, if the drafter has one; linked from the model.
         evaluation: what ``test`` decodes.
         max_tokens: slots per packed sequence; longer conversations are left out, counted.
-        max_rows: rows per segment; fewer rows need less memory, at some cost in speed. Default:
-            what ``memory_gb`` allows, or 8192.
-        memory_gb: gigabytes that a step may take beside the interpreter and its libraries; decides
-            ``max_rows`` where that is not given. Sequences that are read ahead, averaged weights
-            and what DDP keeps come on top.
+        max_rows: rows per segment, at most; fewer rows need less memory, at some cost in speed.
+            Default: what ``memory_gb`` allows, or 8192.
+        memory_gb: gigabytes that a step may take beside the interpreter and its libraries: segments
+            have as few rows as it takes, also where ``max_rows`` allows more. Sequences that are
+            read ahead, averaged weights and what DDP keeps come on top.
         num_workers: threads that read ahead, one packed sequence each; 0 reads when asked. With a
             store on the Hub as many more fetch shards ahead.
         seed: decides the order of every epoch and every COD draw.
@@ -220,13 +220,15 @@ class HiddenStatesDataModule(L.LightningDataModule):
         return ReadAhead(data.__getitem__, packs, threads=threads)
 
     def segment_rows(self) -> int:
-        """Raises ``ValueError`` when the memory budget cannot hold one segment."""
-        if self.max_rows is not None:
-            return self.max_rows
+        """What ``max_rows`` and ``memory_gb`` both allow.
+
+        Raises:
+            ValueError: when the memory budget cannot hold one segment.
+        """
         if self.memory_gb is None:
-            return DEFAULT_ROWS
+            return DEFAULT_ROWS if self.max_rows is None else self.max_rows
         module = self.trainer.lightning_module
-        return rows_within(
+        within = rows_within(
             self.memory_gb,
             module.drafter.config,
             slots=self.max_tokens,
@@ -235,6 +237,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
             element=2 if str(self.trainer.precision).startswith("bf16") else 4,
             recompute=module.recompute,
         )
+        return within if self.max_rows is None else min(self.max_rows, within)
 
     def usable(self, split: str) -> tuple[list[int], list[int]]:
         """Samples of a split that fit, and their slots."""

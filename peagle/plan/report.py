@@ -106,8 +106,8 @@ def program_bytes() -> int:
 def sequence_of(run: RunShape, data: Forecast, config: PEagleConfig) -> Shape:
     """A full packed sequence: its slots, its rows after the draw, and those of the largest."""
     limit = run.max_rows or DEFAULT_ROWS
-    if run.max_rows is None and run.memory_gb is not None:
-        limit = rows_within(
+    if run.memory_gb is not None:
+        within = rows_within(
             run.memory_gb,
             config,
             slots=run.max_tokens,
@@ -116,6 +116,7 @@ def sequence_of(run: RunShape, data: Forecast, config: PEagleConfig) -> Shape:
             element=2 if run.half else 4,
             recompute=run.recompute,
         )
+        limit = min(run.max_rows or within, within)
     per_slot = sum(run.cod.share(depth) for depth in range(run.cod.num_depths))
     supervised = packs_of(run, data) or [float(run.max_tokens)]  # unknown: the most
     rows = max(1, round(per_slot * sum(supervised) / len(supervised)))
