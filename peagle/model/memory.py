@@ -66,6 +66,7 @@ def laid_bytes(config: PEagleConfig, element: int) -> int:
 
 
 def target_head_bytes(config: PEagleConfig) -> int:
+    """As captures store it, in bf16."""
     return 2 * config.draft_vocab_size * config.target_hidden_size
 
 
