@@ -38,7 +38,7 @@ test-gpu: $(READY)
 	$(VENV)/bin/python -m pytest -m gpu -o addopts=--strict-markers -W default
 
 card: $(READY)
-	$(VENV)/bin/python -m callbacks.card outputs/quickstart outputs/quickstart/drafter model_cards/quickstart
+	$(VENV)/bin/python -m peagle.card.card outputs/quickstart outputs/quickstart/drafter model_cards/quickstart
 
 $(READY): pyproject.toml
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12), 'peagle needs Python 3.11 or 3.12: make PYTHON=python3.11'"

@@ -16,14 +16,14 @@ from statistics import median
 import torch
 from report import machine, save, table
 
-from peagle.data.capture import shape_of
-from peagle.data.capture_config import CaptureConfig
-from peagle.data.chat import prompt_ids
-from peagle.data.prompts import PromptSource, load_prompts
-from peagle.decoding import Decoder
+from peagle.capture.capture import shape_of
+from peagle.capture.chat import prompt_ids
+from peagle.capture.config import CaptureConfig
+from peagle.capture.prompts import PromptSource, load_prompts
+from peagle.decode.decoder import Decoder
+from peagle.model.build import drafter_class
 from peagle.model.config import PEagleConfig
-from peagle.model.kinds import drafter_class
-from peagle.model.target import TargetSource
+from peagle.target.target import TargetSource
 
 PROMPTS = PromptSource("stdlib", "test")
 PARALLEL = {"p-eagle": True, "eagle3": False}

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from report import machine, save, table
 
-from peagle.cod.rollouts import Cod
-from peagle.data.datamodule import HiddenStatesDataModule
-from peagle.data.manifest import Manifest
-from peagle.data.order import fill_packs, shuffle_packs
-from peagle.data.read_ahead import ReadAhead
-from peagle.data.sample import Sample
-from peagle.data.store import Store
-from peagle.data.store_writer import StoreWriter
-from peagle.evaluation import EvaluationConfig
+from peagle.cod.sampling import Cod
+from peagle.decode.evaluation import EvaluationConfig
+from peagle.store.manifest import Manifest
+from peagle.store.reader import Store
+from peagle.store.sample import Sample
+from peagle.store.writer import StoreWriter
+from peagle.train.datamodule import HiddenStatesDataModule
+from peagle.train.prefetch import ReadAhead
+from peagle.train.sampler import fill_packs, shuffle_packs
 
 WIDTH, LAYERS, LENGTH, PIECE = 1024, (2, 12, 21), 2048, 8 * 2**20
 """A target of the size of Qwen3-0.6B; conversations of 2,048 tokens, 16.8 MB each."""

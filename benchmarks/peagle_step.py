@@ -6,14 +6,14 @@ import torch
 from measure import STORED, autocast, measure, print_result, step_parser
 from shapes import Shape
 
-from peagle.cod.rollouts import Cod, expected_rows, sample_rows
+from peagle.cod.sampling import Cod, expected_rows, sample_rows
 from peagle.cod.segments import partition
-from peagle.data.batch import Batch
-from peagle.loss import global_mean
 from peagle.model.config import PEagleConfig
-from peagle.model.drafter import PEagleDrafter
-from peagle.model.objective import objective
-from peagle.model.target_head import TargetHead
+from peagle.model.p_eagle import PEagleDrafter
+from peagle.target.head import TargetHead
+from peagle.train.loss import global_mean
+from peagle.train.objective import objective
+from peagle.train.packing import Batch
 
 
 def drafter_of(shape: Shape) -> PEagleDrafter:

@@ -154,7 +154,7 @@ def cadence() -> int:
 
 
 def is_checkpoint(callback: dict[str, Any]) -> bool:
-    return callback["class_path"] == "callbacks.checkpoint.Checkpoint"
+    return callback["class_path"] == "peagle.callbacks.checkpoint.Checkpoint"
 
 
 if __name__ == "__main__":

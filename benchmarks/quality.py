@@ -42,7 +42,7 @@ from quality_runs import (
 from recipes import Recipe, check_size, choose, read_recipes, resolved, steps_per_epoch
 from tqdm import tqdm
 
-from peagle.data.store import Store
+from peagle.store.reader import Store
 
 BASE = Recipe("default", "", {})
 

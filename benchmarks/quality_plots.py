@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from quality_results import RESULTS, Measurement, Row, runs_of, temperature_of
 from recipes import choose, read_recipes
 
-from callbacks.plots import INK, MARKERS, SERIES, legend, panel, png
+from peagle.card.plots import INK, MARKERS, SERIES, legend, panel, png
 
 Runs = dict[str, list[Row]]  # of each recipe, all seeds
 BARS = {"capsize": 3, "ms": 5, "lw": 1.8, "elinewidth": 1.1}

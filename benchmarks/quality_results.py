@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from intervals import PEERS, compared, summary
 
-from peagle.metrics import format_table
+from peagle.train.metrics import format_table
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 KEYS = ("recipe", "fingerprint", "seed", "steps", "minutes", "k", "store", "evaluation")

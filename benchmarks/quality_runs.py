@@ -15,7 +15,7 @@ from quality_results import Measurement, Row
 from recipes import Recipe
 from report import machine
 
-from peagle.data.store import Store
+from peagle.store.reader import Store
 
 ROOT = Path(__file__).parents[1]
 PILOT = 60  # steps that tell how long a recipe's step takes

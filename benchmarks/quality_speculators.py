@@ -38,17 +38,17 @@ from report import machine
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from peagle.data.order import fill_packs, shuffle_packs
-from peagle.data.prompts import PromptSource
-from peagle.data.store import Store
-from peagle.decoding import Decoder
-from peagle.evaluation import EvaluationConfig, acceptance_rows, decode_batch, prompt_batches
+from peagle.capture.prompts import PromptSource
+from peagle.decode.decoder import Decoder
+from peagle.decode.evaluation import EvaluationConfig, acceptance_rows, decode_batch, prompt_batches
 from peagle.model.config import PEagleConfig
-from peagle.model.drafter import PEagleDrafter
-from peagle.model.export import export_drafter
-from peagle.model.servable import as_served
-from peagle.model.target import TargetSource, end_tokens, pick_device
-from peagle.restore import refuse_other_tensors
+from peagle.model.p_eagle import PEagleDrafter
+from peagle.model.restore import refuse_other_tensors
+from peagle.serve.contract import as_served
+from peagle.serve.export import export_drafter
+from peagle.store.reader import Store
+from peagle.target.target import TargetSource, end_tokens, pick_device
+from peagle.train.sampler import fill_packs, shuffle_packs
 
 NAME, VERSION = PEERS[1], "0.9.0"
 Samples = list[tuple[str, int]]  # shard and number within it

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from peagle.cli import PEagleCLI, lightning
-from peagle.data.order import fill_packs
-from peagle.data.store import Store
+from peagle.store.reader import Store
+from peagle.train.sampler import fill_packs
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # a folder of its own on every file system
 OURS = ("config", "ckpt_path", "run_dir", "store", "target", "revision", "capture", "evaluation",

@@ -24,7 +24,7 @@ from measure import STORED, matrix_rate
 from report import machine, run_step, save, table
 from shapes import DTYPES, SHAPES, Shape
 
-from peagle.model.onednn import plain_product
+from peagle.kernels.cpu.onednn import plain_product
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as BaseCheckpoint
 
-from peagle.checkpoint import read_checkpoint
-from peagle.data.disk import publish
-from peagle.restore import refuse_incomplete
+from peagle.model.checkpoint import read_checkpoint
+from peagle.model.restore import refuse_incomplete
+from peagle.store.disk import publish
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -7,10 +7,10 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
-from peagle.data.disk import write_atomically
-from peagle.evaluation import Run, acceptance_rows
-from peagle.metrics import DepthReport, format_depths, format_table
-from peagle.provenance import environment
+from peagle.card.provenance import environment
+from peagle.decode.evaluation import Run, acceptance_rows
+from peagle.store.disk import write_atomically
+from peagle.train.metrics import DepthReport, format_depths, format_table
 
 
 class Evaluate(L.Callback):

@@ -1,9 +1,9 @@
 """Publish a run on the Hub while and after it is trained, without slowing or breaking training.
 
-What is published is first put into the run's spool (``callbacks/spool.py``); a process of its own
-sends it (``callbacks/upload.py``). The trainer waits for the Hub only at its very end, and then for
-``publish_timeout`` seconds at most. What was not sent stays in the spool: the next start of the run
-sends it, or ``python -m peagle publish``.
+What is published is first put into the run's queue (``peagle/publish/queue.py``). A process of its
+own sends it (``peagle/publish/upload.py``). The trainer waits for the Hub only at its very end, and
+then for ``publish_timeout`` seconds at most. What was not sent stays in the queue: the next start
+of the run sends it, or ``python -m peagle publish``.
 """
 
 import contextlib
@@ -19,10 +19,11 @@ from typing import Any, Literal, get_args
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from callbacks.average import AveragedWeights
-from callbacks.card import CardOptions, write_card
-from callbacks.checkpoint import keep
-from callbacks.publish import (
+from peagle.callbacks.average import AveragedWeights
+from peagle.callbacks.checkpoint import keep
+from peagle.callbacks.record import RunRecord
+from peagle.card.card import CardOptions, write_card
+from peagle.publish.publish import (
     DRY_RUN,
     SPOOL,
     PublishResult,
@@ -35,8 +36,7 @@ from callbacks.publish import (
     run_id,
     spool_run,
 )
-from callbacks.record import RunRecord
-from callbacks.spool import (
+from peagle.publish.queue import (
     CHECKPOINTS,
     MAIN,
     PROVENANCE,
@@ -46,8 +46,8 @@ from callbacks.spool import (
     sweep,
     write_entry,
 )
-from callbacks.upload import Destination
-from peagle.model.export import export_drafter
+from peagle.publish.upload import Destination
+from peagle.serve.export import export_drafter
 
 __all__ = ["HubPublisher", "PublishResult", "publish_run"]
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from peagle.data.disk import write_atomically
+from peagle.store.disk import write_atomically
 
 FLUSH_EVERY = 20  # logged lines between writes
 

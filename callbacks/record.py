@@ -13,13 +13,13 @@ import lightning as L
 from huggingface_hub import ModelCard, get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from callbacks.card import CardOptions, write_card
-from peagle.data.disk import write_atomically
-from peagle.data.hub_store import HubStore
-from peagle.data.prompts import PromptSource
-from peagle.data.store import Store
-from peagle.model.target import TargetSource
-from peagle.provenance import environment
+from peagle.capture.prompts import PromptSource
+from peagle.card.card import CardOptions, write_card
+from peagle.card.provenance import environment
+from peagle.store.disk import write_atomically
+from peagle.store.hub import HubStore
+from peagle.store.reader import Store
+from peagle.target.target import TargetSource
 
 
 class RunRecord(L.Callback):

@@ -1,6 +1,5 @@
 """The command line: LightningCLI for fit, validate and test; plain functions for the rest."""
 
-import os
 import re
 import shutil
 import sys
@@ -8,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -17,19 +15,20 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
-from peagle.checkpoint import check_address
-from peagle.data.capture import capture, refuse_other_store
-from peagle.data.capture_config import CaptureConfig
-from peagle.data.datamodule import HiddenStatesDataModule
-from peagle.data.disk import write_atomically
-from peagle.data.hub_store import find_store, store_address
-from peagle.evaluation import EvaluationConfig
-from peagle.model.export import Verifier, export_drafter
-from peagle.model.servable import Layout
-from peagle.model.target import TargetSource, pick_device, refuse_other_target
-from peagle.module import PEagleModule
+from peagle.capture.capture import capture, refuse_other_store
+from peagle.capture.config import CaptureConfig
+from peagle.decode.evaluation import EvaluationConfig
+from peagle.model.checkpoint import check_address
+from peagle.model.restore import refuse_other_target
+from peagle.model.saved_drafter import load_drafter
 from peagle.plan.report import RunShape, plan
-from peagle.saved_drafter import load_drafter
+from peagle.serve.contract import Layout
+from peagle.serve.export import Verifier, export_drafter
+from peagle.store.disk import write_atomically
+from peagle.store.hub import find_store, store_address
+from peagle.target.target import TargetSource, pick_device
+from peagle.train.datamodule import HiddenStatesDataModule
+from peagle.train.module import PEagleModule
 
 
 class RunConfig(SaveConfigCallback):
@@ -314,7 +313,6 @@ def refuse_tokens(arguments: list[str]) -> None:
 def run(command: str, arguments: list[str]) -> None:
     """Run one command of ``python -m peagle``; raises ``ValueError`` for what the user can mend."""
     refuse_tokens(arguments)
-    sys.path.insert(0, os.getcwd())  # the callbacks package lies beside peagle in a checkout
     if command in FUNCTIONS:
         auto_cli(FUNCTIONS[command], args=arguments[1:], as_positional=False)
     elif command == "bench":
@@ -322,8 +320,9 @@ def run(command: str, arguments: list[str]) -> None:
 
         bench(auto_cli(BenchConfig, args=underscored(arguments[1:]), as_positional=False))
     elif command == "publish":
-        # By name: the library itself never imports the callbacks.
-        auto_cli(resolve_name("callbacks.command:publish"), args=arguments[1:], as_positional=False)
+        from peagle.publish.command import publish
+
+        auto_cli(publish, args=arguments[1:], as_positional=False)
     elif command in READERS:
         lightning(READERS[command], ["fit", *arguments[1:]])
     else:

@@ -7,7 +7,7 @@ from huggingface_hub import constants, hf_api
 from random_parts import write_random_store
 from stand_in import make_stand_in
 
-from peagle.data import hub_store
+from peagle.store import hub as hub_store
 
 
 @pytest.fixture(autouse=True)

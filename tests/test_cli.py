@@ -5,11 +5,9 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from paths import ROOT
 
 
 def peagle(*arguments, timeout=280):

@@ -2,14 +2,13 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from paths import ROOT
 
 from peagle.cli import PEagleCLI, lightning
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 
 
@@ -69,7 +68,7 @@ def test_a_targets_configuration_says_what_it_costs_and_what_to_aim_at(name):
     written = yaml.safe_load(text)
     assert written["target"] == TARGETS[name]
     assert written["run_dir"] == f"outputs/{name}"
-    assert written["trainer"]["logger"] == {"class_path": "callbacks.progress.TrainCsv"}
+    assert written["trainer"]["logger"] == {"class_path": "peagle.callbacks.progress.TrainCsv"}
     shape = json.loads((ROOT / "tests" / "target_configs" / name / "config.json").read_text())
     vocab_size = shape.get("text_config", shape)["vocab_size"]
     assert 0 < written["model"]["mask_token_id"] < vocab_size

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-from peagle.engine.post import posted
-from peagle.engine.vllm import MODEL_NAME
+from peagle.serve.http import posted
+from peagle.serve.vllm import MODEL_NAME
 
 REQUEST_TIMEOUT_S = 1800.0
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from peagle.bench.client import Answer, Counters
-from peagle.metrics import format_table
+from peagle.train.metrics import format_table
 
 Row = dict[str, Any]
 

@@ -21,11 +21,14 @@ from peagle.bench.report import (
     format_bench,
     format_best,
 )
-from peagle.data.chat import prompt_ids
-from peagle.data.disk import write_atomically
-from peagle.data.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
-from peagle.data.talks import words
-from peagle.engine.vllm import (
+from peagle.capture.chat import prompt_ids
+from peagle.capture.conversation import words
+from peagle.capture.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
+from peagle.card.provenance import cpu_name, environment
+from peagle.model.config import PEagleConfig
+from peagle.model.restore import refuse_other_target
+from peagle.serve.contract import check_folder
+from peagle.serve.vllm import (
     Serving,
     Vllm,
     absolute,
@@ -33,10 +36,8 @@ from peagle.engine.vllm import (
     require_parallel_drafting,
     serve,
 )
-from peagle.model.config import PEagleConfig
-from peagle.model.servable import check_folder
-from peagle.model.target import TargetSource, refuse_other_target
-from peagle.provenance import cpu_name, environment
+from peagle.store.disk import write_atomically
+from peagle.target.target import TargetSource
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from peagle.cod.rollouts import Rows
+from peagle.cod.sampling import Rows
 
 
 def right_prefix(rows: Rows, correct: Bool[Tensor, " N"], num_slots: int) -> Int[Tensor, " S"]:

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peagle.cod.rollouts import Rows
-from peagle.model.onednn import ROW_UNIT
+from peagle.cod.sampling import Rows
+from peagle.kernels.cpu.onednn import ROW_UNIT
 
 ROOM = 1.02  # of a piece, beside the mean: a rest so small is not worth a piece of its own
 

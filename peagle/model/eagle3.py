@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from peagle.cod.rollouts import Rows
-from peagle.model.base import Drafter, Stream
+from peagle.cod.sampling import Rows
+from peagle.kernels.cpu.attention import precise
 from peagle.model.config import PEagleConfig
-from peagle.model.flash import precise
+from peagle.model.drafter import Drafter, Stream
 from peagle.model.layers import rotate
 
 BLOCK_ROWS = 256  # rows whose scores are taken at once: what lies behind their anchors is left out

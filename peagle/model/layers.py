@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from peagle.kernels.cuda.compiled import fused
+from peagle.kernels.feed_forward import FeedForward
 from peagle.model.config import PEagleConfig
-from peagle.model.feed_forward import FeedForward
-from peagle.model.fused import fused
 
 
 class RMSNorm(nn.RMSNorm):

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from peagle.loss import CHUNK_ROWS
+from peagle.model.build import drafter_class
 from peagle.model.config import PEagleConfig
-from peagle.model.kinds import drafter_class
-from peagle.model.memory import (
+from peagle.train.loss import CHUNK_ROWS
+from peagle.train.memory import (
     CHUNKS,
     SLACK,
     laid_bytes,

@@ -13,18 +13,18 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from peagle.data.answers import different, given, is_greedy, too_small
-from peagle.data.capture_config import CaptureConfig
-from peagle.data.chat import documents
-from peagle.data.converted import opened
-from peagle.data.hub_store import FoundStore
-from peagle.data.manifest import Manifest
-from peagle.data.prompts import Prompt, load_prompts
-from peagle.data.states import sample_bytes_per_token
-from peagle.data.store import Store
-from peagle.data.talks import Answer, answer_batch, first_prompt
-from peagle.model.target import TargetSource, pick_device
-from peagle.model.target_layers import default_start_layers
+from peagle.capture.chat import documents
+from peagle.capture.config import CaptureConfig
+from peagle.capture.conversation import Answer, answer_batch, first_prompt
+from peagle.capture.extract import sample_bytes_per_token
+from peagle.capture.generate import different, given, is_greedy, too_small
+from peagle.capture.import_speculators import opened
+from peagle.capture.prompts import Prompt, load_prompts
+from peagle.store.hub import FoundStore
+from peagle.store.manifest import Manifest
+from peagle.store.reader import Store
+from peagle.target.layers import default_start_layers
+from peagle.target.target import TargetSource, pick_device
 
 SAMPLE_SEED = 0
 

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peagle.cod.rollouts import Cod
-from peagle.data.capture import shape_of
-from peagle.data.capture_config import CaptureConfig
-from peagle.data.datamodule import DEFAULT_ROWS
-from peagle.data.hub_store import FoundStore
-from peagle.data.manifest import Manifest
-from peagle.data.order import fill_packs
-from peagle.evaluation import EvaluationConfig
+from peagle.capture.capture import shape_of
+from peagle.capture.config import CaptureConfig
+from peagle.cod.sampling import Cod
+from peagle.decode.evaluation import EvaluationConfig
 from peagle.model.config import PEagleConfig
-from peagle.model.memory import rows_within
-from peagle.model.target import TargetSource
 from peagle.plan.cost import Cost, Shape, cost_of, matrix_rate
 from peagle.plan.forecast import Forecast, forecast, tokenizer_of
+from peagle.store.hub import FoundStore
+from peagle.store.manifest import Manifest
+from peagle.target.target import TargetSource
+from peagle.train.datamodule import DEFAULT_ROWS
+from peagle.train.memory import rows_within
+from peagle.train.sampler import fill_packs
 
 ENOUGH = 500_000  # conversations; with fewer, drafters were reported to accept less
 

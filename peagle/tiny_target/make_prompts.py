@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from peagle.data.chat import prompt_ids
-from peagle.decoding import Decoder
-from peagle.model.target import TargetSource, end_tokens
+from peagle.capture.chat import prompt_ids
+from peagle.decode.decoder import Decoder
+from peagle.target.target import TargetSource, end_tokens
 from peagle.tiny_target.corpus import Function, read_functions, standard_library
 
 MAX_NEW_TOKENS = 224

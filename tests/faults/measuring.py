@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-from peagle.cod.rollouts import Cod, sample_rows
+from peagle.cod.sampling import Cod, sample_rows
 from peagle.cod.segments import Segment
-from peagle.data.batch import Batch, pack
-from peagle.data.buffers import Buffers
-from peagle.data.manifest import Manifest
-from peagle.data.order import PackSampler
-from peagle.data.packed import PackedSequences
-from peagle.data.read_ahead import ReadAhead
-from peagle.data.sample import Sample
-from peagle.data.store import Store
-from peagle.data.store_writer import StoreWriter
 from peagle.model.config import PEagleConfig
-from peagle.model.drafter import PEagleDrafter
-from peagle.model.objective import objective
-from peagle.model.target_head import TargetHead
+from peagle.model.p_eagle import PEagleDrafter
+from peagle.store.manifest import Manifest
+from peagle.store.reader import Store
+from peagle.store.sample import Sample
+from peagle.store.writer import StoreWriter
+from peagle.target.head import TargetHead
+from peagle.train.buffers import Buffers
+from peagle.train.objective import objective
+from peagle.train.packed_sequences import PackedSequences
+from peagle.train.packing import Batch, pack
+from peagle.train.prefetch import ReadAhead
+from peagle.train.sampler import PackSampler
 
 MEGABYTE = 1_000_000
 

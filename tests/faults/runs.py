@@ -16,7 +16,7 @@ import torch
 import toy
 import yaml
 
-from peagle.engine.server import free_port
+from peagle.serve.server import free_port
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 CONFIG = HERE / "toy.yaml"

@@ -8,18 +8,18 @@ import toy
 from runs import finish, last, lines
 from torch.nn.utils import clip_grad_norm_
 
-from peagle.cod.rollouts import Cod, sample_rows
+from peagle.cod.sampling import Cod, sample_rows
 from peagle.cod.segments import Segment
-from peagle.data.batch import Batch, pack
-from peagle.data.store import Store
-from peagle.model.drafter import PEagleDrafter
-from peagle.model.initial import initialise
-from peagle.model.objective import objective
-from peagle.model.target_head import TargetHead
-from peagle.model.target_layers import TargetLayers
-from peagle.module import LinearSchedule
-from peagle.optimizer import parameter_groups
-from peagle.restore import saved_config
+from peagle.model.init import initialise
+from peagle.model.p_eagle import PEagleDrafter
+from peagle.model.restore import saved_config
+from peagle.store.reader import Store
+from peagle.target.head import TargetHead
+from peagle.target.layers import TargetLayers
+from peagle.train.module import LinearSchedule
+from peagle.train.objective import objective
+from peagle.train.optimizer import parameter_groups
+from peagle.train.packing import Batch, pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 13

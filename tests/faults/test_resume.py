@@ -80,7 +80,7 @@ def test_kill_9_at_a_random_step(store, reference, tmp_path, tally, count):
 
 
 def test_a_run_with_the_optimizer_of_the_quickstart_resumes_too(store, tmp_path, tally):
-    muon = "--model.optimizer=peagle.optimizer.MuonAdamW"
+    muon = "--model.optimizer=peagle.train.optimizer.MuonAdamW"
     finish(tmp_path / "whole", store, muon)
     run_dir = tmp_path / "run"
     fault = {"batch": 31, "phase": "backward", "kill": True}

@@ -13,11 +13,11 @@ import torch
 
 import peagle.cli
 from peagle.__main__ import main
-from peagle.data.manifest import Manifest
-from peagle.data.sample import Sample
-from peagle.data.store_writer import StoreWriter
-from peagle.model.target_head import TargetHead
-from peagle.model.target_layers import TargetLayers
+from peagle.store.manifest import Manifest
+from peagle.store.sample import Sample
+from peagle.store.writer import StoreWriter
+from peagle.target.head import TargetHead
+from peagle.target.layers import TargetLayers
 
 WIDTH, VOCABULARY, LAYER_IDS = 32, 64, (1, 2, 3)
 SAMPLES, MASK_TOKEN = 60, 5

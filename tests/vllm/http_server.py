@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 
 from peagle.bench.client import Counters, Question, ask, read_counters
-from peagle.engine.server import EngineError, Server, free_port
-from peagle.engine.vllm import MODEL_NAME
+from peagle.serve.server import EngineError, Server, free_port
+from peagle.serve.vllm import MODEL_NAME
 
 
 class Talk(NamedTuple):

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import yaml
 from targets import make_target
 
-from peagle.data.chat import prompt_ids
-from peagle.data.prompts import PromptSource, load_prompts
-from peagle.model.target import TargetSource
+from peagle.capture.chat import prompt_ids
+from peagle.capture.prompts import PromptSource, load_prompts
+from peagle.target.target import TargetSource
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -11,14 +11,14 @@ import pytest
 from http_server import lasting, living, parent
 from lab import ROOT, as_yaml
 
-from peagle.data import states as states_module
-from peagle.data.answers import read_answers
-from peagle.data.capture import capture
-from peagle.data.capture_config import CaptureConfig
-from peagle.data.prompts import PromptSource
-from peagle.data.store import Store
-from peagle.engine.server import Server
-from peagle.model.target import TargetSource
+from peagle.capture import extract as states_module
+from peagle.capture.capture import capture
+from peagle.capture.config import CaptureConfig
+from peagle.capture.generate import read_answers
+from peagle.capture.prompts import PromptSource
+from peagle.serve.server import Server
+from peagle.store.reader import Store
+from peagle.target.target import TargetSource
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
 

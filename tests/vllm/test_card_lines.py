@@ -11,8 +11,8 @@ import pytest
 from card_runs import block
 
 from peagle.bench.client import Question, ask, read_counters
-from peagle.engine.server import Server, free_port
-from peagle.engine.vllm import MODEL_NAME
+from peagle.serve.server import Server, free_port
+from peagle.serve.vllm import MODEL_NAME
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
 

@@ -1,0 +1,134 @@
+"""How a store is made: the ``capture`` section of a run's YAML."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from peagle.capture.prompts import PromptSource, digest_of, refuse_equal_names
+
+DTYPES = ("float32", "bfloat16", "float16")
+SETTINGS = (
+    "max_new_tokens",
+    "max_tokens",
+    "greedy_share",
+    "temperature",
+    "seed",
+    "regenerate",
+    "reasoning",
+    "template_options",
+    "dtype",
+    "val_share",
+    "start_layers",
+)  # of a CaptureConfig, without which a store would be another one
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """How a store is made.
+
+    Args:
+        prompts: prompt sets; only their prompts are used, the target writes the answers.
+        layer_ids: hidden states to keep, in vLLM's numbering; default (2, N//2, N-3).
+        start_layers: target layers that a drafter's layers can start from; default the first and
+            the last three.
+        max_new_tokens: length limit of an answer.
+        max_tokens: longer conversations are cut at a turn; one whose first prompt leaves no room
+            for an answer is left out. Both are counted.
+        greedy_share: share of the answers decoded greedily; the others are sampled.
+        temperature: of the sampled answers.
+        batch_size: conversations answered together.
+        batch_tokens: tokens (with padding) in one pass that reads hidden states.
+        dtype: precision the target runs in; the store itself is bf16.
+        device: where the target runs; ``auto`` is a GPU if there is one.
+        val_share: share of the conversations kept for validation, by hash.
+        shard_mb: size of a shard.
+        seed: of the sampled answers.
+        regenerate: the target answers the prompts. False takes the answers in the data, which
+            should then be this target's own.
+        reasoning: ``keep`` trains on the target's reasoning too; ``mask`` leaves it out of the
+            loss, for targets that are served without it.
+        template_options: for the chat template (``enable_thinking``, ``reasoning_effort``).
+        part: of several processes that capture into one store: ``0/2`` and ``1/2`` for two.
+            Each resumes by itself; the last one, or a capture without parts, completes the store.
+        speculators: folder of a data set that speculators prepared and whose hidden states it
+            captured: they are taken instead of prompts and answers.
+        engine: who writes the answers, ``transformers`` or ``vllm``, which answers as many prompts
+            at once as it has room for, whatever the ``batch_size``.
+        vllm_python: interpreter of the environment that has vLLM; default the running one.
+        vllm_args: further arguments of its server, such as ``[--tensor-parallel-size, "2"]``; none
+            that change what the target says, because stores are not told apart by them.
+    """
+
+    prompts: list[PromptSource]
+    layer_ids: list[int] | None = None
+    start_layers: list[int] | None = None
+    max_new_tokens: int = 512
+    max_tokens: int = 2048
+    greedy_share: float = 0.5
+    temperature: float = 1.0
+    batch_size: int = 32
+    batch_tokens: int = 16384
+    dtype: str = "bfloat16"
+    device: str = "auto"
+    val_share: float = 0.05
+    shard_mb: int = 512
+    seed: int = 0
+    regenerate: bool = True
+    reasoning: Literal["keep", "mask"] = "keep"
+    template_options: dict[str, Any] | None = None
+    part: str | None = None
+    speculators: str | None = None
+    engine: Literal["transformers", "vllm"] = "transformers"
+    vllm_python: str | None = None
+    vllm_args: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("capture.prompts names no prompt set")
+        refuse_equal_names(self.prompts)
+        if not 0 <= self.greedy_share <= 1:
+            raise ValueError(f"greedy_share must lie in 0..1, got {self.greedy_share}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not 0 < self.val_share < 1:
+            raise ValueError(f"val_share must lie between 0 and 1, got {self.val_share}")
+        self.refuse_idle_engine()
+
+    def refuse_idle_engine(self) -> None:
+        """Raise ``ValueError`` for settings of an engine that would not be asked."""
+        if self.engine == "vllm" and not (self.regenerate and self.speculators is None):
+            raise ValueError(
+                "engine: vllm is for answers, and here the data have them: leave it out"
+            )
+        if self.engine != "vllm" and (self.vllm_python or self.vllm_args):
+            raise ValueError(
+                "vllm_python and vllm_args need engine: vllm: set it, or leave them out"
+            )
+
+    def made_with(self) -> dict[str, Any]:
+        """What the conversations and states of a store depend on, besides its target.
+
+        Prompt sets by their content, so that an edited file is another one and a moved one is not.
+        Batch sizes, device, engine and shards are left out: they change rounding, and which of
+        equally likely sampled answers is drawn. So an interrupted capture may go on with another
+        engine.
+        """
+        own = {key: getattr(self, key) for key in SETTINGS}
+        if self.speculators is not None:
+            kept = {key: own[key] for key in ("val_share", "start_layers")}
+            return {"speculators": data_set(Path(self.speculators)), **kept, "prompts": {}}
+        return {**own, "prompts": {source.name: digest_of(source) for source in self.prompts}}
+
+    def answers_hash(self) -> str:
+        """Identity of ``made_with``."""
+        made = json.dumps(self.made_with(), sort_keys=True)
+        return hashlib.sha256(made.encode()).hexdigest()[:16]
+
+
+def data_set(folder: Path) -> str:
+    """What ``datasets`` calls the contents of a saved data set; where it says nothing, the path."""
+    state = folder / "state.json"
+    known = json.loads(state.read_text()).get("_fingerprint") if state.is_file() else None
+    return known or str(folder)

@@ -1,0 +1,147 @@
+"""A store made from hidden states that speculators captured.
+
+Its data set (``save_to_disk``) has ``input_ids`` and ``loss_mask``, row by row; for row ``i`` the
+file ``hidden_states/hs_{i}.safetensors`` beside it has ``token_ids [n]`` and ``hidden_states
+[n, A + 1, D]``: the captured layers ascending, and the last layer's output before the final norm.
+Nothing in it says which layers they are, nor of which target: a sample is compared with what the
+target says itself.
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from peagle.capture.chat import Rendered
+from peagle.capture.config import CaptureConfig
+from peagle.capture.extract import run_batch, sample_bytes_per_token
+from peagle.capture.work_split import Part
+from peagle.store.disk import require_disk
+from peagle.store.index import split_of
+from peagle.store.manifest import Manifest
+from peagle.store.sample import Sample
+from peagle.store.writer import StoreWriter
+
+TOLERANCE = 0.1  # engines round otherwise; another layer differs by more than its own size
+
+
+def convert(
+    model: PreTrainedModel, manifest: Manifest, config: CaptureConfig, folder: Path, part: Part
+) -> Rendered:
+    """Write this part's samples; returns a document of them.
+
+    Raises:
+        ValueError: naming the file, where a sample is not what the store needs.
+    """
+    source = Path(config.speculators)
+    rows = opened(source)
+    files = {i: source / "hidden_states" / f"hs_{i}.safetensors" for i in range(len(rows))}
+    there = [i for i, path in files.items() if path.exists()]
+    if not there:
+        raise ValueError(f"{source / 'hidden_states'} has no file hs_0.safetensors, ...")
+    if len(there) < len(rows):
+        missing = len(rows) - len(there)
+        print(f"{missing} of {len(rows)} rows have no hidden states and are left out")
+    first = sample_of(files[there[0]], rows[there[0]], manifest)
+    compare(model, manifest, first, files[there[0]])
+    # By row, not by place in the list: a file that appears between two parts belongs to one.
+    mine = [i for i in there if i % part.count == part.index]
+    tokens = sum(len(rows[i]["input_ids"]) for i in mine)
+    require_disk(folder, tokens * sample_bytes_per_token(manifest))
+    writer = StoreWriter(
+        folder,
+        shard_bytes=config.shard_mb * 1_000_000,
+        identity=manifest.identity(),
+        first_shard=part.first_shard,
+    )
+    done, silent = {entry.place for entry in writer.done}, 0
+    for i in tqdm([i for i in mine if i not in done], desc="converting", disable=None):
+        sample = sample_of(files[i], rows[i], manifest)
+        silent += not sample.loss_mask.any()
+        if sample.loss_mask.any():
+            name = hashlib.sha256(sample.input_ids.numpy().tobytes()).hexdigest()[:16]
+            writer.append(name, split_of(name, config.val_share), sample, place=i)
+    writer.flush()
+    if silent:
+        print(f"{silent} rows have nothing to train on and were left out", file=sys.stderr)
+    return Rendered(first.input_ids, first.loss_mask)
+
+
+def opened(source: Path) -> Any:
+    from datasets import load_from_disk  # takes seconds to import
+
+    try:
+        rows = load_from_disk(str(source)).with_format("torch")
+        lacking = {"input_ids", "loss_mask"} - set(rows.column_names)
+    except (OSError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{source} is not a data set that speculators prepared: its loss mask is needed, which "
+            "the hidden states' files do not have"
+        ) from error
+    if lacking:
+        raise ValueError(f"the data set {source} has no column {min(lacking)}")
+    return rows
+
+
+def sample_of(path: Path, row: dict[str, Any], manifest: Manifest) -> Sample:
+    """One row's sample; raises ``ValueError`` with the file's name for what does not fit."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    if not {"token_ids", "hidden_states"} <= tensors.keys():
+        raise ValueError(f"{path} lacks token_ids or hidden_states")
+    ids, states = tensors["token_ids"].long(), tensors["hidden_states"]
+    if not torch.equal(ids, row["input_ids"].long()):
+        raise ValueError(f"{path} has other tokens than its row of the data set")
+    layers = (*manifest.layer_ids, manifest.num_layers)
+    wanted = (len(ids), len(layers), manifest.hidden_size)
+    if tuple(states.shape) != wanted or states.dtype.itemsize < 2:
+        raise ValueError(
+            f"{path} holds {list(states.shape)} {states.dtype}, not {list(wanted)} of 16 bits: "
+            f"layers {manifest.layer_ids} (--capture.layer_ids says which) and the last one's "
+            "output before the final norm"
+        )
+    states = states.to(torch.bfloat16)
+    return Sample(
+        ids, row["loss_mask"].bool(), states[:, :-1].flatten(1), states[:, -1].contiguous()
+    )
+
+
+def compare(model: PreTrainedModel, manifest: Manifest, sample: Sample, path: Path) -> None:
+    """Raise ``ValueError`` unless the states are this target's, of these layers."""
+    [own] = run_batch(model, manifest, [Rendered(sample.input_ids, sample.loss_mask)])
+    norm = model.get_decoder().norm
+    for layer, theirs, ours in layers_of(manifest, sample, own):
+        error = difference(theirs, ours)
+        if error < TOLERANCE:
+            continue
+        why = "are these the target and the layer_ids that were captured?"
+        normed = norm(ours.to(model.device, model.dtype)).cpu()
+        if layer == manifest.num_layers and difference(theirs, normed) < TOLERANCE:
+            why = "it was taken after the final norm, from which it cannot be rebuilt"
+        raise ValueError(f"{path}: layer {layer} is off by {error:.2g} of its size: {why}")
+
+
+def layers_of(
+    manifest: Manifest, theirs: Sample, ours: Sample
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    count = len(manifest.layer_ids)
+    pairs = zip(theirs.aux.chunk(count, -1), ours.aux.chunk(count, -1), strict=True)
+    yield from ((layer, *pair) for layer, pair in zip(manifest.layer_ids, pairs, strict=True))
+    yield manifest.num_layers, theirs.final, ours.final
+
+
+def difference(a: Float[Tensor, "n D"], b: Float[Tensor, "n D"]) -> float:
+    """Relative, of the median position: the first one may be larger than all others together."""
+    a, b = a.float(), b.float()
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-9)).median())

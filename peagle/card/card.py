@@ -1,0 +1,264 @@
+"""The drafter's card: README.md and plots, a pure function of the files of a run.
+
+    files of the run --Facts.read--> facts --render--> README.md
+                                       \\----draw_plots--> *.png
+
+    python -m peagle.card.card RUN_DIR DRAFTER_DIR OUT [--options.repo_id OWNER/NAME]
+
+The command also copies the files that the figures come from, so that the page can be checked.
+
+A number stands on the card only if it stands in a file; a fact without a value reads
+"not recorded", a measurement without one "not measured".
+"""
+
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePath
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jsonargparse import auto_cli
+
+from peagle.card import tables
+from peagle.card.plots import PLOTS, draw_plots, plotted
+from peagle.card.run_files import Facts, is_hub_id, number
+from peagle.card.tables import code, plain, public, recorded, text
+from peagle.store.disk import write_atomically
+
+RELATIONS = ("adapter", "merge", "quantized", "finetune")  # all that the Hub knows
+TAGS = {
+    "P-EAGLE": ("speculative-decoding", "eagle3", "p-eagle", "parallel-drafting", "vllm"),
+    "EAGLE-3": ("speculative-decoding", "eagle3", "vllm"),
+}
+PAPERS = {"P-EAGLE": "2602.01469", "EAGLE-3": "2503.01840"}
+SOURCES = ("provenance.json", "metrics/validate.json", "metrics/acceptance.json",
+           "metrics/bench.json", "metrics/train.csv")  # fmt: skip
+# The Hub refuses a card whose licence it does not know. These are the ones that targets carry;
+# any other goes out as "other" with its name beside it, which is always valid.
+LICENSES = frozenset(
+    "apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 gemma "
+    "llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 openrail bigscience-openrail-m".split()
+)
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What the files of a run cannot know.
+
+    ``license`` overrides the target's. ``repo_id`` is where the drafter will be published: the
+    serving lines name it, and without one they name the folder.
+    """
+
+    base_model_relation: str = "adapter"
+    license: str | None = None
+    repo_id: str | None = None
+
+    def __post_init__(self):
+        if self.base_model_relation not in RELATIONS:
+            raise ValueError(
+                f"base_model_relation must be one of {', '.join(RELATIONS)}, "
+                f"got {self.base_model_relation!r}"
+            )
+        if self.repo_id is not None and not is_hub_id(self.repo_id):
+            raise ValueError(f"repo_id must read owner/name, got {self.repo_id!r}")
+
+
+def write_card(
+    run_dir: Path, drafter_dir: Path, out: Path, *, options: CardOptions | None = None
+) -> None:
+    """Write ``out/README.md`` and the plots that the run's metrics allow.
+
+    Every file appears whole or not at all, the README after the plots it shows; a plot of an
+    earlier card that this one does not show is removed.
+
+    Raises:
+        ValueError: if a file of the run is not valid JSON.
+    """
+    facts = Facts.read(Path(run_dir), Path(drafter_dir))
+    readme = render(facts, options)
+    plots = draw_plots(facts)
+    for name, png in plots.items():
+        write_atomically(out / name, png)
+    write_atomically(out / "README.md", readme.encode())
+    for name in set(PLOTS) - set(plots):
+        (out / name).unlink(missing_ok=True)
+
+
+def write_page(
+    run_dir: Path, drafter_dir: Path, out: Path, *, options: CardOptions | None = None
+) -> None:
+    """Write the card, and beside it the files that its figures come from."""
+    if not (run_dir / "provenance.json").is_file():
+        raise ValueError(f"{run_dir} holds no run: train it first")
+    write_card(run_dir, drafter_dir, out, options=options)
+    sources = {name: run_dir / name for name in SOURCES}
+    sources["config.json"] = drafter_dir / "config.json"
+    for name, source in sources.items():
+        if source.is_file():
+            write_atomically(out / name, source.read_bytes())
+        else:
+            (out / name).unlink(missing_ok=True)
+
+
+def render(facts: Facts, options: CardOptions | None = None) -> str:
+    """The whole README.md, front matter included; the Hub client reads it back unchanged."""
+    options = options or CardOptions()
+    body = _template().render(
+        facts=facts,
+        options=options,
+        tables=tables,
+        target=target_name(facts),
+        license=_license(facts, options),
+        vllm_command=vllm_command(facts, options),
+        sagemaker_env=sagemaker_env(facts, options),
+        location=drafter_location(facts, options),
+        plots=plotted(facts),
+        command=public(facts.environment.command),
+        paper=PAPERS[facts.kind],
+    )
+    card = f"---\n{front_matter(facts, options).to_yaml()}\n---\n\n{body}"
+    assert ModelCard(card).content == card, "the card's front matter does not survive the client"
+    return card
+
+
+def front_matter(facts: Facts, options: CardOptions) -> ModelCardData:
+    """The metadata that the Hub indexes; a target that is not on the Hub is not named in it."""
+    base = facts.target.hub_id
+    datasets = [name for name in facts.data.datasets or () if is_hub_id(name)]
+    results = _eval_results(facts)
+    return ModelCardData(
+        base_model=base,
+        base_model_relation=options.base_model_relation if base else None,
+        datasets=datasets or None,
+        library_name="peagle",
+        pipeline_tag="text-generation",
+        tags=[*TAGS[facts.kind], f"arxiv:{PAPERS[facts.kind]}"],
+        model_name=f"{facts.kind} drafter for {target_name(facts)}" if results else None,
+        eval_results=results or None,
+        **_license_fields(_license(facts, options)),
+    )
+
+
+def target_name(facts: Facts) -> str:
+    """How the page calls the target: its Hub id, or the last part of its folder."""
+    if facts.target.name_or_path is None:
+        return "a target that was not recorded"
+    if facts.target.embedded:
+        return "the embedded target"
+    return plain(facts.target.hub_id or PurePath(facts.target.name_or_path).name)
+
+
+def drafter_location(facts: Facts, options: CardOptions) -> str:
+    return options.repo_id or f"./{plain(facts.drafter.folder)}"
+
+
+def speculative_config(facts: Facts, options: CardOptions) -> dict[str, Any] | None:
+    """vLLM's setting, None while the number of depths is unknown.
+
+    The method has to be named: vLLM finds it by itself only in a path that contains "eagle3".
+    Nothing in the drafter's own config.json turns parallel drafting on.
+    """
+    if facts.num_depths is None:
+        return None
+    config = {
+        "method": "eagle3",
+        "model": drafter_location(facts, options),
+        "num_speculative_tokens": facts.num_depths,
+    }
+    return config | ({"parallel_drafting": True} if facts.kind == "P-EAGLE" else {})
+
+
+def vllm_command(facts: Facts, options: CardOptions) -> str | None:
+    config = speculative_config(facts, options)
+    if config is None or facts.target.name_or_path is None:
+        return None
+    before, target = "", shlex.quote(facts.target.hub_id or f"./{target_name(facts)}")
+    if facts.target.embedded:
+        where = "import peagle.tiny_target as t; print(t.__path__[0])"
+        before, target = f"TARGET=\"$(python -c '{where}')\"\n", '"$TARGET"'
+    setting = shlex.quote(json.dumps(config, indent=2, ensure_ascii=False))
+    serve = f"VLLM_USE_V2_MODEL_RUNNER=0 vllm serve {target} --speculative-config {setting}"
+    return before + serve
+
+
+def sagemaker_env(facts: Facts, options: CardOptions) -> str | None:
+    """The container's environment as Python; a target without a Hub id is the mounted one."""
+    config = speculative_config(facts, options)
+    if config is None:
+        return None
+    target = facts.target.hub_id or "/opt/ml/model"
+    setting = "".join(f"        {name!r}: {value!r},\n" for name, value in config.items())
+    return (
+        "import json\n\nenv = {\n"
+        f"    'SM_VLLM_MODEL': {target!r},\n"
+        f"    'SM_VLLM_SPECULATIVE_CONFIG': json.dumps({{\n{setting}    }}),\n"
+        "    'VLLM_USE_V2_MODEL_RUNNER': '0',\n}"
+    )
+
+
+def _license(facts: Facts, options: CardOptions) -> str | None:
+    name = options.license or facts.target.license
+    return plain(name) if name else None
+
+
+def _license_fields(name: str | None) -> dict[str, str]:
+    if name is None:
+        return {}
+    known = name.lower()
+    if known in LICENSES:
+        return {"license": known}
+    return {"license": "other", "license_name": _slug(name)}
+
+
+def _eval_results(facts: Facts) -> list[EvalResult]:
+    """Measured acceptance lengths only: a teacher-forced figure must not pass for one."""
+    results = []
+    for row in facts.acceptance.rows:
+        if number(row.get("acceptance_length")) is None:
+            continue
+        prompt_set = plain(row.get("prompt_set"))
+        conditions = [
+            f"K = {row.get('k')}",
+            f"temperature {tables.recorded(number(row.get('temperature')))}",
+        ]
+        conditions += [plain(row[key]) for key in ("engine", "dtype") if row.get(key)]
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=_slug(prompt_set),
+                dataset_name=prompt_set,
+                metric_type="acceptance_length",
+                metric_name=f"acceptance length ({', '.join(conditions)})",
+                metric_value=row["acceptance_length"],
+            )
+        )
+    return results
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "unnamed"
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        # importlib.resources cannot open a namespace package that is installed in editable mode
+        loader=PackageLoader("peagle.model_cards", ""),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(text=text, code=code, recorded=recorded)
+    return environment.get_template("card.md.jinja")
+
+
+if __name__ == "__main__":
+    try:
+        auto_cli(write_page)
+    except ValueError as error:
+        raise SystemExit(f"card: {error}") from None

@@ -1,1 +1,0 @@
-"""vLLM as a server: found, started, asked over HTTP, and gone afterwards."""

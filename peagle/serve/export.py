@@ -1,0 +1,111 @@
+"""Writing the servable folder: ``config.json`` and ``model.safetensors`` exactly as vLLM reads
+them, checked, read back and only then put in its place."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from peagle.model.config import PEagleConfig
+from peagle.model.drafter import Drafter
+from peagle.serve.contract import (
+    Layout,
+    check_folder,
+    check_tensors,
+    plain_config,
+    refuse_unservable,
+    servable_tensors,
+)
+
+
+class Verifier(NamedTuple):
+    """The target as the speculators layout names it; ``vllm serve DIR`` loads it by this name."""
+
+    name: str
+    architectures: list[str]
+
+
+def export_drafter(
+    drafter: Drafter,
+    folder: Path,
+    *,
+    layout: Layout = "eagle3",
+    verifier: Verifier | None = None,
+    k: int | None = None,
+) -> None:
+    """Write the drafter in bf16; an existing folder is replaced only by a verified new one.
+
+    Args:
+        layout: ``eagle3`` is vLLM's plain format (``--speculative-config`` names the folder);
+            ``speculators`` lets ``vllm serve DIR`` find target and settings by itself.
+        verifier: the target, needed by the speculators layout.
+        k: drafts per round that the speculators layout asks for; default the trained depth.
+
+    Raises:
+        ValueError: naming the tensor that is missing, unexpected, misshapen or not finite, or the
+            setting that no engine serves.
+    """
+    refuse_unservable(drafter.config)
+    tensors = servable_tensors(drafter)
+    check_tensors(tensors, drafter.config)
+    config = plain_config(drafter.config)
+    if layout == "speculators":
+        if verifier is None:
+            raise ValueError("the speculators layout needs the target's name: give --target")
+        config = speculators_config(drafter.config, verifier, k or drafter.config.num_depths)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    # The library writes for its own user only; an engine often runs as another one.
+    (temporary / "model.safetensors").chmod(0o644)
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    check_folder(temporary)
+    written = load_file(temporary / "model.safetensors")
+    if not all(torch.equal(written[name], tensor) for name, tensor in tensors.items()):
+        raise OSError(f"{temporary}: what was read back differs from what was written")
+    replace_folder(temporary, folder)
+
+
+def speculators_config(config: PEagleConfig, verifier: Verifier, k: int) -> dict[str, Any]:
+    """The speculators format. vLLM copies all of ``transformer_layer_config`` into the drafter's
+    configuration but drops unknown fields beside it, so ``fc_norm`` and the like go inside."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    algorithm, name = ("peagle", "PEagle") if config.parallel_drafting else ("eagle3", "Eagle3")
+    mask = {"mask_token_id": config.mask_token_id} if config.parallel_drafting else {}
+    return {
+        "speculators_model_type": algorithm,
+        "architectures": [f"{name}Speculator"],
+        "draft_vocab_size": config.draft_vocab_size,
+        **mask,
+        "norm_before_residual": config.norm_before_residual,
+        "norm_before_fc": config.norm_before_fc,
+        "fc_norm": config.fc_norm,  # read here for eagle3, and inside for peagle
+        "target_hidden_size": config.target_hidden_size,
+        "eagle_aux_hidden_state_layer_ids": config.eagle_aux_hidden_state_layer_ids,
+        "transformer_layer_config": plain_config(config),
+        "speculators_config": {
+            "algorithm": algorithm,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": k}],
+            "verifier": {"name_or_path": verifier.name, "architectures": verifier.architectures},
+        },
+    }
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Put a finished folder in the place of an older one."""
+    for path in temporary.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)

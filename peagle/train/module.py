@@ -1,0 +1,393 @@
+"""The LightningModule: batch -> rows -> segments -> loss, and what is measured on the way."""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from jaxtyping import Int
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from peagle.cod.rounds import round_starts
+from peagle.cod.sampling import Cod, Rows, sample_rows
+from peagle.decode.decoder import Decoder
+from peagle.decode.evaluation import PromptBatch, Run, decode_batch
+from peagle.model.build import drafter_class
+from peagle.model.config import HIDDEN_STATES, PEagleConfig
+from peagle.model.drafter import Drafter
+from peagle.model.init import initialise
+from peagle.model.restore import (
+    refuse_differences,
+    refuse_other_kind,
+    refuse_other_target,
+    refuse_other_tensors,
+    refuse_unknown_fields,
+    saved_config,
+)
+from peagle.model.saved_drafter import load_drafter
+from peagle.serve.contract import as_served
+from peagle.store.hub import damage_named
+from peagle.store.manifest import Manifest
+from peagle.target.head import TargetHead
+from peagle.target.layers import TargetLayers
+from peagle.target.target import end_tokens, pick_device
+from peagle.train.draft_vocab import choose_vocabulary
+from peagle.train.loss import check_mix, global_mean
+from peagle.train.metrics import DepthAccuracy
+from peagle.train.objective import objective
+from peagle.train.optimizer import parameter_groups
+from peagle.train.optimizer_options import impose, impose_schedule, options_of, schedule_options_of
+from peagle.train.packing import Batch
+from peagle.train.skip_nonfinite import StepGuard, poisoned
+
+
+class LinearSchedule(LambdaLR):
+    """Linear warm-up, then linear decay to zero, by optimizer step (paper section 4.1)."""
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, warmup_ratio: float = 0.0025):
+        warmup = max(1, round(total_steps * warmup_ratio))
+
+        def scale(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
+
+        super().__init__(optimizer, scale)
+
+
+class PEagleModule(L.LightningModule):
+    """Trains one drafter.
+
+    Args:
+        mask_token_id: a token id that never occurs in text; every guess beyond the first reads it.
+            Only a p-eagle drafter has one.
+        cod: depths and their thinning. EAGLE-3 was published without thinning: ``keep_ratio`` 1.
+        drafter: ``p-eagle`` guesses all tokens in one pass; ``eagle3`` is the baseline, which needs
+            a pass for each token.
+        num_layers: drafter layers. Four is the paper's choice; more layers guess better and
+            cost latency.
+        hidden_size: width of the drafter; default the target's.
+        intermediate_size: of the feed-forward; default the target's.
+        num_key_value_heads: default the target's. With as many as the hidden state is wide
+            (``hidden_size / head_dim``) the layers start as copies of the target's.
+        draft_vocab_size: tokens that the drafter can guess; default all. Fewer are faster; the
+            most frequent tokens of the answers are kept.
+        norm_before_residual: layer 0 adds to the normed hidden state instead of the raw one.
+        norm_before_fc: one norm over all captured layers before ``fc``.
+        fc_norm: one norm per captured layer before ``fc``.
+        hidden_state: of rows beyond the first guess. ``shared``, one learned vector, is the
+            paper's choice and what vLLM serves; the others (``peagle/model/mtp_hidden.py``) are
+            for comparison and cannot be exported.
+        start: ``target`` lets layers start as copies of the target's where they fit; ``random``
+            never. Embedding, norm and head start as the target's either way.
+        deeper_rows: ``all`` anchors have them, as COD draws; or those where ``rounds`` of drafting
+            would start with the drafter as it stands, which takes a forward pass more.
+        train_embeddings: the paper found training them better than freezing them.
+        recompute: run depth 0 again in the backward pass: less memory for long sequences, more
+            time.
+        loss: weights of the losses to add up: kl, ce, tv, lk_hybrid.
+        depth_decay: a row of depth d weighs ``depth_decay ** d``. EAGLE-3 was published with 0.8.
+        optimizer: called with the parameters.
+        lr_scheduler: called with the optimizer and the number of steps.
+    """
+
+    def __init__(
+        self,
+        mask_token_id: int | None = None,
+        cod: Cod = Cod(),  # noqa: B008 (frozen)
+        drafter: Literal["p-eagle", "eagle3"] = "p-eagle",
+        num_layers: int = 4,
+        hidden_size: int | None = None,
+        intermediate_size: int | None = None,
+        num_key_value_heads: int | None = None,
+        draft_vocab_size: int | None = None,
+        norm_before_residual: bool = False,
+        norm_before_fc: bool = False,
+        fc_norm: bool = False,
+        hidden_state: Literal[HIDDEN_STATES] = "shared",
+        start: Literal["target", "random"] = "target",
+        deeper_rows: Literal["all", "rounds"] = "all",
+        train_embeddings: bool = True,
+        recompute: bool = False,
+        loss: dict[str, float] | None = None,
+        depth_decay: float = 1.0,
+        optimizer: Callable[[Iterable], Optimizer] = lambda p: AdamW(p, lr=1e-4, weight_decay=0.0),
+        lr_scheduler: Callable[[Optimizer, int], LRScheduler] = LinearSchedule,
+    ):
+        super().__init__()
+        if drafter == "p-eagle" and mask_token_id is None:
+            raise ValueError(
+                "a p-eagle drafter needs mask_token_id: give a token id that never occurs in text"
+            )
+        if drafter == "eagle3" and hidden_state != "shared":
+            raise ValueError("hidden_state is for p-eagle drafters: an eagle3 drafter has its own")
+        if not 0 < depth_decay <= 1:
+            raise ValueError(f"depth_decay must lie in (0, 1], got {depth_decay}")
+        if deeper_rows == "rounds" and cod.keep_ratio != 1:
+            raise ValueError("deeper_rows: rounds needs cod.keep_ratio 1: it must see all guesses")
+        self.cod, self.draft_vocab_size, self.deeper_rows = cod, draft_vocab_size, deeper_rows
+        self.start, self.train_embeddings, self.recompute = start, train_embeddings, recompute
+        self.mix, self.depth_decay = check_mix({"kl": 1.0} if loss is None else loss), depth_decay
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.architecture: dict[str, Any] = {
+            "parallel_drafting": drafter == "p-eagle",
+            "mask_token_id": mask_token_id,
+            "num_depths": cod.num_depths,
+            "num_hidden_layers": num_layers,
+            "norm_before_residual": norm_before_residual,
+            "norm_before_fc": norm_before_fc,
+            "fc_norm": fc_norm,
+            "hidden_state": hidden_state,
+        }
+        widths = {
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_key_value_heads": num_key_value_heads,
+        }
+        self.architecture |= {key: value for key, value in widths.items() if value is not None}
+        self.drafter: Drafter | None = None
+        self.target_head: TargetHead | None = None
+        self.full_head: list[TargetHead] = []
+        self.decoders: dict[str, Decoder] = {}
+        self.depths = DepthAccuracy(cod.num_depths)
+        self.guard = StepGuard()
+        self.rows_trained = self.tokens_trained = 0
+        self.classes: dict[str, str] = {}  # of optimizer and schedule
+        self.saved_classes: dict[str, str] = {}
+
+    def configure_model(self) -> None:
+        """Build the drafter for the store's target; weights start from the target's own."""
+        if self.drafter is not None or self.trainer.datamodule.store is None:
+            return
+        # Lightning makes the GPU the default here, and moves the module there afterwards. What a
+        # store holds is read on the CPU, and random weights are the same on every device.
+        with torch.device("cpu"), damage_named(self.trainer.datamodule.address):
+            self.build()
+
+    def build(self) -> None:
+        data = self.trainer.datamodule
+        manifest = data.store.manifest
+        head = TargetHead.load(
+            data.folder / "target.safetensors",
+            eps=manifest.rms_norm_eps,
+            softcap=manifest.softcap,
+            identity=manifest.identity(),
+        )
+        config = self.drafter_config(manifest)
+        self.drafter = drafter_class(config)(config)
+        kept = torch.arange(manifest.vocab_size)
+        if self.drafter.config.pruned:
+            vocabulary = choose_vocabulary(data.assistant_tokens(), self.draft_vocab_size)
+            self.print(f"draft vocabulary covers {vocabulary.coverage:.2%} of the answers' tokens")
+            kept = vocabulary.token_ids
+            self.drafter.d2t.copy_(vocabulary.offsets())
+            self.drafter.t2d.copy_(vocabulary.membership(manifest.vocab_size))
+        self.full_head = [head]  # in a list: Lightning must neither move nor save it
+        self.use_vocabulary(kept)
+        layers = TargetLayers({})
+        if self.start == "target":
+            path = data.folder / "target_layers.safetensors"
+            layers = TargetLayers.load(path, manifest.identity())
+        copied = initialise(self.drafter, head, kept, layers)
+        if copied:
+            self.print(f"layers 1-{len(copied)} start from the target's layers {copied}")
+        self.freeze_embeddings()
+
+    def freeze_embeddings(self) -> None:
+        """Raises ``ValueError`` where they start from random values."""
+        config = self.drafter.config
+        if not self.train_embeddings and config.hidden_size != config.target_hidden_size:
+            raise ValueError(
+                f"train_embeddings: false needs the target's own embeddings, and a drafter of "
+                f"width {config.hidden_size} cannot take those of width "
+                f"{config.target_hidden_size}: leave out hidden_size, or train them"
+            )
+        self.drafter.embed_tokens.requires_grad_(self.train_embeddings)
+
+    def use_vocabulary(self, kept: Int[Tensor, " W"]) -> None:
+        """Compare with the target over these tokens only."""
+        self.target_head = self.full_head[0].restricted(kept).to(self.device)
+
+    def drafter_config(self, manifest: Manifest) -> PEagleConfig:
+        """The target's block shape, with what this run changes."""
+        refuse_unknown_fields(manifest.block, "the store's manifest")
+        return PEagleConfig(
+            **{**manifest.block, **self.architecture},
+            vocab_size=manifest.vocab_size,
+            draft_vocab_size=self.draft_vocab_size,
+            target_hidden_size=manifest.hidden_size,
+            eagle_aux_hidden_state_layer_ids=manifest.layer_ids,
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        generator = torch.Generator().manual_seed(batch.seed)
+        rows = sample_rows(batch.supervised, batch.document, cod=self.cod, generator=generator)
+        if self.deeper_rows == "rounds":
+            rows = self.reached(batch, rows)
+        outcome = objective(
+            self.drafter,
+            self.target_head,
+            batch,
+            rows,
+            mix=self.mix,
+            depth_decay=self.depth_decay,
+            recompute=self.recompute,
+        )
+        loss = global_mean(outcome.loss, outcome.weight)
+        self.rows_trained += len(rows.anchor)
+        self.tokens_trained += len(batch.tokens)
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
+        if len(rows.anchor):
+            self.log("train/accuracy", outcome.correct.float().mean(), batch_size=1)
+        if self.guard.skipped:
+            self.log("train/skipped_steps", float(self.guard.skipped), batch_size=1)
+        return poisoned(loss)
+
+    @torch.no_grad()
+    def reached(self, batch: Batch, rows: Rows) -> Rows:
+        """All rows of depth 0, and whole rollouts where a round would start with this drafter."""
+        seen = objective(self.drafter, self.target_head, batch, rows, mix=self.mix)
+        starts = round_starts(rows, seen.correct.cpu(), batch.supervised, batch.document)
+        # Older torch would use weights that were cast without gradients again (pytorch#112583).
+        torch.clear_autocast_cache()
+        return rows.where((rows.depth == 0) | starts[rows.anchor])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, unless the guard has dropped the gradients: then the step changes nothing."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = self.guard.norm(parameters)
+        if self.guard.in_a_row:
+            self.print(
+                f"step {self.global_step}: loss or gradients are not finite, the step is skipped "
+                f"({self.guard.in_a_row} in a row, {self.guard.skipped} in all)"
+            )
+        elif gradient_clip_val and gradient_clip_algorithm == "value":
+            clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.guard.stop_if_hopeless()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        rows = self.every_row(batch)
+        outcome = objective(self.drafter, self.target_head, batch, rows, mix=self.mix)
+        self.depths.update(outcome.rows.to(self.device), outcome.correct)
+        count = len(rows.anchor)
+        mean = outcome.loss / max(count, 1)  # nothing supervised: it weighs nothing in the mean
+        self.log("val/loss", mean, batch_size=count, sync_dist=True, logger=self.fitting)
+
+    @property
+    def fitting(self) -> bool:
+        """Whether figures belong to the training curve; ``validate`` leaves it alone."""
+        return self.trainer.state.fn == "fit"
+
+    def every_row(self, batch: Batch) -> Rows:
+        """All rows of all supervised anchors: nothing is drawn, nothing dropped."""
+        return sample_rows(
+            batch.supervised, batch.document, cod=self.cod.keeping_all(), generator=None
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        report = self.depths.compute()
+        for depth, accuracy in enumerate(report.accuracy):
+            self.log(f"val/accuracy_d{depth}", accuracy, logger=self.fitting)
+        length = report.acceptance_length
+        self.log("val/acceptance_length", length, prog_bar=True, logger=self.fitting)
+
+    def on_validation_epoch_start(self) -> None:
+        self.depths.reset()
+
+    def on_test_start(self) -> None:
+        """Load the target, and the drafters as they are served: bf16 weights."""
+        config, source = self.trainer.datamodule.evaluation, self.trainer.datamodule.target
+        if self.drafter is None:
+            raise ValueError("test needs --ckpt_path: there is no drafter to test")
+        drafters = {self.drafter.config.method: copy.deepcopy(self.drafter)}
+        if config.baseline is not None:
+            baseline = load_drafter(config.baseline)
+            method = baseline.config.method
+            drafters[f"{method} (baseline)" if method in drafters else method] = baseline
+        for drafter in drafters.values():
+            refuse_other_target(drafter.config, source.config())
+        dtype = getattr(torch, config.dtype)
+        target = source.model(dtype=dtype, device=pick_device(config.device))
+        for method, drafter in drafters.items():
+            served = as_served(drafter, dtype).to(target.device).eval()
+            self.decoders[method] = Decoder(target, served, eos_ids=end_tokens(target))
+        self.tokenizer = source.tokenizer()
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> list[Run]:
+        config = self.trainer.datamodule.evaluation
+        return decode_batch(self.decoders, batch, config, self.tokenizer)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        optimizer = self.optimizer(parameter_groups(self.drafter))
+        self.configured = options_of(optimizer)
+        scheduler = self.lr_scheduler(optimizer, self.total_steps())
+        self.configured_schedule = schedule_options_of(scheduler)
+        self.classes = {
+            "optimizer": type(optimizer).__name__,
+            "lr_scheduler": type(scheduler).__name__,
+        }
+        refuse_differences(self.saved_classes, self.classes, "is of a run with another optimizer")
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def total_steps(self) -> int:
+        """Raises ``ValueError`` for a run without an end: its learning rate could never fall."""
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("training needs an end: set trainer.max_epochs or trainer.max_steps")
+        return int(steps)
+
+    def on_train_start(self) -> None:
+        """The configuration decides the learning rate, also of a resumed run."""
+        if self.trainer.precision == "16-mixed":
+            raise ValueError("precision 16-mixed is not supported: use bf16-mixed or 32-true")
+        scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+        impose(self.configured, self.trainer.optimizers[0], scheduler)
+        impose_schedule(self.configured_schedule, scheduler)
+
+    def progress(self) -> dict[str, int]:
+        """What was counted since the run began."""
+        return {
+            "rows": self.rows_trained,
+            "tokens": self.tokens_trained,
+            "skipped": self.guard.skipped,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["drafter_config"] = self.drafter.config.to_dict()
+        checkpoint["progress"] = self.progress()
+        checkpoint["classes"] = self.classes
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ``ValueError`` with the difference when the checkpoint is another drafter's."""
+        saved = saved_config(checkpoint)
+        if self.drafter is None:  # test needs no store
+            self.drafter = drafter_class(saved)(saved)
+        refuse_other_kind(saved, self.drafter.config)
+        ours = self.drafter.config.to_dict()
+        refuse_differences(saved.to_dict(), ours, "has another architecture")
+        refuse_other_tensors(checkpoint["state_dict"], self.state_dict())
+        if saved.pruned and self.target_head is not None:
+            offsets = checkpoint["state_dict"]["drafter.d2t"]
+            self.use_vocabulary(torch.arange(len(offsets)) + offsets)
+        progress, loop = checkpoint["progress"], checkpoint["loops"]["fit_loop"]
+        self.rows_trained, self.tokens_trained = progress["rows"], progress["tokens"]
+        self.guard.skipped = progress["skipped"]
+        self.saved_classes = checkpoint.get("classes", {})
+        self.trainer.datamodule.resumed = loop["epoch_loop.batch_progress"]["total"]["processed"]

@@ -1,0 +1,106 @@
+"""What ``test`` asks and counts, with the real embedded target and a random drafter."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from random_parts import make_drafter
+
+from peagle.callbacks.evaluate import format_acceptance
+from peagle.capture.prompts import PromptSource
+from peagle.decode.decoder import Decoder
+from peagle.decode.evaluation import EvaluationConfig, acceptance_rows, decode_batch, prompt_batches
+from peagle.target.target import TargetSource, end_tokens
+
+TARGET = TargetSource("tiny")
+ASKED = [["def pop(self):", "def push(self, item):"], ["def add(a, b):"], ["def a():", "def b():"]]
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    target = TARGET.model(dtype=torch.float32, device="cpu")
+    text = TARGET.config()
+    drafter = make_drafter(vocab_size=text.vocab_size, target_hidden_size=text.hidden_size)
+    return Decoder(target, drafter.float().eval(), eos_ids=end_tokens(target))
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps({"turns": turns}) + "\n" for turns in ASKED))
+    return EvaluationConfig(
+        prompts=[PromptSource(str(path))], k=(2, 4), max_new_tokens=12, batch_size=2
+    )
+
+
+def own_answers(turns):
+    """What the target says by itself, with transformers' own loop and no code of ours."""
+    model, tokenizer = TARGET.model(dtype=torch.float32, device="cpu"), TARGET.tokenizer()
+    messages, said = [], []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        new = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        said += new.tolist()
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": text})
+    return said
+
+
+def runs_of(decoder, config):
+    tokenizer = TARGET.tokenizer()
+    return [
+        run
+        for batch in prompt_batches(config)
+        for run in decode_batch({"p-eagle": decoder}, batch, config, tokenizer)
+    ]
+
+
+def test_later_turns_are_asked_in_the_context_of_the_targets_own_answers(decoder, config):
+    wanted = [own_answers(turns) for turns in ASKED]
+    runs = runs_of(decoder, config)
+    for k in (0, 2, 4):
+        mine = [run for run in runs if run.k == k]
+        assert [tokens for run in mine for tokens in run.decoded.tokens] == wanted
+        assert sum(run.turns for run in mine) == 5
+    assert len(wanted[0]) > 12  # two answers are one count
+
+
+def test_a_conversation_counts_once_with_all_its_turns(decoder, config):
+    rows = acceptance_rows(runs_of(decoder, config), engine="here", dtype="float32")
+    assert [(row["k"], row["prompts"], row["turns"]) for row in rows] == [(2, 3, 5), (4, 3, 5)]
+    assert all(row["lossless_prompts"] == 3 for row in rows)
+    assert "talks (3, 5 turns)" in format_acceptance(rows)
+
+
+def test_sampled_answers_continue_the_same_greedy_history(decoder, config):
+    sampled = replace(config, temperatures=(1.0,), k=(2,))
+    runs = runs_of(decoder, sampled)
+    assert {(run.temperature, run.k) for run in runs} == {(1.0, 0), (1.0, 2)}
+    asked = []
+    decode = decoder.decode
+
+    def listening(prompts, **settings):
+        asked.append((settings["k"], settings["temperature"], prompts))
+        return decode(prompts, **settings)
+
+    decoder.decode = listening
+    try:
+        runs_of(decoder, sampled)
+    finally:
+        del decoder.decode
+    # Of each batch: alone and with drafts, then the history greedily, then the second turn.
+    assert [(k, t) for k, t, _ in asked] == [(0, 1.0), (2, 1.0), (0, 0), (0, 1.0), (2, 1.0)] * 2
+    tokenizer = TARGET.tokenizer()
+    said = tokenizer.decode(own_answers(ASKED[0][:1]), skip_special_tokens=True)
+    assert len(said) > 5 and said in tokenizer.decode(asked[3][2][0])
+
+
+def test_one_turn_is_counted_as_one(decoder, tmp_path):
+    config = EvaluationConfig([PromptSource("stdlib", "test", limit=2)], k=(2,), max_new_tokens=4)
+    [row] = acceptance_rows(runs_of(decoder, config), engine="here", dtype="float32")
+    assert (row["prompts"], row["turns"]) == (2, 2)
+    assert "stdlib-test (2) " in format_acceptance([row])
