@@ -21,7 +21,7 @@ from peagle.capture.chat import prompt_ids
 from peagle.capture.config import CaptureConfig
 from peagle.capture.prompts import PromptSource, load_prompts
 from peagle.decode.decoder import Decoder
-from peagle.model.build import drafter_class
+from peagle.model.build import build_drafter
 from peagle.model.config import PEagleConfig
 from peagle.target.target import TargetSource
 
@@ -88,7 +88,7 @@ def drafter_for(source: TargetSource, method: str, layers: int, args: argparse.N
         parallel_drafting=PARALLEL[method],
     )
     torch.manual_seed(0)
-    return drafter_class(config)(config).eval().to(args.device)
+    return build_drafter(config).eval().to(args.device)
 
 
 if __name__ == "__main__":

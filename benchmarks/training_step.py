@@ -24,7 +24,7 @@ from measure import STORED, matrix_rate
 from report import machine, run_step, save, table
 from shapes import DTYPES, SHAPES, Shape
 
-from peagle.kernels.cpu.onednn import plain_product
+from peagle.kernels.cpu.products import product as cpu_product
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def measure_all(args: argparse.Namespace) -> list[dict]:
 def rate(dtype: str, device: torch.device) -> float:
     """By the faster library, which the step uses where it can: by the other one, its share of the
     rate could be beyond 1."""
-    return matrix_rate(STORED[dtype], device, product=plain_product)
+    return matrix_rate(STORED[dtype], device, product=cpu_product)
 
 
 def measured(step: Step, args: argparse.Namespace) -> dict:

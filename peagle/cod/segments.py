@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peagle.cod.sampling import Rows
-from peagle.kernels.cpu.onednn import ROW_UNIT
 
 ROOM = 1.02  # of a piece, beside the mean: a rest so small is not worth a piece of its own
 
@@ -48,20 +47,21 @@ def partition(expected: Float[Tensor, " S"], *, max_rows: int) -> tuple[Segment,
 class Piece(NamedTuple):
     """What is trained in one backward pass.
 
-    ``deeper`` runs through the layers: the rows of depth 1 and more among ``rows``, and behind
-    them as many of the next piece's as fill up whole units. Those are computed for nothing.
+    ``deeper`` runs through the layers: the MTP rows among ``rows``, and behind them as many of the
+    next piece's as fill up whole units. Those fillers are computed for nothing.
     """
 
     rows: Rows
     deeper: Rows
 
 
-def pieces(rows: Rows, segments: Sequence[Segment]) -> Iterator[Piece]:
+def pieces(rows: Rows, segments: Sequence[Segment], *, unit: int = 1) -> Iterator[Piece]:
     """The drawn rows, cut anew in pieces of about the mean size of the segments.
 
-    Every row is in one piece, and rollouts stay whole. Pieces have equally many deeper rows, in
-    whole units if segments are that large: hardly more than the mean, so that there can be one
-    piece more than segments. Where rows of depth 0 stand alone, it is all rows that limit a piece.
+    Every row is in one piece, and rollouts stay whole. Pieces have equally many MTP rows, in
+    multiples of ``unit`` if segments are that large. Their number is hardly above the mean, so that
+    there can be one piece more than segments. Where NTP rows stand alone, the number of all rows
+    limits a piece.
     """
     deeper = rows.deeper()
     if len(segments) == 1:
@@ -69,10 +69,10 @@ def pieces(rows: Rows, segments: Sequence[Segment]) -> Iterator[Piece]:
         return
     longest = int(rows.depth.max()) + 1 if len(rows.depth) else 1
     mean = len(deeper.anchor) / len(segments)
-    whole = int(mean * ROOM / ROW_UNIT) * ROW_UNIT
+    whole = int(mean * ROOM / unit) * unit
     size = max(whole or int(mean), longest)
     share = max(whole / mean, 1) if whole else 1
-    most = max(int(share * len(rows.anchor) / len(segments)) + ROW_UNIT, longest)
+    most = max(int(share * len(rows.anchor) / len(segments)) + unit, longest)
     begins = torch.nonzero(deeper.depth == 1).flatten()
     start = first = 0  # of the piece, among all rows and among deeper ones
     while start < len(rows.anchor):

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from peagle.decode.kv_cache import SlotCache
 from peagle.model.drafter import Drafter
-from peagle.model.layers import rotate
 from peagle.model.p_eagle import PEagleDrafter
 
 
@@ -77,11 +76,12 @@ def new_slots(
     # Slots that are not real are written to the spare entry; nobody reads it or their output.
     cache.slots.place(position, limit=cache.capacity if not bool(real.all()) else used)
 
-    hidden = drafter.combine(aux.flatten(0, 1)).view(batch, width, -1)
+    ops = drafter.ops
+    hidden = drafter.combine(aux.flatten(0, 1), ops).view(batch, width, -1)
     embedding = drafter.embed_tokens(tokens)
     if masks:
         mask_hidden, mask_embedding = (
-            x[None].expand(batch, masks, -1) for x in drafter.mask_inputs()
+            x[None].expand(batch, masks, -1) for x in drafter.mask_inputs(ops)
         )
         if drafter.config.hidden_state != "shared":
             newest = hidden[torch.arange(batch, device=tokens.device), count - 1]
@@ -128,20 +128,20 @@ def run_layers(
     embedding: Float[Tensor, "T D"],
 ) -> Float[Tensor, "T D"]:
     """All layers over the batch's queries, [B * q] in one axis, reading and writing the cache."""
-    position = cache.slots.position
+    ops, position = drafter.ops, cache.slots.position
     angles = drafter.rotary.angles(position.flatten(), hidden.dtype)
     mask = cache.slots.visible()[:, None]
     entering: Tensor | None = embedding
     for index, layer in enumerate(drafter.layers):
-        x, residual = layer.enter(hidden, entering)
-        query, key, value = layer.self_attn(x)
+        x, residual = layer.enter(hidden, entering, ops)
+        query, key, value = layer.self_attn(x, ops)
         by_head = [
             t.view(*position.shape, *t.shape[1:]).transpose(1, 2)  # [B, heads, q, E]
-            for t in (rotate(query, angles), rotate(key, angles), value)
+            for t in (ops.rotate(query, angles), ops.rotate(key, angles), value)
         ]
         keys, values = cache.update(by_head[1], by_head[2], index)
         context = F.scaled_dot_product_attention(
             by_head[0], keys, values, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
         )
-        hidden, entering = layer.leave(residual, context.transpose(1, 2).flatten(0, 1)), None
+        hidden, entering = layer.leave(residual, context.transpose(1, 2).flatten(0, 1), ops), None
     return hidden

@@ -1,12 +1,13 @@
-"""Gradients of a sum of which each part is differentiated as soon as it is computed.
+"""Back-propagates each piece at once and accumulates its gradients.
 
-What all parts read is held meanwhile. What products make of a weight (``weight.py``) is made once.
-Gradients are added to their sums where they are found (a weight's by the product itself, as
-Megatron does with its ``main_grad``), so that no part makes a copy of all of them.
+Only one piece's activations are alive at a time. Gradients are added to one sum per tensor as soon
+as they are computed, a weight's by the matrix product itself (Megatron's ``main_grad``), so that no
+piece makes a copy of all of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,113 +15,93 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from peagle.kernels.cpu.onednn import add_product
-from peagle.kernels.cpu.packed_weight import Weight
+from peagle.kernels.precision import at_least_float32, without_autocast
 
 
-def held_sum(
-    parts: Sequence[Callable[[Any], Tensor]], shared: Any, parameters: Sequence[Tensor]
+class MainGrads:
+    """One sum of gradients per tensor, in float32 or better so that pieces are rounded once."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.tensors = tensors
+        # Zeros, not None: DDP waits for every parameter, and a draw may leave one unused.
+        self.sums = [torch.zeros_like(x, dtype=at_least_float32(x.dtype)) for x in tensors]
+        self._sum_of = {id(x): found for x, found in zip(tensors, self.sums, strict=True)}
+        self._casts: dict[int, Tensor] = {}
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """The sum of a tensor's gradients; ``None`` for a tensor that has none here."""
+        return self._sum_of.get(id(tensor))
+
+    def cast(self, weight: Float[Tensor, "O I"], dtype: torch.dtype) -> Float[Tensor, "O I"]:
+        """The weight in this precision, without gradients: cast once for all pieces."""
+        if self.of(weight) is None or weight.dtype == dtype:
+            return weight.detach().to(dtype)
+        known = self._casts.get(id(weight))
+        if known is None or known.dtype != dtype:
+            known = self._casts[id(weight)] = weight.detach().to(dtype)
+        return known
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Add every gradient that autograd finds for one of the tensors to its sum.
+
+        ``autograd.grad`` keeps what it finds until its end, so in place of a gradient that was
+        added it is given a zero without memory.
+        """
+
+        def add(total: Tensor, grad: Tensor | None) -> Tensor | None:
+            if grad is None:
+                return None
+            total.add_(grad)
+            return grad.new_zeros(()).expand_as(grad)
+
+        pairs = zip(self.tensors, self.sums, strict=True)
+        handles = [x.register_hook(partial(add, total)) for x, total in pairs]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+Piece = Callable[[Any, MainGrads], Tensor]
+
+
+def accumulate(
+    pieces: Sequence[Piece], shared: Any, parameters: Sequence[Tensor]
 ) -> Float[Tensor, ""]:
-    """``sum(part(shared) for part in parts)``, with only one part's activations alive at a time.
+    """``sum(piece(shared, main_grads) for piece in pieces)``, one piece in memory at a time.
 
-    Each part is differentiated as soon as it is computed; what remains are the summed gradients
+    Each piece is back-propagated as soon as it is computed. What remains are the summed gradients
     of ``shared`` (tensors in tuples) and of ``parameters``, handed out when the result is
-    differentiated. A part must not scale the loss of the head (``head_loss``).
+    differentiated. Do not rescale a piece's loss: the head's gradient is already accumulated.
     """
     tensors, form = tree_flatten(shared)
-    return _HeldSum.apply(parts, form, len(tensors), *tensors, *parameters)
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    main_grads = MainGrads([*leaves, *parameters])
+    with main_grads.collecting():
+        return _Accumulate.apply(
+            pieces, tree_unflatten(leaves, form), main_grads, *tensors, *parameters
+        )
 
 
-class _HeldSum(torch.autograd.Function):
+class _Accumulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parts, form, count, *inputs):
-        leaves = [x.detach().requires_grad_() for x in inputs[:count]]
-        shared = tree_unflatten(leaves, form)
-        variables = [*leaves, *inputs[count:]]
-        # Zeros, not None: DDP waits for every parameter, and a draw may leave one unused.
-        # In float32 also for what is bf16, so that many parts are rounded once.
-        sums = [torch.zeros_like(x, dtype=at_least_float(x.dtype)) for x in variables]
-        ctx.dtypes = [x.dtype for x in variables]
-        total = torch.zeros((), dtype=torch.float32, device=leaves[0].device)
-        with ExitStack() as stack:
-            for x, found in zip(variables, sums, strict=True):
-                stack.enter_context(holding(x, found))
-            for run in parts:
-                with torch.enable_grad():
-                    loss = run(shared)
-                # As loss.backward() runs outside autocast: what a backward pass has in float32, it
-                # must not round.
-                with torch.autocast(loss.device.type, enabled=False):
-                    torch.autograd.grad(loss, variables, allow_unused=True)  # see holding
-                total = total + loss.detach()
-        ctx.save_for_backward(*sums)
+    def forward(ctx, pieces, shared, main_grads, *inputs):
+        ctx.dtypes = [x.dtype for x in inputs]
+        total = torch.zeros((), dtype=torch.float32, device=inputs[0].device)
+        for piece in pieces:
+            with torch.enable_grad():
+                loss = piece(shared, main_grads)
+            # loss.backward() runs outside autocast: what a backward pass has in float32, it must
+            # not round.
+            with without_autocast(loss.device):
+                torch.autograd.grad(loss, main_grads.tensors, allow_unused=True)
+            total = total + loss.detach()
+        ctx.save_for_backward(*main_grads.sums)
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
-        sums = ctx.saved_tensors
-        scaled = (grad.mul_(grad_total.to(grad.dtype)) for grad in sums)
+        scaled = (grad.mul_(grad_total.to(grad.dtype)) for grad in ctx.saved_tensors)
         return None, None, None, *(x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True))
-
-
-def at_least_float(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-class Held:
-    """A weight while the parts of a held sum run."""
-
-    def __init__(self, weight: Tensor, grad: Tensor):
-        self.weight, self.grad = weight, grad
-        self.factor: Weight | None = None
-
-    def to(self, dtype: torch.dtype) -> Weight:
-        """The weight in this precision; the last one that was asked for is kept."""
-        if self.factor is None or self.factor.dtype != dtype:
-            self.factor = Weight(self.weight, dtype, lasting=True)
-        return self.factor
-
-
-@contextmanager
-def holding(x: Tensor, found: Tensor) -> Iterator[None]:
-    """Let every gradient of ``x`` be added to ``found``.
-
-    By products (``gradient``) as they compute it; else as soon as autograd has it:
-    ``autograd.grad`` keeps what it finds until its end, so of a gradient that was added it is
-    given a zero without memory.
-    """
-
-    def add(grad: Tensor | None) -> Tensor | None:
-        if grad is None:
-            return None
-        found.add_(grad)
-        return grad.new_zeros(()).expand_as(grad)
-
-    assert held_of(x) is None, "a tensor is held once"
-    handle, x.held = x.register_hook(add), Held(x, found)
-    try:
-        yield
-    finally:
-        handle.remove()
-        del x.held
-
-
-def held_of(weight: Tensor) -> Held | None:
-    """What is held of ``weight`` just now."""
-    return getattr(weight, "held", None)
-
-
-def factor_of(weight: Float[Tensor, "O I"], dtype: torch.dtype, *, lasting: bool = False) -> Weight:
-    """For products in this precision; one for all parts of a held sum."""
-    held = held_of(weight)
-    return Weight(weight, dtype, lasting=lasting) if held is None else held.to(dtype)
-
-
-def gradient(
-    held: Held | None, a: Float[Tensor, "O N"], b: Float[Tensor, "N I"]
-) -> Float[Tensor, "O I"] | None:
-    """What a backward pass returns for a weight whose gradient is ``a @ b``: nothing once it has
-    been added to what is held."""
-    total = a.new_zeros(len(a), b.shape[1]) if held is None else held.grad
-    add_product(total, a, b)
-    return total if held is None else None

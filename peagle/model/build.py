@@ -1,4 +1,4 @@
-"""Which class a drafter's configuration is of."""
+"""The drafter that a configuration describes."""
 
 from peagle.model.config import PEagleConfig
 from peagle.model.drafter import Drafter
@@ -6,6 +6,6 @@ from peagle.model.eagle3 import Eagle3Drafter
 from peagle.model.p_eagle import PEagleDrafter
 
 
-def drafter_class(config: PEagleConfig) -> type[Drafter]:
-    """P-EAGLE's where drafting is parallel, else EAGLE-3's."""
-    return PEagleDrafter if config.parallel_drafting else Eagle3Drafter
+def build_drafter(config: PEagleConfig) -> Drafter:
+    """P-EAGLE's where drafting is parallel, else EAGLE-3's; random weights."""
+    return PEagleDrafter(config) if config.parallel_drafting else Eagle3Drafter(config)

@@ -1,9 +1,9 @@
-"""What the two kinds of drafter share: weights in vLLM's names, and the stream of depth 0.
+"""What both drafters share: weights in vLLM's names, and the NTP forward pass.
 
 Slot ``p`` reads token ``x[p+1]`` and the target's hidden states ``h[p]`` at rotary position ``p``
-and guesses ``x[p+2]``. Depth 0 never looks at deeper rows, so it is computed once and its keys
-and values serve every rollout. What a row of depth ``d >= 1`` reads is where the kinds differ:
-``drafter.py`` (P-EAGLE, all depths at once) and ``eagle3.py`` (EAGLE-3, one after the other).
+and guesses ``x[p+2]``. NTP (depth 0) never looks at MTP rows, so it is computed once and its keys
+and values serve every rollout. What a row of depth ``d >= 1`` reads is where the drafters differ:
+``p_eagle.py`` (P-EAGLE, all depths at once) and ``eagle3.py`` (EAGLE-3, one after the other).
 """
 
 from abc import ABC, abstractmethod
@@ -16,16 +16,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from peagle.cod.sampling import Rows
-from peagle.kernels.attention import causal_attention, kernel_dtype
-from peagle.kernels.products import speed_up
+from peagle.kernels import Kernels, backend_for
+from peagle.kernels.reference import Angles, Reference
 from peagle.model.config import PEagleConfig
-from peagle.model.layers import DrafterLayer, RMSNorm, Rotary, rotate
+from peagle.model.layers import DrafterLayer, RMSNorm, Rotary
 
 
 class MaskRow(NamedTuple):
     """What layer 0 makes of the mask token: the same for every row of depth >= 1, but rotation.
 
-    One row, or each its own (``RowInputs``).
+    One row, or each its own (``MTPInputs``).
     """
 
     query: Float[Tensor, "#M A E"]
@@ -34,22 +34,22 @@ class MaskRow(NamedTuple):
     residual: Float[Tensor, "#M D"]
 
 
-class RowInputs(NamedTuple):
+class MTPInputs(NamedTuple):
     """What layer 0 reads in rows of depth >= 1 where they differ: all designs but ``shared``."""
 
     state: Float[Tensor, "1 D"]
     embedding: Float[Tensor, "1 D"]
-    anchor: Float[Tensor, "S D"]  # hidden states that depth 0 reads
+    anchor: Float[Tensor, "S D"]  # hidden states that NTP reads
 
 
-class Stream(NamedTuple):
-    """What depth 0 leaves behind for the rollouts: its last hidden states, each layer's keys and
-    values, and what deeper rows enter with (the mask row, or the embeddings of all slots)."""
+class NTPStates(NamedTuple):
+    """What NTP leaves for MTP: its last hidden states, each layer's keys and values, and what MTP
+    rows enter layer 0 with (the mask row, or the embeddings of all slots)."""
 
     hidden: Float[Tensor, "S D"]
     keys: tuple[Float[Tensor, "S G E"], ...]
     values: tuple[Float[Tensor, "S G E"], ...]
-    entrance: MaskRow | RowInputs | Float[Tensor, "S D"]
+    mtp_inputs: MaskRow | MTPInputs | Float[Tensor, "S D"]
 
 
 class Drafter(PreTrainedModel, ABC):
@@ -79,23 +79,30 @@ class Drafter(PreTrainedModel, ABC):
         if config.pruned:
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
             self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
-        speed_up(self)
+
+    kernels: Kernels = "auto"
+
+    @property
+    def ops(self) -> Reference:
+        """What computes on the drafter's device."""
+        return backend_for(self.device, self.kernels)
 
     def target_ids(self, draft_ids: Int[Tensor, " *T"]) -> Int[Tensor, " *T"]:
         """Ids of the target's vocabulary for ids of the draft vocabulary."""
         return draft_ids + self.d2t[draft_ids] if self.config.pruned else draft_ids
 
-    def combine(self, aux: Float[Tensor, "T AD"]) -> Float[Tensor, "T D"]:
+    def combine(self, aux: Float[Tensor, "T AD"], ops: Reference) -> Float[Tensor, "T D"]:
         """The target's hidden states, normed and projected in vLLM's order."""
         aux = aux.to(self.fc.weight.dtype)  # a store is bf16, whatever the run computes in
         if self.config.norm_before_fc:
-            aux = self.input_norm(aux)
+            aux = self.input_norm(aux, ops)
         if self.config.fc_norm:
-            parts = aux.split(self.config.target_hidden_size, -1)
-            aux = torch.cat([norm(x) for norm, x in zip(self.fc_norm, parts, strict=True)], -1)
-        return self.fc(aux)
+            layers = aux.split(self.config.target_hidden_size, -1)
+            pairs = zip(self.fc_norm, layers, strict=True)
+            aux = torch.cat([norm(x, ops) for norm, x in pairs], -1)
+        return ops.linear(aux, self.fc.weight)
 
-    def depth_zero(
+    def ntp_forward(
         self,
         tokens: Int[Tensor, " S"],
         aux: Float[Tensor, "S AD"],
@@ -103,26 +110,27 @@ class Drafter(PreTrainedModel, ABC):
         *,
         document_lengths: list[int],
         recompute: bool = False,
-    ) -> Stream:
-        """Run the slots whose token and hidden states are known.
+    ) -> NTPStates:
+        """NTP: run the slots whose token and hidden states are known.
 
         ``recompute`` keeps only each layer's input for the backward pass and runs it again there.
         """
-        hidden, embedding = self.combine(aux), self.embedded(tokens)
+        ops = self.ops
+        hidden, embedding = self.combine(aux, ops), self.embedded(tokens)
         embedding, mask = embedding.split([len(tokens), len(embedding) - len(tokens)])
-        entrance = self.entrance(embedding, hidden, mask)
-        angles = self.rotary.angles(position, kernel_dtype(hidden, document_lengths))
+        mtp_inputs = self.mtp_inputs(embedding, hidden, mask, ops)
+        angles = self.rotary.angles(position, ops.attention_dtype(hidden, document_lengths))
         keys, values = [], []
         for layer in self.layers:
-            inputs = (layer, hidden, embedding, angles, document_lengths)
+            inputs = (layer, hidden, embedding, angles, document_lengths, ops)
             if recompute:
-                hidden, key, value = checkpoint(known_slots, *inputs, use_reentrant=False)
+                hidden, key, value = checkpoint(ntp_layer, *inputs, use_reentrant=False)
             else:
-                hidden, key, value = known_slots(*inputs)
+                hidden, key, value = ntp_layer(*inputs)
             embedding = None
             keys.append(key)
             values.append(value.to(key.dtype))  # once, not in every piece
-        return Stream(hidden, tuple(keys), tuple(values), entrance)
+        return NTPStates(hidden, tuple(keys), tuple(values), mtp_inputs)
 
     @abstractmethod
     def embedded(self, tokens: Int[Tensor, " S"]) -> Float[Tensor, "S1 D"]:
@@ -130,44 +138,47 @@ class Drafter(PreTrainedModel, ABC):
         once, since every look-up makes a gradient as large as the table."""
 
     @abstractmethod
-    def entrance(
+    def mtp_inputs(
         self,
         embedding: Float[Tensor, "S D"],
         hidden: Float[Tensor, "S D"],
         mask: Float[Tensor, "_ D"],
-    ) -> MaskRow | RowInputs | Float[Tensor, "S D"]:
-        """What deeper rows enter layer 0 with, given what all slots of depth 0 enter it with."""
+        ops: Reference,
+    ) -> MaskRow | MTPInputs | Float[Tensor, "S D"]:
+        """What MTP rows enter layer 0 with, given what all slots of NTP enter it with."""
 
     @abstractmethod
-    def rollouts(
+    def mtp_forward(
         self,
         rows: Rows,
-        stream: Stream,
+        ntp: NTPStates,
         position: Int[Tensor, " S"],
         document: Int[Tensor, " S"],
+        ops: Reference,
     ) -> Float[Tensor, "M D"]:
-        """Run rows of depth >= 1 (sorted) against the keys and values of depth 0."""
+        """Run rows of depth >= 1 (sorted) against the keys and values of NTP."""
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """The trained parameters that every piece reads; the others serve only the stream."""
+        """The trained parameters that every piece reads; the others serve only NTP."""
         modules = (self.layers, self.norm, self.lm_head)
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T W"]:
         """Logits over the draft vocabulary."""
-        return self.lm_head(self.norm(hidden))
+        return self.ops.linear(self.norm(hidden, self.ops), self.lm_head.weight)
 
 
-def known_slots(
+def ntp_layer(
     layer: DrafterLayer,
     hidden: Float[Tensor, "S D"],
     embedding: Float[Tensor, "S D"] | None,
-    angles: tuple[Float[Tensor, "S 1 F"], Float[Tensor, "S 1 F"]],
+    angles: Angles,
     document_lengths: list[int],
+    ops: Reference,
 ) -> tuple[Float[Tensor, "S D"], Float[Tensor, "S G E"], Float[Tensor, "S G E"]]:
-    """One layer of depth 0: its output, and the keys and values that rollouts read."""
-    x, residual = layer.enter(hidden, embedding)
-    query, key, value = layer.self_attn(x)
-    query, key = rotate(query, angles), rotate(key, angles)
-    context = causal_attention(query, key, value, document_lengths=document_lengths)
-    return layer.leave(residual, context), key, value
+    """One layer of NTP: its output, and the keys and values that MTP rows read."""
+    x, residual = layer.enter(hidden, embedding, ops)
+    query, key, value = layer.self_attn(x, ops)
+    query, key = ops.rotate(query, angles), ops.rotate(key, angles)
+    context = ops.ntp_attention(query, key, value, document_lengths=document_lengths)
+    return layer.leave(residual, context, ops), key, value

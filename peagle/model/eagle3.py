@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from peagle.cod.sampling import Rows
-from peagle.kernels.cpu.attention import precise
+from peagle.kernels.precision import at_least_float32, without_autocast
+from peagle.kernels.reference import Reference
 from peagle.model.config import PEagleConfig
-from peagle.model.drafter import Drafter, Stream
-from peagle.model.layers import rotate
+from peagle.model.drafter import Drafter, NTPStates
 
 BLOCK_ROWS = 256  # rows whose scores are taken at once: what lies behind their anchors is left out
 
@@ -39,25 +39,27 @@ class Eagle3Drafter(Drafter):
     def embedded(self, tokens: Int[Tensor, " S"]) -> Float[Tensor, "S D"]:
         return self.embed_tokens(tokens)
 
-    def entrance(
+    def mtp_inputs(
         self,
         embedding: Float[Tensor, "S D"],
         hidden: Float[Tensor, "S D"],
         mask: Float[Tensor, "_ D"],
+        ops: Reference,
     ) -> Float[Tensor, "S D"]:
         """The slots' embeddings: a row at position p reads the token of slot p."""
         return embedding
 
-    def rollouts(
+    def mtp_forward(
         self,
         rows: Rows,
-        stream: Stream,
+        ntp: NTPStates,
         position: Int[Tensor, " S"],
         document: Int[Tensor, " S"],
+        ops: Reference,
     ) -> Float[Tensor, "M D"]:
         """Run rows of depth >= 1, depth by depth; each rollout is a hole-free prefix 1..d."""
-        device, dtype = position.device, stream.keys[0].dtype
-        hidden, before = stream.hidden, torch.arange(len(document))  # of every slot
+        device, dtype = position.device, ntp.keys[0].dtype
+        hidden, before = ntp.hidden, torch.arange(len(document))  # of every slot
         pairs: list[Pairs | None] = [None] * len(self.layers)
         found, order = [], []
         for depth in range(1, int(rows.depth.max()) + 1):
@@ -67,15 +69,15 @@ class Eagle3Drafter(Drafter):
             slots = (anchor + depth).to(device)
             angles = self.rotary.angles(position[slots], dtype)
             blocks = blocks_of(anchor, document, device=device)
-            hidden, embedding = hidden[going_on], stream.entrance[slots]
+            hidden, embedding = hidden[going_on], ntp.mtp_inputs[slots]
             for index, layer in enumerate(self.layers):
-                x, residual = layer.enter(hidden, embedding if index == 0 else None)
-                query, key, value = layer.self_attn(x)
-                own = grown(pairs[index], going_on, rotate(key, angles), value.to(dtype))
+                x, residual = layer.enter(hidden, embedding if index == 0 else None, ops)
+                query, key, value = layer.self_attn(x, ops)
+                own = grown(pairs[index], going_on, ops.rotate(key, angles), value.to(dtype))
                 pairs[index] = own
-                prefix = Pairs(stream.keys[index], stream.values[index])
-                context = chain_attention(rotate(query, angles), own, prefix, blocks)
-                hidden = layer.leave(residual, context.to(value.dtype))
+                prefix = Pairs(ntp.keys[index], ntp.values[index])
+                context = chain_attention(ops.rotate(query, angles), own, prefix, blocks)
+                hidden = layer.leave(residual, context.to(value.dtype), ops)
             before = anchor
             found.append(hidden)
             order.append(here)
@@ -105,7 +107,7 @@ def grown(
     )
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """Rows of one depth and document, and the slots before the last of their anchors."""
 
     rows: slice
@@ -115,7 +117,7 @@ class Block(NamedTuple):
 
 def blocks_of(
     anchor: Int[Tensor, " M"], document: Int[Tensor, " S"], *, device: torch.device
-) -> list[Block]:
+) -> list[RowBlock]:
     """Cut rows of one depth, sorted by anchor, so that a block stays within a document."""
     number = document[anchor]
     cuts = [0, *(torch.nonzero(number[1:] != number[:-1]).flatten() + 1).tolist(), len(anchor)]
@@ -126,12 +128,12 @@ def blocks_of(
             last = min(first + BLOCK_ROWS, stop)
             slots = torch.arange(begin, int(anchor[last - 1]) + 1)
             hidden = (slots > anchor[first:last, None]).to(device)
-            blocks.append(Block(slice(first, last), slice(begin, begin + len(slots)), hidden))
+            blocks.append(RowBlock(slice(first, last), slice(begin, begin + len(slots)), hidden))
     return blocks
 
 
 def chain_attention(
-    query: Float[Tensor, "M A E"], own: Pairs, prefix: Pairs, blocks: list[Block]
+    query: Float[Tensor, "M A E"], own: Pairs, prefix: Pairs, blocks: list[RowBlock]
 ) -> Float[Tensor, "M A E"]:
     """Every row sees its document's depth-0 slots up to its anchor, and its rollout so far.
 
@@ -140,13 +142,15 @@ def chain_attention(
     """
     by_group = query.unflatten(1, (prefix.key.shape[1], -1))  # [M, G, R, E]
     parts = []
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         for rows, slots, hidden in blocks:
             asked = by_group[rows] * query.shape[-1] ** -0.5
             known, mine = torch.einsum("mgre,sge->grms", asked, prefix.key[slots]), own.key[rows]
             known = known.masked_fill(hidden, -torch.inf)
             scores = torch.cat([known, torch.einsum("mgre,mdge->grmd", asked, mine)], -1)
-            weights = torch.softmax(scores, -1, dtype=precise(scores)).to(query.dtype)
+            weights = torch.softmax(scores, -1, dtype=at_least_float32(scores.dtype)).to(
+                query.dtype
+            )
             count = known.shape[-1]
             context = torch.einsum("grms,sge->mgre", weights[..., :count], prefix.value[slots])
             mine = torch.einsum("grmd,mdge->mgre", weights[..., count:], own.value[rows])

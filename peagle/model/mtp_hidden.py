@@ -19,7 +19,7 @@ from peagle.model.config import PEagleConfig
 SCALE, DROPOUT = 0.1, 0.1  # the paper's, appendix B.2
 
 
-class RowStates(nn.Module):
+class MTPHidden(nn.Module):
     """What a design adds to the shared vector. ``shared`` needs none of it."""
 
     def __init__(self, config: PEagleConfig):
@@ -36,7 +36,7 @@ class RowStates(nn.Module):
     def forward(
         self, anchor: Float[Tensor, "M D"], depth: Int[Tensor, " M"]
     ) -> Float[Tensor, "M D"]:
-        """For each row: its anchor's hidden state, as depth 0 reads it, and its own depth.
+        """For each row: its anchor's hidden state, as NTP reads it, and its own depth.
 
         Depths beyond the trained ones are taken for the last of them.
         """

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from peagle.model.build import drafter_class
+from peagle.model.build import build_drafter
 from peagle.model.checkpoint import read_checkpoint
 from peagle.model.drafter import Drafter
 from peagle.model.restore import refuse_incomplete, refuse_other_tensors, saved_config
@@ -13,7 +13,7 @@ def load_drafter(ckpt_path: Path | str) -> Drafter:
     checkpoint = read_checkpoint(str(ckpt_path))
     refuse_incomplete(checkpoint)
     config = saved_config(checkpoint)
-    drafter = drafter_class(config)(config)
+    drafter = build_drafter(config)
     weights = {
         name.removeprefix("drafter."): tensor
         for name, tensor in checkpoint["state_dict"].items()

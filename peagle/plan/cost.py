@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import torch
 
-from peagle.model.build import drafter_class
+from peagle.kernels.reference import Reference
+from peagle.model.build import build_drafter
 from peagle.model.config import PEagleConfig
-from peagle.train.loss import CHUNK_ROWS
 from peagle.train.memory import (
     CHUNKS,
     SLACK,
-    laid_bytes,
+    copied_bytes,
     row_bytes,
     score_bytes,
     slot_bytes,
@@ -46,11 +46,11 @@ def cost_of(
     """Memory and arithmetic of training on one packed sequence.
 
     Weights, gradients (twice: their sum, and what is handed on) and the optimizer's state are
-    float32; activations, and weights as they are laid out for products, bf16 when ``half``.
+    float32; activations and the copies of weights that products read are bf16 when ``half``.
     ``muon`` keeps one moment of matrices where AdamW keeps two.
     """
     with torch.device("meta"):
-        drafter = drafter_class(config)(config)
+        drafter = build_drafter(config)
     total = sum(p.numel() for p in drafter.parameters())
     trained = total - (0 if train_embeddings else drafter.embed_tokens.weight.numel())
     matrices = sum(
@@ -63,13 +63,13 @@ def cost_of(
     row = row_bytes(config, element, layers) + score_bytes(config, shape.slots)
     memory = {
         "weights": 4 * total,
-        "laid out": laid_bytes(config, element),
+        "bf16 copies": copied_bytes(config, element),
         "gradients": 4 * 2 * trained,
         "optimizer": (4 if muon else 8) * matrices + 8 * (trained - matrices),
         "target head": target_head_bytes(config),
         "sequence": shape.slots * slot_bytes(config, element, recompute=recompute),
         "segment": shape.segment_rows * row,
-        "logits": CHUNKS * 4 * CHUNK_ROWS * config.draft_vocab_size,
+        "logits": CHUNKS * 4 * Reference.head_chunk * config.draft_vocab_size,
     }
     memory["slack"] = round((SLACK - 1) * sum(memory.values()))
     return Cost(memory, flops_of(config, shape, matrices, head), total)

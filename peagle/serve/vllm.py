@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from peagle.kernels.cpu.onednn import CACHE_LIMITS
+from peagle.kernels.cpu.products import CACHE_LIMITS
 from peagle.serve.server import Server, free_port
 
 FIRST_VERSION = (0, 16)  # the first vLLM with parallel_drafting (vllm-project/vllm#32887)

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peagle.kernels.cpu.packed_weight import Weight
+from peagle.kernels.precision import without_autocast
+from peagle.kernels.reference import Reference
 from peagle.store.errors import DamageError
 from peagle.store.index import IDENTITY
 from peagle.store.sample import digest
@@ -76,23 +77,18 @@ class TargetHead(nn.Module):
             softcap=self.softcap,
         )
 
-    def factor(self, *, lasting: bool = False) -> Weight:
-        """The head as products want it."""
-        return Weight(self.head, self.head.dtype, lasting=lasting)
-
     @torch.no_grad()
     def forward(
-        self, final: Float[Tensor, "P T"], weight: Weight | None = None
+        self, final: Float[Tensor, "P T"], ops: Reference | None = None
     ) -> Float[Tensor, "P W"]:
         """The target's logits, rounded where the target rounds, as float32.
 
-        ``weight``: the head's own ``factor``, where it serves many calls.
+        ``ops``: the backend that multiplies; default plain PyTorch.
         """
         states = F.rms_norm(final.float(), (final.shape[-1],), None, self.eps)
-        states = states.to(self.norm.dtype) * self.norm
-        weight = self.factor() if weight is None else weight
-        with torch.autocast(final.device.type, enabled=False):
-            logits = weight.product(states.to(weight.dtype))
+        states = (states.to(self.norm.dtype) * self.norm).to(self.head.dtype)
+        with without_autocast(final.device):
+            logits = (ops or Reference()).product(states, self.head)
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits.float()

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from peagle.cod.sampling import Cod
 from peagle.decode.evaluation import EvaluationConfig, PromptBatch, prompt_batches
+from peagle.model.config import PEagleConfig
 from peagle.store.errors import BadSample
 from peagle.store.hub import FoundStore, HubStore, find_store, open_store, store_address
 from peagle.store.reader import Store
@@ -110,6 +111,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
         self.store: Store | None = None
         self.found: FoundStore | None = None
         self.resumed = 0  # batches that the run had finished when its checkpoint was written
+        self.rows_in_memory: int | None = None
         self.order: dict[str, Any] = {}  # what the place in the data depends on
         self.saved_order: dict[str, Any] = {}
 
@@ -226,25 +228,30 @@ class HiddenStatesDataModule(L.LightningDataModule):
             packs = FetchAhead(packs, self.needs, self.store.cache, threads=threads, lag=threads)
         return ReadAhead(data.__getitem__, packs, threads=threads)
 
-    def segment_rows(self) -> int:
-        """What ``max_rows`` and ``memory_gb`` both allow.
+    def fit_memory(self, config: PEagleConfig, *, recompute: bool) -> None:
+        """Learn how many rows of this drafter ``memory_gb`` holds; called once it is built.
 
         Raises:
             ValueError: when the memory budget cannot hold one segment.
         """
+        if self.memory_gb is not None:
+            self.rows_in_memory = rows_within(
+                self.memory_gb,
+                config,
+                slots=self.max_tokens,
+                rollout=self.cod.num_depths,
+                deeper=self.cod.deeper_share(),
+                element=2 if str(self.trainer.precision).startswith("bf16") else 4,
+                recompute=recompute,
+            )
+
+    def segment_rows(self) -> int:
+        """What ``max_rows`` and ``memory_gb`` both allow."""
         if self.memory_gb is None:
             return DEFAULT_ROWS if self.max_rows is None else self.max_rows
-        module = self.trainer.lightning_module
-        within = rows_within(
-            self.memory_gb,
-            module.drafter.config,
-            slots=self.max_tokens,
-            rollout=self.cod.num_depths,
-            deeper=self.cod.deeper_share(),
-            element=2 if str(self.trainer.precision).startswith("bf16") else 4,
-            recompute=module.recompute,
-        )
-        return within if self.max_rows is None else min(self.max_rows, within)
+        assert self.rows_in_memory is not None, "fit_memory comes first"
+        limits = (self.max_rows, self.rows_in_memory)
+        return min(limit for limit in limits if limit is not None)
 
     def usable(self, split: str) -> tuple[list[int], list[int]]:
         """Samples of a split that fit, and their slots."""

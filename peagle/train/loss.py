@@ -8,27 +8,130 @@
     tv         1 - alpha                                      total variation distance
     lk_hybrid  lambda * kl + (1 - lambda) * tv,               arXiv 2602.23881;
                lambda = exp(-3 * alpha), held constant        kl early, acceptance late
+
+To add a loss, write its value and its slope and add one line to ``LOSSES``. On CUDA the losses that
+``kernels/cuda/loss.py`` names run as Triton kernels; any other runs as it stands here.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
-from peagle.kernels.cpu.onednn import ROW_UNIT, add_product
-from peagle.kernels.grad_accumulation import at_least_float, factor_of, held_of
-from peagle.kernels.products import compute_dtype
+from peagle.kernels.precision import at_least_float32, compute_dtype, without_autocast
+from peagle.kernels.reference import Reference
 
-LOSSES = ("kl", "ce", "tv", "lk_hybrid")
 LK_DECAY = 3.0
-CHUNK_ROWS = 512  # logits exist for this many rows at a time
-KERNEL_CHUNK_ROWS = 1024  # more: a GPU reads and writes the head's gradient for every chunk
-CACHE_BYTES = 2**21  # of float32 logits that the many passes over them find in a CPU's cache
-BLOCK = 128  # tokens per block in the search for the first choice
+
+
+class Target(NamedTuple):
+    """The target's distribution at some positions."""
+
+    p: Float[Tensor, "P W"]
+    neg_entropy: Float[Tensor, " P"]  # sum(p * log(p))
+    label: Int[Tensor, " P"]  # argmax p
+
+    def of(self, which: Int[Tensor, " C"]) -> "Target":
+        """One entry for each row that guesses one of the positions."""
+        return Target(*(x.index_select(0, which) for x in self))
+
+
+@dataclass
+class RowStats:
+    """What losses are made of: both distributions in every row of a chunk, [C, W]."""
+
+    target: Target
+    logits: Float[Tensor, "C W"]
+    first: Int[Tensor, " C"]  # argmax of the logits
+
+    @cached_property
+    def q(self) -> Float[Tensor, "C W"]:
+        return torch.softmax(self.logits, -1)
+
+    @cached_property
+    def lse(self) -> Float[Tensor, " C"]:
+        """log(sum(exp(logits)))"""
+        return log_sum_exp(self.logits, self.q, self.first)
+
+    @cached_property
+    def below(self) -> Bool[Tensor, "C W"]:
+        """Where the drafter gives less than the target."""
+        return self.q < self.target.p
+
+    @cached_property
+    def alpha(self) -> Float[Tensor, " C"]:
+        """Chance that rejection sampling accepts the guess."""
+        return torch.minimum(self.target.p, self.q).sum(-1)
+
+    @cached_property
+    def blend(self) -> Float[Tensor, " C"]:
+        return torch.exp(-LK_DECAY * self.alpha)
+
+    @property
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """Where the target's first choices stand."""
+        return torch.arange(len(self.first), device=self.first.device), self.target.label
+
+
+class Loss(NamedTuple):
+    """One divergence between ``p`` and ``q``, per row.
+
+    ``slope`` is ``q * d value / d q``. The gradient with respect to the logits follows from it:
+    ``slope - q * sum(slope)``.
+    """
+
+    value: Callable[[RowStats], Float[Tensor, " C"]]
+    slope: Callable[[RowStats], Float[Tensor, "C W"]]
+
+
+def kl_value(row: RowStats) -> Float[Tensor, " C"]:
+    """Without a logarithm of [C, W]: ``sum(p log p) - sum(p * logits) + lse``."""
+    cross = torch.linalg.vecdot(row.target.p, row.logits)
+    return row.target.neg_entropy - cross + row.lse
+
+
+def kl_slope(row: RowStats) -> Float[Tensor, "C W"]:
+    return -row.target.p
+
+
+def ce_value(row: RowStats) -> Float[Tensor, " C"]:
+    return row.lse - row.logits[row.labels]
+
+
+def ce_slope(row: RowStats) -> Float[Tensor, "C W"]:
+    slope = torch.zeros_like(row.q)
+    slope[row.labels] = -1.0
+    return slope
+
+
+def tv_value(row: RowStats) -> Float[Tensor, " C"]:
+    return 1 - row.alpha
+
+
+def tv_slope(row: RowStats) -> Float[Tensor, "C W"]:
+    return -(row.q * row.below)
+
+
+def lk_value(row: RowStats) -> Float[Tensor, " C"]:
+    return row.blend * kl_value(row) + (1 - row.blend) * tv_value(row)
+
+
+def lk_slope(row: RowStats) -> Float[Tensor, "C W"]:
+    blend = row.blend[:, None]
+    return blend * kl_slope(row) + (1 - blend) * tv_slope(row)
+
+
+LOSSES = {
+    "kl": Loss(kl_value, kl_slope),
+    "ce": Loss(ce_value, ce_slope),
+    "tv": Loss(tv_value, tv_slope),
+    "lk_hybrid": Loss(lk_value, lk_slope),
+}
 
 
 def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
@@ -46,7 +149,7 @@ def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
 
 
 @runtime_checkable
-class Teacher(Protocol):
+class TargetLogits(Protocol):
     """The target's logits, looked up or computed when asked for."""
 
     def __getitem__(self, position: Int[Tensor, " P"]) -> Float[Tensor, "P W"]: ...
@@ -55,10 +158,11 @@ class Teacher(Protocol):
 def head_loss(
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "W D"],
-    teacher: Teacher,
+    target: TargetLogits,
     position: Int[Tensor, " N"],
     *,
     mix: Mapping[str, float],
+    ops: Reference,
     weights: Float[Tensor, " N"] | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, " N"]]:
     """Summed loss of ``N`` rows and the drafter's first choice in each.
@@ -66,8 +170,8 @@ def head_loss(
     Args:
         hidden: last hidden states of the rows, normed.
         weight: the draft head.
-        teacher: the target's logits, once per position (again where two chunks meet), shared by
-            the rows that guess it.
+        target: its logits, once per position (again where two chunks meet), shared by the rows
+            that guess it.
         position: which position each row guesses; rows in any order. Best on the CPU: chunks are
             planned from it, and a GPU would be waited for.
         mix: weights of the losses (see ``check_mix``).
@@ -75,69 +179,68 @@ def head_loss(
 
     Rows are taken by position, a chunk at a time, so that rows which guess the same token share
     the target's distribution of it. Gradients are taken in the same pass: no logits outlive their
-    chunk, and memory never holds [N, W]. A part of a held sum must not scale this loss: the head's
-    gradient is in its sum by then.
+    chunk, and memory never holds [N, W]. Do not rescale the loss of a piece: the head's gradient
+    is already accumulated.
     """
     dtype = compute_dtype(hidden)
     needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    with torch.autocast(hidden.device.type, enabled=False):  # it would round sums of float32, too
-        found = (teacher, position, dict(mix), weights)
-        return _HeadLoss.apply(hidden, weight, dtype, needed, *found)
+    with without_autocast(hidden.device):  # it would round sums of float32, too
+        return _HeadLoss.apply(
+            hidden, weight, dtype, needed, target, position, dict(mix), weights, ops
+        )
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, dtype, needed, teacher, position, mix, weights):
+    def forward(ctx, hidden, weight, dtype, needed, target, position, mix, weights, ops):
         order = torch.argsort(position)
         position, order = position[order], order.to(hidden.device, non_blocking=True)
-        states, head = whole_units(hidden[order].to(dtype)), factor_of(weight, dtype, lasting=True)
-        total = states.new_zeros((), dtype=at_least_float(dtype))
+        states = ops.pad_rows(hidden[order].to(dtype))
+        head = ops.main_grads.cast(weight, dtype)
+        total = states.new_zeros((), dtype=at_least_float32(dtype))
         guess = torch.empty_like(order)
-        grad_hidden = torch.empty_like(hidden) if needed else None
-        ctx.held = held_of(weight) if needed else None
+        main_grad = ops.main_grads.of(weight) if needed else None
         if needed:
-            grad_weight = torch.zeros_like(weight) if ctx.held is None else ctx.held.grad
-        chunk_rows, at_positions, at_rows = steps(states)
-        for rows in slices(len(order), chunk_rows):
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros_like(weight) if main_grad is None else main_grad
+        at_positions, at_rows = ops.fused_loss(mix, dtype) or (target_of, finish)
+        for rows in slices(len(order), ops.head_chunk):
             # The last chunk takes the zeros behind it along: they add nothing.
             chunk = rows if rows.stop < len(order) else slice(rows.start, len(states))
             count = rows.stop - rows.start
-            known, shared = target_at(teacher, position[rows], states)
-            target = at_positions(known)
-            logits = head.product(states[chunk])
-            for some in slices(count, cached_rows(logits)):
+            target_logits, shared = target_at(target, position[rows], states)
+            known = at_positions(target_logits, ops)
+            logits = ops.product(states[chunk], head)
+            for some in slices(count, ops.loss_rows(logits)):
                 lines = order[rows][some]
                 share = None if weights is None else weights[lines].to(total.dtype)
-                loss, guess[lines] = at_rows(logits[some], target, shared[some], share, mix, needed)
+                loss, guess[lines] = at_rows(
+                    logits[some], known, shared[some], share, mix, needed, ops
+                )
                 total += loss
             if needed:
-                grad_hidden[order[rows]] = head.product_back(logits)[:count].to(hidden.dtype)
-                add_product(grad_weight, logits.T, states[chunk])
-            del logits, known, target  # so that the next are given the same memory
+                grad_hidden[order[rows]] = ops.product(logits, head.T)[:count].to(hidden.dtype)
+                ops.add_product(grad_weight, logits.T, states[chunk])
+            del logits, target_logits, known  # so that the next are given the same memory
         ctx.mark_non_differentiable(guess)
+        ctx.accumulated = main_grad is not None
         if needed:
-            ctx.save_for_backward(grad_hidden, *([grad_weight] if ctx.held is None else []))
+            ctx.save_for_backward(grad_hidden, *([] if ctx.accumulated else [grad_weight]))
         return total, guess
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        """Raises ``RuntimeError`` where the gradient that is held would have to be scaled; on CUDA
+        """Raises ``RuntimeError`` where the accumulated gradient would have to be scaled; on CUDA
         the next call that waits for the GPU does."""
-        if ctx.held is not None:
+        if ctx.accumulated:
             torch._assert_async(
                 grad_total == 1,
-                "scale a held sum, not its parts: the head's gradient is added up",
+                "scale the sum of the pieces, not a piece: the head's gradient is accumulated",
             )
         # What is handed on is what was saved, so a second backward pass must raise, and does:
         # saved tensors have versions.
         for_hidden, *for_weight = (x.mul_(grad_total.to(x.dtype)) for x in ctx.saved_tensors)
-        return for_hidden, *(for_weight or [None]), None, None, None, None, None, None
-
-
-def whole_units(states: Float[Tensor, "N D"]) -> Float[Tensor, "N2 D"]:
-    """With rows of zeros up to a number that oneDNN has made code for before."""
-    extra = 0 if states.is_cuda else -len(states) % ROW_UNIT
-    return F.pad(states, (0, 0, 0, extra)) if extra else states
+        return for_hidden, *(for_weight or [None]), *[None] * 7
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
@@ -145,64 +248,19 @@ def slices(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def cached_rows(logits: Float[Tensor, "C W"]) -> int:
-    """How many rows to finish at a time: on a CPU what its cache holds, else all."""
-    if logits.device.type != "cpu":
-        return len(logits)
-    return max(1, CACHE_BYTES // (4 * logits.shape[-1]))
-
-
-def first_choice(logits: Float[Tensor, "C W"]) -> Int[Tensor, " C"]:
-    """``logits.argmax(-1)``; on the CPU by block maxima, since ``argmax`` is not vectorised."""
-    whole = logits.shape[-1] // BLOCK * BLOCK
-    if logits.device.type != "cpu" or whole == 0:
-        return logits.argmax(-1)
-    blocks = logits[:, :whole].unflatten(-1, (-1, BLOCK))
-    block = blocks.amax(-1).argmax(-1)
-    rows = torch.arange(len(logits))
-    inside = blocks[rows, block].argmax(-1)
-    best = block * BLOCK + inside
-    if whole < logits.shape[-1]:
-        rest = logits[:, whole:].argmax(-1) + whole
-        best = torch.where(logits[rows, rest] > logits[rows, best], rest, best)
-    return best
-
-
-class Target(NamedTuple):
-    """The target's distribution at some positions."""
-
-    p: Float[Tensor, "P W"]
-    purity: Float[Tensor, " P"]  # sum(p * log(p))
-    label: Int[Tensor, " P"]  # argmax p
-
-    def of(self, which: Int[Tensor, " C"]) -> "Target":
-        """One entry for each row that guesses one of the positions."""
-        return Target(*(x.index_select(0, which) for x in self))
-
-
 def target_at(
-    teacher: Teacher, position: Int[Tensor, " C"], like: Float[Tensor, "..."]
+    target: TargetLogits, position: Int[Tensor, " C"], like: Float[Tensor, "..."]
 ) -> tuple[Float[Tensor, "P W"], Int[Tensor, " C"]]:
     """The target's logits of each position once, and which of them every row guesses."""
     found = torch.unique_consecutive(position, return_inverse=True)
     distinct, shared = (x.to(like.device, non_blocking=True) for x in found)
-    return teacher[distinct].to(at_least_float(like.dtype)), shared
+    return target[distinct].to(at_least_float32(like.dtype)), shared
 
 
-def steps(x: Float[Tensor, "..."]) -> tuple[int, Callable[..., Any], Callable[..., Any]]:
-    """Rows of a chunk, ``target_of`` and ``finish`` for where ``x`` is: on CUDA the latter are
-    kernels, which other precisions have not."""
-    if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16):
-        import peagle.kernels.cuda.loss as loss_kernel  # of Triton, which torch has on CUDA only
-
-        return KERNEL_CHUNK_ROWS, loss_kernel.known, loss_kernel.finish
-    return CHUNK_ROWS, target_of, finish
-
-
-def target_of(logits: Float[Tensor, "P W"]) -> Target:
-    p, label = torch.softmax(logits, -1), first_choice(logits)
-    purity = torch.linalg.vecdot(p, logits) - log_sum_exp(logits, p, label)
-    return Target(p, purity, label)
+def target_of(logits: Float[Tensor, "P W"], ops: Reference) -> Target:
+    p, label = torch.softmax(logits, -1), ops.first_choice(logits)
+    neg_entropy = torch.linalg.vecdot(p, logits) - log_sum_exp(logits, p, label)
+    return Target(p, neg_entropy, label)
 
 
 def log_sum_exp(
@@ -220,22 +278,19 @@ def finish(
     weights: Float[Tensor, " C"] | None,
     mix: Mapping[str, float],
     with_grad: bool,
+    ops: Reference,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, " C"]]:
     """Summed loss of some rows and their first choices; the logits' gradient takes their place."""
     exact = logits.to(target.p.dtype)
-    first = first_choice(exact)
-    loss, grad = divergence(
-        target.of(shared), exact, first, mix=mix, weights=weights, with_grad=with_grad
-    )
+    row = RowStats(target.of(shared), exact, ops.first_choice(exact))
+    loss, grad = divergence(row, mix=mix, weights=weights, with_grad=with_grad)
     if grad is not None:
         logits.copy_(grad)
-    return loss, first
+    return loss, row.first
 
 
 def divergence(
-    target: Target,
-    logits: Float[Tensor, "C W"],
-    first: Int[Tensor, " C"],
+    row: RowStats,
     *,
     mix: Mapping[str, float],
     weights: Float[Tensor, " C"] | None,
@@ -243,56 +298,20 @@ def divergence(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "C W"] | None]:
     """Summed loss of a chunk, each row by its weight, and its gradient with respect to the logits.
 
-    For a loss ``f(q)`` the gradient is ``q * (f'(q) - sum(q * f'(q)))``; that of ``kl`` is
-    ``q - p`` and that of ``tv``, where ``f'(q) = -[q < p]``, is ``q * (sum(q[q < p]) - [q < p])``.
-    ``kl`` itself is ``sum(p log p) - sum(p * logits) + log_sum_exp(logits)``: no logarithm of
-    [C, W] is ever taken.
+    The gradient takes the place of ``q``. That of ``kl`` alone is ``q - p``.
     """
-    p, q = target.p, torch.softmax(logits, -1)
-    norm = log_sum_exp(logits, q, first)
-    every = torch.ones_like(norm) if weights is None else weights
-    kl_share, tv_share, ce_share = (every * mix.get(name, 0.0) for name in ("kl", "tv", "ce"))
-    total, below = norm.new_zeros(()), None
-    if "tv" in mix or "lk_hybrid" in mix:
-        alpha = torch.minimum(p, q).sum(-1)
-        if "lk_hybrid" in mix:
-            blend = torch.exp(-LK_DECAY * alpha)
-            kl_share += every * mix["lk_hybrid"] * blend
-            tv_share += every * mix["lk_hybrid"] * (1 - blend)
-        total += (tv_share * (1 - alpha)).sum()
-        below = q < p
-    if "kl" in mix or "lk_hybrid" in mix:
-        total += (kl_share * (target.purity - torch.linalg.vecdot(p, logits) + norm)).sum()
-    if "ce" in mix:
-        rows = torch.arange(len(norm), device=norm.device)
-        total += (ce_share * (norm - logits[rows, target.label])).sum()
+    every = torch.ones_like(row.lse) if weights is None else weights
+    total = sum((share * every * LOSSES[name].value(row)).sum() for name, share in mix.items())
     if not with_grad:
         return total, None
     if set(mix) == {"kl"}:
-        grad = q.sub_(p)
-        plain = weights is None and mix["kl"] == 1
-        return total, grad if plain else grad.mul_(kl_share[:, None])
-    return total, slope(target, q, below, kl_share, tv_share, ce_share if "ce" in mix else None)
-
-
-def slope(
-    target: Target,
-    q: Float[Tensor, "C W"],
-    below: Bool[Tensor, "C W"] | None,
-    kl_share: Float[Tensor, " C"],
-    tv_share: Float[Tensor, " C"],
-    ce_share: Float[Tensor, " C"] | None,
-) -> Float[Tensor, "C W"]:
-    """Gradient of a mix with respect to the logits, in the memory of ``q``."""
-    factor = (kl_share if ce_share is None else kl_share + ce_share)[:, None]
-    if below is not None:
-        sinking = q * below
-        factor = factor + tv_share[:, None] * (sinking.sum(-1, keepdim=True) - below.to(q.dtype))
-    q = q.mul_(factor).sub_(target.p * kl_share[:, None])
-    if ce_share is not None:
-        rows = torch.arange(len(q), device=q.device)
-        q[rows, target.label] -= ce_share
-    return q
+        grad = row.q.sub_(row.target.p)
+        return total, grad if weights is None and mix["kl"] == 1 else grad.mul_(
+            (mix["kl"] * every)[:, None]
+        )
+    slope = sum(LOSSES[name].slope(row) * share for name, share in mix.items())
+    slope *= every[:, None]
+    return total, slope.sub_(row.q.mul_(slope.sum(-1, keepdim=True)))
 
 
 def global_mean(total: Float[Tensor, ""], count: int | float) -> Float[Tensor, ""]:

@@ -1,15 +1,14 @@
 """How many rows a segment may have within a memory budget: a count of what a step keeps alive.
 
-What is counted are weights (also as they are laid out for products), gradients and optimizer
-states, the batch, the depth-0 stream, one segment and a chunk of the loss; not the interpreter and
-its libraries (about half a gigabyte).
-Three moments can be the highest: a segment's backward pass, that of depth 0, the optimizer's step.
+It counts weights and their copies in bf16, gradients and optimizer states, the batch, NTP, one
+segment and a chunk of the loss; not the interpreter and its libraries (about half a gigabyte).
+Three moments can be the highest: a segment's backward pass, that of NTP, the optimizer's step.
 """
 
 import math
 
+from peagle.kernels.reference import Reference
 from peagle.model.config import PEagleConfig
-from peagle.train.loss import CHUNK_ROWS
 
 SEGMENT = 4 * 4  # bytes per parameter: weight, two moments, the summed gradient
 STREAM = 5 * 4  # and the gradient that is handed on
@@ -35,7 +34,7 @@ def rows_within(
         rollout: rows of the longest rollout; a segment is at least one.
         deeper: share of the rows that are of depth 1 or more, and pass through the layers again.
         element: bytes of an activation, 2 under bf16 and else 4.
-        recompute: depth 0 runs again in the backward pass instead of keeping its activations.
+        recompute: NTP runs again in the backward pass instead of keeping its activations.
 
     Raises:
         ValueError: naming the smallest budget that holds a segment of one rollout.
@@ -43,8 +42,8 @@ def rows_within(
     weights = parameters(config)
     stream = slots * slot_bytes(config, element, recompute=recompute)
     stream += target_head_bytes(config)
-    fixed = SEGMENT * weights + laid_bytes(config, element) + stream
-    fixed += CHUNKS * 4 * CHUNK_ROWS * config.draft_vocab_size
+    fixed = SEGMENT * weights + copied_bytes(config, element) + stream
+    fixed += CHUNKS * 4 * Reference.head_chunk * config.draft_vocab_size
     layers = deeper * config.num_hidden_layers
     row = row_bytes(config, element, layers) + score_bytes(config, slots)
     again = slots * layer_bytes(config, element) if recompute else 0
@@ -58,11 +57,10 @@ def rows_within(
     return int((memory_gb * 1e9 / SLACK - fixed) / row)
 
 
-def laid_bytes(config: PEagleConfig, element: int) -> int:
-    """What segments multiply by, laid out in both directions (``weight.py``), and the target's head
-    in one; where it is not, a budget is not used up."""
+def copied_bytes(config: PEagleConfig, element: int) -> int:
+    """The weights that segments multiply by, cast to bf16 once for all of them."""
     shared = parameters(config) - config.vocab_size * config.hidden_size
-    return 2 * element * shared + target_head_bytes(config)
+    return 2 * shared if element == 2 else 0
 
 
 def target_head_bytes(config: PEagleConfig) -> int:

@@ -11,13 +11,13 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 
-from peagle.cod.rounds import round_starts
 from peagle.cod.sampling import Cod, Rows, sample_rows
 from peagle.decode.decoder import Decoder
 from peagle.decode.evaluation import PromptBatch, Run, decode_batch
-from peagle.model.build import drafter_class
+from peagle.kernels import Kernels
+from peagle.model.build import build_drafter
 from peagle.model.config import HIDDEN_STATES, PEagleConfig
 from peagle.model.drafter import Drafter
 from peagle.model.init import initialise
@@ -43,21 +43,8 @@ from peagle.train.objective import objective
 from peagle.train.optimizer import parameter_groups
 from peagle.train.optimizer_options import impose, impose_schedule, options_of, schedule_options_of
 from peagle.train.packing import Batch
+from peagle.train.schedule import LinearSchedule
 from peagle.train.skip_nonfinite import StepGuard, poisoned
-
-
-class LinearSchedule(LambdaLR):
-    """Linear warm-up, then linear decay to zero, by optimizer step (paper section 4.1)."""
-
-    def __init__(self, optimizer: Optimizer, total_steps: int, warmup_ratio: float = 0.0025):
-        warmup = max(1, round(total_steps * warmup_ratio))
-
-        def scale(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
-
-        super().__init__(optimizer, scale)
 
 
 class PEagleModule(L.LightningModule):
@@ -85,11 +72,10 @@ class PEagleModule(L.LightningModule):
             for comparison and cannot be exported.
         start: ``target`` lets layers start as copies of the target's where they fit; ``random``
             never. Embedding, norm and head start as the target's either way.
-        deeper_rows: ``all`` anchors have them, as COD draws; or those where ``rounds`` of drafting
-            would start with the drafter as it stands, which takes a forward pass more.
         train_embeddings: the paper found training them better than freezing them.
-        recompute: run depth 0 again in the backward pass: less memory for long sequences, more
-            time.
+        recompute: run NTP again in the backward pass: less memory for long sequences, more time.
+        kernels: ``auto`` computes as the device is fastest; ``reference`` by plain PyTorch, on any
+            device, which takes more time and memory.
         loss: weights of the losses to add up: kl, ce, tv, lk_hybrid.
         depth_decay: a row of depth d weighs ``depth_decay ** d``. EAGLE-3 was published with 0.8.
         optimizer: called with the parameters.
@@ -111,9 +97,9 @@ class PEagleModule(L.LightningModule):
         fc_norm: bool = False,
         hidden_state: Literal[HIDDEN_STATES] = "shared",
         start: Literal["target", "random"] = "target",
-        deeper_rows: Literal["all", "rounds"] = "all",
         train_embeddings: bool = True,
         recompute: bool = False,
+        kernels: Kernels = "auto",
         loss: dict[str, float] | None = None,
         depth_decay: float = 1.0,
         optimizer: Callable[[Iterable], Optimizer] = lambda p: AdamW(p, lr=1e-4, weight_decay=0.0),
@@ -128,9 +114,7 @@ class PEagleModule(L.LightningModule):
             raise ValueError("hidden_state is for p-eagle drafters: an eagle3 drafter has its own")
         if not 0 < depth_decay <= 1:
             raise ValueError(f"depth_decay must lie in (0, 1], got {depth_decay}")
-        if deeper_rows == "rounds" and cod.keep_ratio != 1:
-            raise ValueError("deeper_rows: rounds needs cod.keep_ratio 1: it must see all guesses")
-        self.cod, self.draft_vocab_size, self.deeper_rows = cod, draft_vocab_size, deeper_rows
+        self.cod, self.draft_vocab_size, self.kernels = cod, draft_vocab_size, kernels
         self.start, self.train_embeddings, self.recompute = start, train_embeddings, recompute
         self.mix, self.depth_decay = check_mix({"kl": 1.0} if loss is None else loss), depth_decay
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -179,7 +163,8 @@ class PEagleModule(L.LightningModule):
             identity=manifest.identity(),
         )
         config = self.drafter_config(manifest)
-        self.drafter = drafter_class(config)(config)
+        self.drafter = build_drafter(config)
+        self.drafter.kernels = self.kernels
         kept = torch.arange(manifest.vocab_size)
         if self.drafter.config.pruned:
             vocabulary = choose_vocabulary(data.assistant_tokens(), self.draft_vocab_size)
@@ -197,6 +182,7 @@ class PEagleModule(L.LightningModule):
         if copied:
             self.print(f"layers 1-{len(copied)} start from the target's layers {copied}")
         self.freeze_embeddings()
+        data.fit_memory(config, recompute=self.recompute)
 
     def freeze_embeddings(self) -> None:
         """Raises ``ValueError`` where they start from random values."""
@@ -227,8 +213,6 @@ class PEagleModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(batch.seed)
         rows = sample_rows(batch.supervised, batch.document, cod=self.cod, generator=generator)
-        if self.deeper_rows == "rounds":
-            rows = self.reached(batch, rows)
         outcome = objective(
             self.drafter,
             self.target_head,
@@ -247,15 +231,6 @@ class PEagleModule(L.LightningModule):
         if self.guard.skipped:
             self.log("train/skipped_steps", float(self.guard.skipped), batch_size=1)
         return poisoned(loss)
-
-    @torch.no_grad()
-    def reached(self, batch: Batch, rows: Rows) -> Rows:
-        """All rows of depth 0, and whole rollouts where a round would start with this drafter."""
-        seen = objective(self.drafter, self.target_head, batch, rows, mix=self.mix)
-        starts = round_starts(rows, seen.correct.cpu(), batch.supervised, batch.document)
-        # Older torch would use weights that were cast without gradients again (pytorch#112583).
-        torch.clear_autocast_cache()
-        return rows.where((rows.depth == 0) | starts[rows.anchor])
 
     def configure_gradient_clipping(
         self,
@@ -378,7 +353,8 @@ class PEagleModule(L.LightningModule):
         """Raises ``ValueError`` with the difference when the checkpoint is another drafter's."""
         saved = saved_config(checkpoint)
         if self.drafter is None:  # test needs no store
-            self.drafter = drafter_class(saved)(saved)
+            self.drafter = build_drafter(saved)
+            self.drafter.kernels = self.kernels
         refuse_other_kind(saved, self.drafter.config)
         ours = self.drafter.config.to_dict()
         refuse_differences(saved.to_dict(), ours, "has another architecture")

@@ -1,14 +1,14 @@
-"""The training objective of one packed sequence, piece by piece.
+"""The training objective of one packed sequence: NTP once, then MTP rows piece by piece.
 
-The paper's Algorithm 1 bounds memory by reading the depth-0 prefix again in every segment. Here
-depth 0 runs once; each piece then runs forward *and* backward against its keys and values, and
-only their gradients are kept. The caller gets one scalar, so Lightning's automatic optimisation,
-clipping, accumulation, mixed precision and DDP work unchanged.
+The paper's Algorithm 1 bounds memory by reading the NTP prefix again in every segment. Here NTP
+runs once. Each piece then runs forward *and* backward against its keys and values, and only their
+gradients are kept. The caller gets one scalar, so Lightning's automatic optimisation, clipping,
+accumulation, mixed precision and DDP work unchanged.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from peagle.cod.sampling import Rows
 from peagle.cod.segments import Piece, pieces
-from peagle.kernels.cpu.packed_weight import Weight
-from peagle.kernels.grad_accumulation import held_sum
-from peagle.model.drafter import Drafter, Stream
+from peagle.kernels.grad_accumulation import MainGrads, accumulate
+from peagle.kernels.reference import Reference
+from peagle.model.drafter import Drafter, NTPStates
 from peagle.target.head import TargetHead
 from peagle.train.loss import head_loss
 from peagle.train.packing import Batch
@@ -36,17 +36,14 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class TargetLogits:
-    """The target's logits at the positions that are asked for; its head is laid out for all."""
+    """The target's logits at the positions that are asked for."""
 
     head: TargetHead
     final: Float[Tensor, "S T"]
+    ops: Reference
 
     def __getitem__(self, position: Int[Tensor, " P"]) -> Float[Tensor, "P W"]:
-        return self.head(self.final[position], self.weight)
-
-    @cached_property
-    def weight(self) -> Weight:
-        return self.head.factor(lasting=True)
+        return self.head(self.final[position], self.ops)
 
 
 def objective(
@@ -59,76 +56,71 @@ def objective(
     depth_decay: float = 1.0,
     recompute: bool = False,
 ) -> Outcome:
-    """Loss of all ``rows``, with gradients held per piece when gradients are enabled.
+    """Loss of all ``rows``; gradients are accumulated per piece when gradients are enabled.
 
-    A row of depth ``d`` weighs ``depth_decay ** d``. ``recompute`` runs depth 0 again in the
-    backward pass instead of keeping its activations.
+    A row of depth ``d`` weighs ``depth_decay ** d``. ``recompute`` runs NTP again in the backward
+    pass instead of keeping its activations.
     """
-    stream = drafter.depth_zero(
+    ops = drafter.ops
+    ntp = drafter.ntp_forward(
         batch.tokens,
         batch.aux,
         batch.position,
         document_lengths=torch.bincount(batch.document).tolist(),
         recompute=recompute and torch.is_grad_enabled(),
     )
-    teacher = TargetLogits(target_head, batch.final)
+    target = TargetLogits(target_head, batch.final, ops)
     correct: list[Tensor] = []
 
-    def part(piece: Piece) -> Callable[[Stream], Tensor]:
-        def run(local: Stream) -> Tensor:
-            loss, hits = piece_loss(
-                drafter, teacher, batch, piece, local, mix=mix, depth_decay=depth_decay
-            )
-            correct.append(hits)
-            return loss
+    def run(piece: Piece, ntp: NTPStates, main_grads: MainGrads | None) -> Tensor:
+        piece_ops = ops if main_grads is None else ops.accumulating(main_grads)
+        weights = None if depth_decay == 1 else (depth_decay**piece.rows.depth).float()
+        loss, right = piece_loss(drafter, target, batch, piece, ntp, piece_ops, mix, weights)
+        correct.append(right)
+        return loss
 
-        return run
-
-    parts = [part(piece) for piece in pieces(rows, batch.segments) if len(piece.rows.anchor)]
+    cut = pieces(rows, batch.segments, unit=ops.row_unit)
+    runs: list[Callable] = [partial(run, piece) for piece in cut if len(piece.rows.anchor)]
     if torch.is_grad_enabled():
-        loss = held_sum(parts, stream, drafter.shared_parameters())
+        loss = accumulate(runs, ntp, drafter.shared_parameters())
     else:
-        loss = sum((run(stream) for run in parts), stream.hidden.new_zeros((), dtype=torch.float32))
-    none = torch.zeros(0, dtype=torch.bool, device=stream.hidden.device)
-    hits = torch.cat([none, *correct])
+        loss = sum((run(ntp, None) for run in runs), ntp.hidden.new_zeros((), dtype=torch.float32))
+    none = torch.zeros(0, dtype=torch.bool, device=ntp.hidden.device)
     weight = float((depth_decay ** rows.depth.double()).sum())
-    return Outcome(loss, weight, rows, hits)
+    return Outcome(loss, weight, rows, torch.cat([none, *correct]))
 
 
 def piece_loss(
     drafter: Drafter,
-    teacher: TargetLogits,
+    target: TargetLogits,
     batch: Batch,
     piece: Piece,
-    stream: Stream,
-    *,
+    ntp: NTPStates,
+    ops: Reference,
     mix: Mapping[str, float],
-    depth_decay: float,
+    weights: Float[Tensor, " N"] | None,
 ) -> tuple[Float[Tensor, ""], Bool[Tensor, " N"]]:
     """Summed loss of the rows of one piece, all depths, and whether each guess is right."""
 
     def moved(x: Tensor) -> Tensor:
-        return x.to(stream.hidden.device, non_blocking=True)
+        return x.to(ntp.hidden.device, non_blocking=True)
 
     rows = piece.rows
-    deep = rows.depth > 0
-    known, guessed = torch.nonzero(~deep).flatten(), torch.nonzero(deep).flatten()
-    hidden = stream.hidden.index_select(0, moved(rows.anchor[known]))
-    if len(guessed):
-        deeper = drafter.rollouts(piece.deeper, stream, batch.position, batch.document)
-        hidden = torch.cat([hidden, deeper[: len(guessed)].to(hidden.dtype)])
-    order = torch.cat([known, guessed])
+    of_ntp, of_mtp = (torch.nonzero(x).flatten() for x in (rows.depth == 0, rows.depth > 0))
+    hidden = ntp.hidden.index_select(0, moved(rows.anchor[of_ntp]))
+    if len(of_mtp):
+        states = drafter.mtp_forward(piece.deeper, ntp, batch.position, batch.document, ops)
+        hidden = torch.cat([hidden, states[: len(of_mtp)].to(hidden.dtype)])
+    order = torch.cat([of_ntp, of_mtp])
     position = rows.position[order]
-    weights = None
-    if depth_decay != 1:
-        weights = moved((depth_decay ** rows.depth[order]).float())
     loss, guess = head_loss(
-        drafter.norm(hidden),
+        drafter.norm(hidden, ops),
         drafter.lm_head.weight,
-        teacher,
+        target,
         position,
         mix=mix,
-        weights=weights,
+        weights=None if weights is None else moved(weights[order]),
+        ops=ops,
     )
     right = drafter.target_ids(guess) == batch.labels[moved(position)]
     return loss, torch.empty_like(right).index_copy_(0, moved(order), right)

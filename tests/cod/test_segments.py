@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from peagle.cod.sampling import Cod, rows_of, sample_rows
 from peagle.cod.segments import Segment, partition, pieces
-from peagle.kernels.cpu.onednn import ROW_UNIT
+
+ROW_UNIT = 64  # as on the CPU and on CUDA
 
 
 def test_equal_anchors_are_cut_into_equal_segments():
@@ -35,7 +36,7 @@ def test_segments_cover_every_anchor_once_and_stay_near_the_limit(expected, max_
 )
 def test_every_row_is_in_one_piece_and_rollouts_stay_whole(lengths, count):
     rows = rows_of(torch.tensor(lengths))
-    found = list(pieces(rows, [Segment(0, 1)] * count))
+    found = list(pieces(rows, [Segment(0, 1)] * count, unit=ROW_UNIT))
     for index, field in enumerate(rows):
         assert torch.equal(torch.cat([field[:0], *(piece.rows[index] for piece in found)]), field)
     for piece in found:
@@ -57,7 +58,7 @@ def test_pieces_of_long_sequences_have_equally_many_rows_in_whole_units():
         generator=torch.Generator().manual_seed(0),
     )
     segments = partition(torch.full((4096,), 3.37), max_rows=870)
-    *most, last = (len(piece.deeper.anchor) for piece in pieces(rows, segments))
+    *most, last = (len(piece.deeper.anchor) for piece in pieces(rows, segments, unit=ROW_UNIT))
     mean = len(rows.deeper().anchor) / len(segments)
     assert len(segments) == 16 and len(set(most)) == 1
     assert most[0] % ROW_UNIT == 0 and mean - ROW_UNIT < most[0] <= mean
@@ -66,10 +67,10 @@ def test_pieces_of_long_sequences_have_equally_many_rows_in_whole_units():
 
 def test_no_piece_is_made_for_a_small_rest():
     rows = rows_of(torch.full((2548,), 4))  # a mean of 1911 deeper rows, of 29.9 units
-    found = list(pieces(rows, [Segment(0, 1)] * 4))
+    found = list(pieces(rows, [Segment(0, 1)] * 4, unit=ROW_UNIT))
     assert [len(piece.deeper.anchor) for piece in found] == [1920, 1920, 1920, 1884]
     rows = rows_of(torch.full((112,), 4))  # a mean of 84: two units would be half again as much
-    assert len(next(pieces(rows, [Segment(0, 1)] * 4)).deeper.anchor) == 64
+    assert len(next(pieces(rows, [Segment(0, 1)] * 4, unit=ROW_UNIT)).deeper.anchor) == 64
 
 
 def test_one_segment_is_one_piece():
@@ -84,13 +85,13 @@ def test_rows_of_depth_zero_that_stand_alone_are_limited_too(alone):
     if alone > 1:
         lengths[alone:] = 4
     rows = rows_of(lengths)
-    found = list(pieces(rows, [Segment(0, 1)] * 16))
+    found = list(pieces(rows, [Segment(0, 1)] * 16, unit=ROW_UNIT))
     assert 15 <= len(found) <= 20
     assert max(len(piece.rows.anchor) for piece in found) <= len(rows.anchor) / 16 + ROW_UNIT
 
 
 def test_segments_below_a_unit_fill_nothing_up():
     rows = rows_of(torch.full((40,), 4))
-    found = list(pieces(rows, [Segment(10 * i, 10 * i + 10) for i in range(4)]))
+    found = list(pieces(rows, [Segment(10 * i, 10 * i + 10) for i in range(4)], unit=ROW_UNIT))
     assert [len(piece.deeper.anchor) for piece in found] == [30] * 4
     assert [len(piece.rows.anchor) for piece in found] == [40] * 4

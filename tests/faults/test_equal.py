@@ -16,10 +16,10 @@ from peagle.model.restore import saved_config
 from peagle.store.reader import Store
 from peagle.target.head import TargetHead
 from peagle.target.layers import TargetLayers
-from peagle.train.module import LinearSchedule
 from peagle.train.objective import objective
 from peagle.train.optimizer import parameter_groups
 from peagle.train.packing import Batch, pack
+from peagle.train.schedule import LinearSchedule
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 13

@@ -12,7 +12,7 @@ from peagle.cod.sampling import Cod, expected_rows, sample_rows
 from peagle.cod.segments import partition
 from peagle.kernels.attention import causal_attention, plan_attention, rollout_attention
 from peagle.kernels.cpu.attention_tiles import plan_flash
-from peagle.kernels.cpu.onednn import add_product
+from peagle.kernels.cpu.products import add_product
 from peagle.model.saved_drafter import load_drafter
 from peagle.train.loss import LK_DECAY, head_loss
 from peagle.train.objective import objective

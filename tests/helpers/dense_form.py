@@ -5,7 +5,7 @@ import math
 import torch
 from random_parts import LAYER_IDS, VOCABULARY, WIDTH
 
-from peagle.model.layers import rotate
+from peagle.kernels.reference import Reference
 
 AUX = len(LAYER_IDS) * WIDTH
 
@@ -20,31 +20,32 @@ def documents(*lengths):
 
 def dense_layers(drafter, hidden, embedding, angles, seen):
     """All layers over one sequence; ``seen`` says which row sees which."""
+    ops = Reference()
     for layer in drafter.layers:
-        x, residual = layer.enter(hidden, embedding)
-        query, key, value = layer.self_attn(x)
-        query, key = rotate(query, angles), rotate(key, angles)
+        x, residual = layer.enter(hidden, embedding, ops)
+        query, key, value = layer.self_attn(x, ops)
+        query, key = ops.rotate(query, angles), ops.rotate(key, angles)
         groups = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
         scores = torch.einsum("qhe,khe->hqk", query, key) / math.sqrt(query.shape[-1])
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         context = torch.einsum("hqk,khe->qhe", weights, value)
-        hidden, embedding = layer.leave(residual, context), None
+        hidden, embedding = layer.leave(residual, context, ops), None
     return hidden
 
 
-def assert_streams_equal(drafter, rows, documents, lengths, expected):
-    """States of both streams, and the gradients of all that makes them."""
+def assert_ntp_and_mtp_equal(drafter, rows, documents, lengths, expected):
+    """States of NTP and MTP, and the gradients of all that makes them."""
     document, position, tokens, aux = documents
     deep = rows.depth > 0
-    stream = drafter.depth_zero(tokens, aux, position, document_lengths=list(lengths))
-    deeper = drafter.rollouts(rows.deeper(), stream, position, document)
-    assert torch.allclose(stream.hidden, expected[~deep], atol=1e-9)
+    ntp = drafter.ntp_forward(tokens, aux, position, document_lengths=list(lengths))
+    deeper = drafter.mtp_forward(rows.deeper(), ntp, position, document, drafter.ops)
+    assert torch.allclose(ntp.hidden, expected[~deep], atol=1e-9)
     assert torch.allclose(deeper, expected[deep], atol=1e-9)
 
     weights = torch.randn_like(expected)
     parameters = [p for n, p in drafter.named_parameters() if not n.startswith(("norm", "lm_"))]
     wanted = torch.autograd.grad((expected * weights).sum(), parameters)
-    ours = (stream.hidden * weights[~deep]).sum() + (deeper * weights[deep]).sum()
+    ours = (ntp.hidden * weights[~deep]).sum() + (deeper * weights[deep]).sum()
     for got, want in zip(torch.autograd.grad(ours, parameters), wanted, strict=True):
         assert torch.allclose(got, want, rtol=1e-7, atol=1e-9)

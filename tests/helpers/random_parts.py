@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peagle.model.build import drafter_class
+from peagle.model.build import build_drafter
 from peagle.model.config import PEagleConfig
 from peagle.model.drafter import Drafter
 from peagle.store.manifest import Manifest
@@ -30,7 +30,7 @@ def make_drafter(**changes) -> Drafter:
     drafting is not parallel."""
     settings = {"num_hidden_layers": 2, "vocab_size": VOCABULARY, "mask_token_id": 5, **BLOCK}
     config = PEagleConfig(**{**settings, "eagle_aux_hidden_state_layer_ids": LAYER_IDS, **changes})
-    drafter = drafter_class(config)(config).double()
+    drafter = build_drafter(config).double()
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.4 if parameter.ndim == 2 else 1.0))

@@ -10,7 +10,7 @@ from peagle.capture.capture import block_of
 from peagle.cod.sampling import Cod, sample_rows
 from peagle.cod.segments import Segment
 from peagle.decode.decoder import Decoder
-from peagle.model.build import drafter_class
+from peagle.model.build import build_drafter
 from peagle.model.config import PEagleConfig, default_layer_ids
 from peagle.model.drafter import Drafter
 from peagle.model.init import initialise
@@ -68,7 +68,7 @@ def trained_drafter(target, prompt: list[int], *, parallel_drafting: bool) -> Dr
     rows = sample_rows(batch.supervised, batch.document, cod=COD, generator=None)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        drafter = drafter_class(config)(config)
+        drafter = build_drafter(config)
         initialise(drafter, head, torch.arange(text.vocab_size), start)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=2e-3)
     for _ in range(STEPS):

@@ -2,20 +2,32 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from peagle.kernels import feed_forward
-from peagle.kernels.feed_forward import FeedForward
-from peagle.kernels.products import speed_up
+from peagle.kernels.cpu import backend
+from peagle.kernels.cpu.backend import Cpu
+from peagle.model.layers import FeedForward
 
 
-def pair(**settings) -> tuple[LlamaMLP, FeedForward]:
+class Fast(nn.Module):
+    """A feed-forward with the CPU's backend."""
+
+    def __init__(self, mlp: FeedForward):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x, Cpu())
+
+
+def pair(**settings) -> tuple[LlamaMLP, Fast]:
     config = LlamaConfig(hidden_size=32, intermediate_size=56, **settings)
     plain, fast = LlamaMLP(config), FeedForward(config)
     fast.load_state_dict(plain.state_dict())
-    speed_up(fast)
-    return plain, fast
+    return plain, Fast(fast)
 
 
 def outcome(module: torch.nn.Module, rows: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -33,7 +45,7 @@ def outcome(module: torch.nn.Module, rows: int, dtype: torch.dtype) -> list[torc
     ("dtype", "near"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
 def test_result_and_gradients_are_those_of_float64(rows, elements, dtype, near, monkeypatch):
-    monkeypatch.setattr(feed_forward, "ELEMENTS", elements)
+    monkeypatch.setattr(backend, "CACHE_ELEMENTS", elements)
     plain, fast = pair()
     wanted = outcome(plain.double(), rows, torch.float64)
     found = outcome(fast.to(dtype), rows, dtype)

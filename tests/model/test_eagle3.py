@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dense_form import AUX, assert_streams_equal, dense_layers, documents
+from dense_form import AUX, assert_ntp_and_mtp_equal, dense_layers, documents
 from random_parts import VOCABULARY, WIDTH, make_drafter, make_target
 
 from peagle.cod.sampling import Cod, Rows, sample_rows
@@ -28,7 +28,7 @@ def whole_pass(drafter, hidden, embedding):
 
 def step_by_step(drafter, anchor, depths, tokens, aux):
     """Last states of the rows (anchor, 0..depths-1) of one document, whole passes only."""
-    hidden = drafter.combine(aux[: anchor + 1])
+    hidden = drafter.combine(aux[: anchor + 1], drafter.ops)
     states = []
     for depth in range(depths):
         embedding = drafter.embed_tokens(tokens[: anchor + depth + 1])
@@ -73,7 +73,7 @@ def test_rollouts_equal_one_pass_after_the_other(lengths, keep_ratio, changes, m
 
     expected = replayed(drafter, rows, document, tokens, aux)
     found = (document, position, tokens, aux)
-    assert_streams_equal(drafter, rows, found, lengths, expected)
+    assert_ntp_and_mtp_equal(drafter, rows, found, lengths, expected)
 
 
 def test_a_row_reads_the_token_before_the_one_it_guesses_and_none_after():
@@ -82,8 +82,8 @@ def test_a_row_reads_the_token_before_the_one_it_guesses_and_none_after():
     rows = Rows(torch.full((3,), 2), torch.arange(1, 4))
 
     def states(tokens):
-        stream = drafter.depth_zero(tokens, aux, position, document_lengths=[9])
-        return drafter.rollouts(rows, stream, position, document)
+        ntp = drafter.ntp_forward(tokens, aux, position, document_lengths=[9])
+        return drafter.mtp_forward(rows, ntp, position, document, drafter.ops)
 
     changed = tokens.clone()
     changed[4] = (changed[4] + 1) % VOCABULARY  # slot 4: the row (2, 2) reads it
@@ -110,9 +110,9 @@ def test_training_rows_equal_drafting_when_its_guesses_are_the_tokens():
         believed = tokens.clone()
         believed[anchor + 1 : anchor + depths] = guesses[:-1]
         rows = Rows(torch.full((depths - 1,), anchor), torch.arange(1, depths))
-        stream = drafter.depth_zero(believed, aux, position, document_lengths=[14])
-        deeper = drafter.rollouts(rows, stream, position, document)
-        states = torch.cat([stream.hidden[anchor][None], deeper])
+        ntp = drafter.ntp_forward(believed, aux, position, document_lengths=[14])
+        deeper = drafter.mtp_forward(rows, ntp, position, document, drafter.ops)
+        states = torch.cat([ntp.hidden[anchor][None], deeper])
         assert guesses.tolist() == drafter.logits(states).argmax(-1).tolist()
 
 

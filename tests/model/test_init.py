@@ -35,8 +35,8 @@ def test_with_all_layers_of_the_target_depth_zero_is_the_target(monkeypatch):
     tokens = torch.randint(0, VOCABULARY, (12,))
     with torch.no_grad():
         aux = torch.randn(12, 3 * WIDTH, dtype=torch.float64)
-        stream = drafter.depth_zero(tokens, aux, torch.arange(12), document_lengths=[12])
-        ours = torch.log_softmax(drafter.logits(stream.hidden), -1)
+        ntp = drafter.ntp_forward(tokens, aux, torch.arange(12), document_lengths=[12])
+        ours = torch.log_softmax(drafter.logits(ntp.hidden), -1)
         theirs = torch.log_softmax(target(tokens[None]).logits[0], -1)
     assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max()
 
@@ -46,7 +46,9 @@ def test_query_heads_that_share_keys_pass_the_embedding_on_once():
     drafter = make_drafter(num_attention_heads=8, num_key_value_heads=4)
     layer, embedding = drafter.layers[0], torch.randn(1, WIDTH, dtype=torch.float64)
     open_entrance(layer, scale=torch.tensor(1.0))
-    query, key, value = layer.self_attn(torch.cat([embedding, torch.randn(1, WIDTH).double()], -1))
+    query, key, value = layer.self_attn(
+        torch.cat([embedding, torch.randn(1, WIDTH).double()], -1), drafter.ops
+    )
     assert torch.allclose(query[:, ::2], key) and torch.allclose(query[:, 1::2], key)
     assert torch.allclose(key, SHARPNESS * value)
     context = value.repeat_interleave(2, 1)  # every head looks at the slot itself

@@ -1,21 +1,21 @@
-"""The two streams against a flat masked form and against a replay of vLLM's slots."""
+"""NTP and MTP against a flat masked form and against a replay of vLLM's slots."""
 
 import pytest
 import torch
-from dense_form import AUX, assert_streams_equal, dense_layers, documents
+from dense_form import AUX, assert_ntp_and_mtp_equal, dense_layers, documents
 from random_parts import VOCABULARY, make_drafter
 
 from peagle.cod.mask import visible
 from peagle.cod.sampling import Cod, Rows, sample_rows
 from peagle.decode.drafting import draft, new_cache
-from peagle.kernels.cpu import attention_tiles as attention_plan
+from peagle.kernels.cpu import attention_tiles
 
 
 def flat_form(drafter, rows, document, position, tokens, aux):
     """Every row, all depths at once, in one sequence under the dense mask of the one rule."""
     known = rows.depth == 0
-    mask_state, mask_embedding = drafter.mask_inputs()
-    anchor = drafter.combine(aux)[rows.anchor]
+    mask_state, mask_embedding = drafter.mask_inputs(drafter.ops)
+    anchor = drafter.combine(aux, drafter.ops)[rows.anchor]
     hidden = torch.where(known[:, None], anchor, mask_state + added(drafter, anchor, rows.depth))
     embedding = torch.where(
         known[:, None], drafter.embed_tokens(tokens)[rows.anchor], mask_embedding
@@ -64,19 +64,19 @@ def all_rows(document, cod):
     ],
     ids=lambda changes: "+".join(f"{key} {value}" for key, value in changes.items()) or "plain",
 )
-def test_two_streams_equal_the_flat_masked_form(lengths, changes, monkeypatch):
-    for name, value in (("LEAF_ROWS", 16), ("LEAF_SLOTS", 4), ("UNIT", 4)):
-        monkeypatch.setattr(attention_plan, name, value)  # several parts, also within a document
+def test_ntp_and_mtp_equal_the_flat_masked_form(lengths, changes, monkeypatch):
+    for name, value in (("DIAGONAL_ROWS", 16), ("DIAGONAL_SLOTS", 4), ("UNIT", 4)):
+        monkeypatch.setattr(attention_tiles, name, value)  # several tiles, also within a document
     drafter = make_drafter(**changes).eval()
     document, position, tokens, aux = documents(*lengths)
     rows = all_rows(document, Cod(5, 0.8))
     deep = rows.depth > 0
     assert deep.sum() > 32
-    assert attention_plan.plan_flash(rows.deeper(), document).full  # parts that need no mask
+    assert attention_tiles.tile_rollouts(rows.deeper(), document).full  # tiles that need no mask
 
     expected = flat_form(drafter, rows, document, position, tokens, aux)
     found = (document, position, tokens, aux)
-    assert_streams_equal(drafter, rows, found, lengths, expected)
+    assert_ntp_and_mtp_equal(drafter, rows, found, lengths, expected)
 
 
 def test_a_segment_may_hold_a_single_rollout_of_many_rows():
@@ -85,9 +85,11 @@ def test_a_segment_may_hold_a_single_rollout_of_many_rows():
     context = Rows(torch.arange(9), torch.zeros(9, dtype=torch.long))
     rollout = Rows(torch.full((4,), 3), torch.arange(1, 5))
     rows = Rows(*(torch.cat(pair) for pair in zip(context, rollout, strict=True)))
-    stream = drafter.depth_zero(tokens, aux, position, document_lengths=[9])
+    ntp = drafter.ntp_forward(tokens, aux, position, document_lengths=[9])
     expected = flat_form(drafter, rows, document, position, tokens, aux)[9:]
-    assert torch.allclose(drafter.rollouts(rollout, stream, position, document), expected)
+    assert torch.allclose(
+        drafter.mtp_forward(rollout, ntp, position, document, drafter.ops), expected
+    )
 
 
 @pytest.mark.parametrize("design", ["shared", "anchor_depth", "anchor_scaled"])
@@ -98,13 +100,13 @@ def test_training_rows_equal_a_drafting_pass_in_vllms_slot_layout(design):
     rows = sample_rows(
         torch.ones(12, dtype=torch.bool), document, cod=Cod(depths, 1.0), generator=None
     )
-    stream = drafter.depth_zero(tokens, aux, position, document_lengths=[12])
-    deeper = drafter.rollouts(rows.deeper(), stream, position, document)
+    ntp = drafter.ntp_forward(tokens, aux, position, document_lengths=[12])
+    deeper = drafter.mtp_forward(rows.deeper(), ntp, position, document, drafter.ops)
     trained = {}
     for row, state in zip(zip(*rows.deeper(), strict=True), deeper, strict=True):
         trained[tuple(map(int, row))] = drafter.logits(state[None]).argmax().item()
     for anchor in range(12):
-        trained[anchor, 0] = drafter.logits(stream.hidden[anchor][None]).argmax().item()
+        trained[anchor, 0] = drafter.logits(ntp.hidden[anchor][None]).argmax().item()
 
     cache = new_cache(drafter, 32)
     known = 0
@@ -146,8 +148,8 @@ def test_rows_of_a_batch_do_not_disturb_each_other_in_drafting():
 def test_a_guess_depends_on_its_position():
     drafter = make_drafter()
     _, position, tokens, aux = documents(10)
-    near = drafter.depth_zero(tokens, aux, position, document_lengths=[10]).hidden
-    stretched = drafter.depth_zero(tokens, aux, position * 3, document_lengths=[10]).hidden
+    near = drafter.ntp_forward(tokens, aux, position, document_lengths=[10]).hidden
+    stretched = drafter.ntp_forward(tokens, aux, position * 3, document_lengths=[10]).hidden
     assert torch.allclose(near[0], stretched[0])  # alone, a slot has nobody to be distant from
     assert not torch.allclose(near[5], stretched[5])
 

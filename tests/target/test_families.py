@@ -110,7 +110,7 @@ def test_a_drafter_starts_from_the_embedding_head_and_norm_that_the_target_appli
     assert difference(drafter.embed_tokens(ids), model.get_input_embeddings()(ids)) < 1e-6
     logits = model.get_output_embeddings()(states.bfloat16())
     assert difference(drafter.lm_head(states), logits) < 1e-2
-    assert difference(drafter.norm(states), model.get_decoder().norm(states)) < 1e-4
+    assert difference(drafter.norm(states, drafter.ops), model.get_decoder().norm(states)) < 1e-4
 
 
 def test_a_few_steps_on_the_store_lower_the_loss(captured):

@@ -1,4 +1,4 @@
-"""Segments and held gradients against one plain backward pass."""
+"""Segments and accumulated gradients against one plain backward pass."""
 
 import pytest
 import torch
@@ -6,10 +6,8 @@ from random_parts import make_drafter, make_head, make_sample
 
 from peagle.cod.sampling import Cod, expected_rows, sample_rows
 from peagle.cod.segments import Segment, partition
-from peagle.kernels.cpu.attention import flash_rollout_attention
-from peagle.kernels.cpu.attention_tiles import plan_flash
-from peagle.kernels.cpu.packed_weight import laid_out
-from peagle.kernels.grad_accumulation import holding
+from peagle.kernels.cpu.backend import Cpu
+from peagle.kernels.grad_accumulation import MainGrads
 from peagle.train.loss import head_loss
 from peagle.train.objective import objective
 from peagle.train.packing import Batch, pack
@@ -35,13 +33,15 @@ BOTH = pytest.mark.parametrize("parallel", [True, False], ids=["p-eagle", "eagle
 
 
 def plain_loss(drafter, head, batch, rows, depth_decay=1.0):
-    """No segments, no held gradients: ordinary autograd over all rows."""
+    """No segments, no accumulation: ordinary autograd over all rows."""
     lengths = torch.bincount(batch.document).tolist()
-    stream = drafter.depth_zero(batch.tokens, batch.aux, batch.position, document_lengths=lengths)
+    ntp = drafter.ntp_forward(batch.tokens, batch.aux, batch.position, document_lengths=lengths)
     deep = rows.depth > 0
-    hidden = stream.hidden[rows.anchor]
-    hidden[deep] = drafter.rollouts(rows.deeper(), stream, batch.position, batch.document)
-    logits = drafter.lm_head(drafter.norm(hidden))
+    hidden = ntp.hidden[rows.anchor]
+    hidden[deep] = drafter.mtp_forward(
+        rows.deeper(), ntp, batch.position, batch.document, drafter.ops
+    )
+    logits = drafter.logits(hidden)
     p = torch.softmax(head(batch.final).double(), -1)[rows.position]
     weights = depth_decay ** rows.depth.double()
     return (weights * (p * (p.log() - torch.log_softmax(logits, -1))).sum(-1)).sum()
@@ -58,8 +58,10 @@ KINDS = [{"parallel_drafting": False}, *({"hidden_state": design} for design in 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(*kind.values()))
 @pytest.mark.parametrize("depth_decay", [1.0, 0.8])
-def test_held_gradients_equal_ordinary_backward(kind, depth_decay):
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_accumulated_gradients_equal_ordinary_backward(kind, depth_decay, kernels):
     drafter, head, batch = make_drafter(**kind).eval(), make_head(), make_batch()
+    drafter.kernels = kernels
     rows = draw(batch)
     wanted_loss = plain_loss(drafter, head, batch, rows, depth_decay)
     wanted = gradients(2 * wanted_loss / 7, drafter)
@@ -115,7 +117,7 @@ def test_segments_change_gradients_in_bfloat16_by_rounding_only():
     assert 0 < (found[1] - found[0]).norm() <= 2e-2 * found[0].norm()
 
 
-def test_running_depth_zero_again_changes_nothing():
+def test_running_ntp_again_changes_nothing():
     drafter, head, batch = make_drafter(), make_head(), make_batch()
     rows = draw(batch)
     kept, again = (
@@ -148,13 +150,14 @@ def test_a_perfect_drafter_of_depth_zero_has_no_loss():
     """A drafter whose last state is the target's own agrees with it: shifts and heads line up."""
     drafter, head, batch = make_drafter(num_hidden_layers=1), make_head(), make_batch()
     rows = sample_rows(batch.supervised, batch.document, cod=Cod(1), generator=None)
-    teacher = head(batch.final).double()
+    target = head(batch.final).double()
     loss, _ = head_loss(
         torch.nn.functional.rms_norm(batch.final, (32,), head.norm.double(), 1e-6),
         head.head.double(),
-        teacher,
-        torch.arange(len(teacher)),
+        target,
+        torch.arange(len(target)),
         mix={"kl": 1.0},
+        ops=drafter.ops,
     )
     assert loss.item() < 1e-6 * len(rows.anchor)
     assert objective(drafter, head, batch, rows, mix={"kl": 1.0}).loss.item() > 1.0
@@ -165,7 +168,7 @@ def test_autocast_does_not_round_the_targets_logits(rows):
     head = make_head()
     final = torch.randn(rows, len(head.norm))
     with torch.autocast("cpu", torch.bfloat16):
-        found = head(final)
+        found = head(final, Cpu())
     assert torch.allclose(found, head(final), rtol=1e-5, atol=1e-5)
 
 
@@ -183,36 +186,21 @@ def test_gradients_of_a_segment_are_not_kept_beside_their_sums(monkeypatch):
     assert sizes and set(sizes) == {1}
 
 
-def test_gradients_of_the_prefix_are_added_where_they_are_held():
+def test_gradients_of_ntp_are_added_to_their_sums():
     document = torch.zeros(40, dtype=torch.long)
     rows = sample_rows(document == 0, document, cod=COD, generator=None).deeper()
     count = len(rows.anchor)
     inputs = [torch.randn(n, heads, 8) for n, heads in ((count, 4), *[(count, 2)] * 2)]
-    prefix = [torch.randn(40, 2, 8, requires_grad=True) for _ in range(2)]
-    plan, sums = plan_flash(rows, document), [torch.zeros_like(x) for x in prefix]
+    ntp = [torch.randn(40, 2, 8, requires_grad=True) for _ in range(2)]
+    plan, main_grads = Cpu().plan_mtp_attention(rows, document, value=ntp[1]), MainGrads(ntp)
 
-    def found():
-        out = flash_rollout_attention(*inputs, *prefix, plan=plan)
-        return torch.autograd.grad(out.square().sum(), prefix, allow_unused=True)
+    def found(ops):
+        out = ops.mtp_attention(*inputs, *ntp, plan=plan)
+        return torch.autograd.grad(out.square().sum(), ntp, allow_unused=True)
 
-    wanted = found()
-    with holding(prefix[0], sums[0]), holding(prefix[1], sums[1]):
-        assert found() == (None, None)
-    for one, other in zip(sums, wanted, strict=True):
+    assert found(Cpu(main_grads)) == (None, None)
+    for one, other in zip(main_grads.sums, found(Cpu()), strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
-
-
-def test_the_targets_head_is_laid_out_once_for_all_pieces_and_chunks(monkeypatch):
-    segments = (Segment(0, 60), Segment(60, 126))
-    drafter, head, batch = make_drafter(), make_head(), make_batch(segments=segments)
-    found = []  # nothing of the drafter, which is in float64
-    monkeypatch.setattr("peagle.kernels.cpu.packed_weight.FASTEST", {torch.float32: True})
-    monkeypatch.setattr(
-        "peagle.kernels.cpu.packed_weight.laid_out", lambda x: found.append(x) or laid_out(x)
-    )
-    monkeypatch.setattr("peagle.train.loss.CHUNK_ROWS", 16)
-    objective(drafter, head, batch, draw(batch), mix={"kl": 1.0})
-    assert [x.data_ptr() for x in found] == [head.head.data_ptr()]
 
 
 def test_a_segment_that_fails_leaves_gradients_as_they_are(monkeypatch):

@@ -8,13 +8,13 @@ from torch.optim.lr_scheduler import (
     MultiStepLR,
 )
 
-from peagle.train.module import LinearSchedule
 from peagle.train.optimizer_options import (
     impose,
     impose_schedule,
     options_of,
     schedule_options_of,
 )
+from peagle.train.schedule import LinearSchedule
 
 
 def trained(lr, steps, state=None, **options):

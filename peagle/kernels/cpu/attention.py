@@ -1,24 +1,33 @@
-"""Attention of both streams on the CPU: parts that are merged by their log-sum-exp.
+"""Attention of NTP and MTP on the CPU: tiles that are merged by their log-sum-exp (lse).
 
-``attention_plan.py`` says what each part sees. The flash kernel does what is masked, ``seen.py``
-the rest. In the backward pass a part takes the *merged* output and log-sum-exp (as in ring
-attention).
+One rule for every processor: torch's flash kernel, in float32, computes what is masked, and all of
+it where queries are float32. Where queries are bf16 (``Cpu.attention_dtype``), matrix products
+compute the tiles without a mask (``gemm_attention.py``): in bf16 the kernel's backward pass takes
+twice as long as in float32, on Intel's processors with AMX too (docs/log.md, 2026-11-30). In the
+backward pass a tile takes the *merged* output and lse, as in ring attention.
 """
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import peagle.kernels.cpu.flash_kernel as kernel
-from peagle.kernels.cpu.attention_tiles import Part, Plan, plan_causal
-from peagle.kernels.cpu.gemm_attention import precise
-from peagle.kernels.cpu.shared_attention import attend, attend_backward
-from peagle.kernels.grad_accumulation import held_of
+from peagle.kernels.cpu.attention_tiles import Tile, Tiling, tile_documents
+from peagle.kernels.cpu.gemm_attention import attend_gemm, attend_gemm_backward
+from peagle.kernels.precision import at_least_float32, without_autocast
 
-CAUSAL_LEAF = 256  # slots of depth 0 that the kernel takes at a time where products do the rest
+CAUSAL_SLOTS = 256  # of NTP that the kernel takes at a time where products do the rest
+MOST = 2e4  # sum of weights: in bf16 a slot that outweighed all before by more would be 3 % off
+LEAST = 1e-30  # a sum of weights that adds nothing and can be divided by
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+Triple = tuple[Tensor, Tensor, Tensor]
 
 
-def flash_causal_attention(
+def ntp_attention(
     query: Float[Tensor, "S A E"],
     key: Float[Tensor, "S G E"],
     value: Float[Tensor, "S G E"],
@@ -26,134 +35,190 @@ def flash_causal_attention(
     document_lengths: list[int],
 ) -> Float[Tensor, "S A E"]:
     """Every slot sees the slots of its document up to itself; returned in ``value``'s precision."""
-    plan = plan_causal(document_lengths, CAUSAL_LEAF if kernel.by_products(query) else None)
-    none = (x.detach()[:0] for x in (key, value))
-    return merged_attention(query, *none, key, value, plan, False)
+    tiling = tile_documents(document_lengths, CAUSAL_SLOTS if by_gemm(query) else None)
+    nothing = (x.detach()[:0] for x in (key, value))
+    return tiled_attention(query, *nothing, key, value, tiling, [None, None])
 
 
-def flash_rollout_attention(
+def mtp_attention(
     query: Float[Tensor, "M A E"],
     key: Float[Tensor, "M G E"],
     value: Float[Tensor, "M G E"],
-    prefix_key: Float[Tensor, "S G E"],
-    prefix_value: Float[Tensor, "S G E"],
-    *,
-    plan: Plan,
-    alike: bool = False,
+    ntp_key: Float[Tensor, "S G E"],
+    ntp_value: Float[Tensor, "S G E"],
+    tiling: Tiling,
+    main_grads: Sequence[Tensor | None],
 ) -> Float[Tensor, "M A E"]:
-    """Every row sees its document's depth-0 slots up to its anchor, and its rollout so far;
-    returned in ``value``'s precision.
+    """Every row sees its document's NTP slots up to its anchor, and its rollout so far; returned
+    in ``value``'s precision.
 
-    ``alike``: rows that stand at the same slot have the same query.
+    ``main_grads``: of ``ntp_key`` and ``ntp_value``. A piece sees few of all slots, so their
+    gradients are added right there.
     """
-    return merged_attention(query, key, value, prefix_key, prefix_value, plan, alike)
+    return tiled_attention(query, key, value, ntp_key, ntp_value, tiling, main_grads)
 
 
-def merged_attention(query: Float[Tensor, "T A E"], *others) -> Float[Tensor, "T A E"]:
+def tiled_attention(query: Float[Tensor, "T A E"], *others) -> Float[Tensor, "T A E"]:
     """In the precision of its inputs: autocast would round products of float32."""
-    with torch.autocast(query.device.type, enabled=False):
-        return _Attention.apply(query, *others)
+    with without_autocast(query.device):
+        return _TiledAttention.apply(query, *others)
 
 
-class _Attention(torch.autograd.Function):
-    """Leaves first, since every row is in one; then what all rows of a part see."""
+class _TiledAttention(torch.autograd.Function):
+    """Diagonal tiles first, since every row is in one; then what all rows of a tile see."""
 
     @staticmethod
-    def forward(ctx, query, key, value, prefix_key, prefix_value, plan, alike):
-        queries, own, prefix = in_parts(query, key, value, prefix_key, prefix_value)
-        total = torch.empty_like(query, dtype=precise(query))
+    def forward(ctx, query, key, value, ntp_key, ntp_value, tiling, main_grads):
+        queries, own, slots = by_group(query, key, value, ntp_key, ntp_value)
+        total = torch.empty_like(query, dtype=at_least_float32(query.dtype))
         out = heads_first(total, key)
-        norm = total.new_empty(out.shape[:-1])
-        for part in plan.leaves:
-            here = (slice(None), slice(None), part.rows)
-            pairs, bias = leaf_pairs(part, own, prefix), part.bias(norm.dtype)
-            out[here], norm[here] = kernel.attend(
-                queries[here], *pairs, mask=bias, causal=bias is None
-            )
-        for part in plan.full:
-            here = (slice(None), slice(None), part.rows)
-            pairs = [x[:, :, part.slots] for x in prefix]
-            places = part.places if alike else None
-            merge(out[here], norm[here], *attend(queries[here], *pairs, norm[here], places))
+        lse = total.new_zeros(out.shape[:-1])
+        for tile in tiling.diagonal:
+            here = (slice(None), slice(None), tile.rows)
+            pairs = diagonal_pairs(tile, own, slots)
+            out[here], lse[here] = attend(queries[here], *pairs, tile.mask, causal=True)
+        for tile in tiling.full:
+            here = (slice(None), slice(None), tile.rows)
+            pairs = [x[:, :, tile.slots] for x in slots]
+            merge(out[here], lse[here], *attend_full(queries[here], *pairs, lse[here]))
         total = total.to(value.dtype)
-        ctx.plan, ctx.alike = plan, alike
-        ctx.held = [held_of(x) for x in (prefix_key, prefix_value)]
-        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, total, norm)
+        ctx.tiling, ctx.main_grads = tiling, [None, None, None, *main_grads]
+        ctx.save_for_backward(query, key, value, ntp_key, ntp_value, total, lse)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        *inputs, total, norm = ctx.saved_tensors
+        *inputs, total, lse = ctx.saved_tensors
         key = inputs[1]
-        queries, own, prefix = in_parts(*inputs)
+        queries, own, slots = by_group(*inputs)
         onward, out = (heads_first(x.to(inputs[0].dtype), key) for x in (grad, total))
-        # A piece sees few of all slots: where their gradients are held, they are added there.
-        held = [None, None, None, *ctx.held]
-        grads = [
-            torch.zeros_like(x, dtype=precise(x)) if known is None else known.grad
-            for x, known in zip(inputs, held, strict=True)
+        sums = [
+            torch.zeros_like(x, dtype=at_least_float32(x.dtype)) if main is None else main
+            for x, main in zip(inputs, ctx.main_grads, strict=True)
         ]
-        for_query = heads_first(grads[0], key)
+        for_query = heads_first(sums[0], key)
 
-        def given(part: Part, pairs: list[Tensor]) -> list[Tensor]:
-            here = (slice(None), slice(None), part.rows)
-            return [onward[here], queries[here], *pairs, out[here], norm[here]]
+        def with_pairs(tile: Tile, pairs: list[Tensor]) -> list[Tensor]:
+            here = (slice(None), slice(None), tile.rows)
+            return [onward[here], queries[here], *pairs, out[here], lse[here]]
 
-        for part in ctx.plan.leaves:
-            some, bias = given(part, leaf_pairs(part, own, prefix)), part.bias(norm.dtype)
-            found = kernel.attend_backward(*some, mask=bias, causal=bias is None)
-            add_found(part, found, for_query, grads)
-        for part in ctx.plan.full:
-            places = part.places if ctx.alike else None
-            found = attend_backward(*given(part, [x[:, :, part.slots] for x in prefix]), places)
-            add_found(part, found, for_query, grads)
-        found = (
-            grad.to(x.dtype) if known is None else None
-            for grad, x, known in zip(grads, inputs, held, strict=True)
+        for tile in ctx.tiling.diagonal:
+            inputs_ = with_pairs(tile, diagonal_pairs(tile, own, slots))
+            add_gradients(tile, attend_backward(*inputs_, tile.mask, causal=True), for_query, sums)
+        backward = attend_gemm_backward if by_gemm(queries) else attend_backward
+        for tile in ctx.tiling.full:
+            inputs_ = with_pairs(tile, [x[:, :, tile.slots] for x in slots])
+            add_gradients(tile, backward(*inputs_), for_query, sums)
+        returned = (
+            total.to(x.dtype) if main is None else None
+            for total, x, main in zip(sums, inputs, ctx.main_grads, strict=True)
         )
-        return *found, None, None
+        return *returned, None, None
 
 
-def in_parts(query, key, value, prefix_key, prefix_value):
-    """Queries, own pairs and prefix pairs in the kernel's order of dimensions and precision."""
-    own = [shared(x, query) for x in (key, value)]
-    return heads_first(query, key), own, [shared(x, query) for x in (prefix_key, prefix_value)]
+def by_gemm(query: Float[Tensor, "..."]) -> bool:
+    """Whether matrix products compute what has no mask."""
+    return query.dtype == torch.bfloat16
 
 
-def add_found(
-    part: Part, found: tuple[Tensor, ...], for_query: Tensor, grads: list[Tensor]
+def attend_full(
+    query: Float[Tensor, "R G T E"],
+    key: Float[Tensor, "R G S E"],
+    value: Float[Tensor, "R G S E"],
+    lse: Float[Tensor, "R G T"],
+) -> tuple[Float[Tensor, "R G T E"], Float[Tensor, "R G T"]]:
+    """What the rows attend to among slots that all of them see, and the lse of their scores.
+
+    ``lse`` is of what they have attended to before.
+    """
+    if by_gemm(query):
+        gained, weight = attend_gemm(query, key[:1], value[:1], lse)
+        if weight.amax() <= MOST:  # not so if it is infinite
+            weight.clamp_(min=LEAST)
+            return gained.div_(weight[..., None]), weight.log_().add_(lse)
+    return attend(query, key, value)
+
+
+def attend(
+    query: Float[Tensor, "R G T E"],
+    key: Float[Tensor, "R G S E"],
+    value: Float[Tensor, "R G S E"],
+    mask: Float[Tensor, "T S"] | None = None,
+    *,
+    causal: bool = False,
+) -> tuple[Float[Tensor, "R G T E"], Float[Tensor, "R G T"]]:
+    """What the rows attend to by torch's kernel, and the lse of their scores.
+
+    ``causal``: where there is no mask, a row sees the keys up to its own place.
+    """
+    inputs = in_float32(query, key, value)
+    mask = None if mask is None else mask.to(inputs[0].dtype)
+    return flash(*inputs, 0.0, causal and mask is None, attn_mask=mask)
+
+
+def attend_backward(
+    grad: Float[Tensor, "R G T E"],
+    query: Float[Tensor, "R G T E"],
+    key: Float[Tensor, "R G S E"],
+    value: Float[Tensor, "R G S E"],
+    out: Float[Tensor, "R G T E"],
+    lse: Float[Tensor, "R G T"],
+    mask: Float[Tensor, "T S"] | None = None,
+    *,
+    causal: bool = False,
+) -> Triple:
+    """Gradients of query, key and value, the latter two of every head."""
+    inputs = in_float32(grad, query, key, value, out, lse)
+    mask = None if mask is None else mask.to(inputs[0].dtype)
+    return flash_backward(*inputs, 0.0, causal and mask is None, attn_mask=mask)
+
+
+def in_float32(*inputs: Float[Tensor, "..."]) -> list[Float[Tensor, "..."]]:
+    return [x.to(at_least_float32(x.dtype)) for x in inputs]
+
+
+def add_gradients(
+    tile: Tile, found: Triple, for_query: Float[Tensor, "R G T E"], sums: list[Tensor]
 ) -> None:
-    """Gradients of a part, to those of query, own pairs and prefix pairs."""
-    for_query[:, :, part.rows] += found[0]
-    count = part.slots.stop - part.slots.start
-    for pair, mine, before in zip(found[1:], grads[1:3], grads[3:], strict=True):
+    """Gradients of a tile, to those of query, own pairs and pairs of NTP."""
+    for_query[:, :, tile.rows] += found[0]
+    count = tile.slots.stop - tile.slots.start
+    for pair, mine, before in zip(found[1:], sums[1:3], sums[3:], strict=True):
         summed = (pair.sum(0) if len(pair) > 1 else pair[0]).transpose(0, 1)
-        before[part.slots] += summed[:count]
-        if part.mask is not None:
-            mine[part.rows] += summed[count:]
+        before[tile.slots] += summed[:count]
+        if tile.mask is not None:
+            mine[tile.rows] += summed[count:]
 
 
-def leaf_pairs(part: Part, own: list[Tensor], prefix: list[Tensor]) -> list[Tensor]:
-    """Keys and values of a leaf: slots, then rows if it has a mask."""
-    if part.mask is None:
-        return [before[:, :, part.slots] for before in prefix]
+def by_group(
+    query: Tensor, key: Tensor, value: Tensor, ntp_key: Tensor, ntp_value: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Queries, own pairs and pairs of NTP in the kernel's order of dimensions and precision."""
+    own = [for_all_heads(x, query) for x in (key, value)]
+    return heads_first(query, key), own, [for_all_heads(x, query) for x in (ntp_key, ntp_value)]
+
+
+def diagonal_pairs(tile: Tile, own: list[Tensor], slots: list[Tensor]) -> list[Tensor]:
+    """Keys and values of a diagonal tile: slots, then rows if it has a mask."""
+    if tile.mask is None:
+        return [before[:, :, tile.slots] for before in slots]
     return [
-        torch.cat([before[:1, :, part.slots], mine[:1, :, part.rows]], 2).expand(
+        torch.cat([before[:1, :, tile.slots], mine[:1, :, tile.rows]], 2).expand(
             len(mine), -1, -1, -1
         )
-        for before, mine in zip(prefix, own, strict=True)
+        for before, mine in zip(slots, own, strict=True)
     ]
 
 
 def merge(
     total: Float[Tensor, "R G T E"],
-    norm: Float[Tensor, "R G T"],
+    total_lse: Float[Tensor, "R G T"],
     out: Float[Tensor, "R G T E"],
     lse: Float[Tensor, "R G T"],
 ) -> None:
-    """Add a part to ``total`` and its log-sum-exp to ``norm``, in place."""
-    total.lerp_(out.to(total.dtype), torch.sigmoid(lse - norm)[..., None])
-    norm.copy_(torch.logaddexp(norm, lse))
+    """Add a tile to ``total`` and its lse to ``total_lse``, in place."""
+    total.lerp_(out.to(total.dtype), torch.sigmoid(lse - total_lse)[..., None])
+    total_lse.copy_(torch.logaddexp(total_lse, lse))
 
 
 def heads_first(x: Float[Tensor, "T A E"], key: Float[Tensor, "K G E"]) -> Float[Tensor, "R G T E"]:
@@ -161,6 +226,8 @@ def heads_first(x: Float[Tensor, "T A E"], key: Float[Tensor, "K G E"]) -> Float
     return x.unflatten(1, (key.shape[1], -1)).permute(2, 1, 0, 3)
 
 
-def shared(x: Float[Tensor, "T G E"], query: Float[Tensor, "M A E"]) -> Float[Tensor, "R G T E"]:
+def for_all_heads(
+    x: Float[Tensor, "T G E"], query: Float[Tensor, "M A E"]
+) -> Float[Tensor, "R G T E"]:
     """Keys or values in the query's precision, for every head of their group without a copy."""
     return x.to(query.dtype).transpose(0, 1).expand(query.shape[1] // x.shape[1], -1, -1, -1)

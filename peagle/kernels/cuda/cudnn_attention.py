@@ -1,12 +1,12 @@
-"""Attention on CUDA to slots that all rows of a part see: most of what attention is.
+"""Attention on CUDA to slots that all rows of a tile see: most of what attention is.
 
 FlexAttention's kernels reach half of what cuDNN's do, which know no such mask. As on the CPU
-(``attention_plan.py``), a softmax over disjoint keys is put together by their log-sum-exp, and the
-backward pass of a part takes the output and the log-sum-exp of all that its rows see.
+(``cpu/attention_tiles.py``), a softmax over disjoint keys is put together by their log-sum-exp
+(lse), and the backward pass of a tile takes the output and the lse of all that its rows see.
 
-cuDNN prepares itself for a shape when it first meets it, in an eighth of a second. So parts come in
-few: pieces have equally many rows, slots are multiples of a large unit, and what is left goes with
-what is masked.
+cuDNN prepares itself for a shape when it first meets it, in an eighth of a second. So tiles come in
+few shapes: pieces have equally many rows, and slots are multiples of a large unit. What is left
+goes with what is masked.
 """
 
 from itertools import pairwise
@@ -28,14 +28,14 @@ forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 
 
-class Block(NamedTuple):
+class SharedTile(NamedTuple):
     """Rows of one document, and slots of it that all of them see."""
 
     rows: slice
     slots: slice
 
 
-def suits(value: Float[Tensor, "T G E"]) -> bool:
+def is_supported(value: Float[Tensor, "T G E"]) -> bool:
     """Whether cuDNN's kernels take such values, on a GPU for which they are the fastest."""
     if not value.is_cuda or torch.version.hip or not torch.backends.cudnn.is_available():
         return False
@@ -44,91 +44,92 @@ def suits(value: Float[Tensor, "T G E"]) -> bool:
     return measured and half and width % 8 == 0 and 16 <= width <= 128
 
 
-def dense_blocks(rows: Rows, document: Int[Tensor, " S"]) -> list[Block]:
+def shared_tiles(rows: Rows, document: Int[Tensor, " S"]) -> list[SharedTile]:
     """What rows of depth 1 and more (sorted) see in common, document by document."""
     number = document[rows.anchor]
     cuts = torch.nonzero(number[1:] != number[:-1]).flatten() + 1
     bounds = [0, *cuts.tolist(), len(number)]
-    blocks = []
+    tiles = []
     for start, stop in pairwise(bounds):
         begin = int(torch.searchsorted(document, number[start]))
         for first in range(start, stop, MOST_ROWS):
             count = min(stop - first, MOST_ROWS) // UNIT_ROWS * UNIT_ROWS
             seen = (int(rows.anchor[first]) + 1 - begin) // UNIT_SLOTS * UNIT_SLOTS
             if count * seen >= LEAST_PAIRS:
-                blocks.append(Block(slice(first, first + count), slice(begin, begin + seen)))
-    return blocks
+                tiles.append(SharedTile(slice(first, first + count), slice(begin, begin + seen)))
+    return tiles
 
 
-def add_dense(
+def add_shared(
     query: Float[Tensor, "1 A M E"],
     key: Float[Tensor, "1 G S E"],
     value: Float[Tensor, "1 G S E"],
     out: Float[Tensor, "1 A M E"],
-    norm: Float[Tensor, "1 A M"],
-    blocks: list[Block],
+    lse: Float[Tensor, "1 A M"],
+    tiles: list[SharedTile],
 ) -> Float[Tensor, "1 A M E"]:
-    """What the rows attend to in all, given what they attend to outside the blocks.
+    """What the rows attend to in all, given what they attend to outside the tiles.
 
-    ``norm`` is the log-sum-exp of the scores outside.
+    ``lse`` is the log-sum-exp of the scores outside.
     """
-    return _Dense.apply(query, key, value, out, norm, blocks) if blocks else out
+    return _Shared.apply(query, key, value, out, lse, tiles) if tiles else out
 
 
-class _Dense(torch.autograd.Function):
+class _Shared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, out, norm, blocks):
-        total, whole = out.clone(), norm.clone()
-        ctx.blocks, ctx.seeds = blocks, []
-        for rows, slots in blocks:
+    def forward(ctx, query, key, value, out, lse, tiles):
+        total, total_lse = out.clone(), lse.clone()
+        ctx.tiles, ctx.seeds = tiles, []
+        for rows, slots in tiles:
             asked = query[:, :, rows], key[:, :, slots], value[:, :, slots]
-            more, weight, *_, seed, offset, _ = forward(*asked, None, True)
-            put_together(total[:, :, rows], whole[:, :, rows], more, weight.view(more.shape[:3]))
+            more, more_lse, *_, seed, offset, _ = forward(*asked, None, True)
+            more_lse = more_lse.view(more.shape[:3])
+            merge(total[:, :, rows], total_lse[:, :, rows], more, more_lse)
             ctx.seeds.append((seed, offset))
-        ctx.save_for_backward(query, key, value, out, norm, total, whole)
+        ctx.save_for_backward(query, key, value, out, lse, total, total_lse)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        query, key, value, out, norm, total, whole = ctx.saved_tensors
+        query, key, value, out, lse, total, total_lse = ctx.saved_tensors
         for_query = torch.zeros_like(query)
-        for_key, for_value = (torch.zeros_like(x, dtype=whole.dtype) for x in (key, value))
-        for (rows, slots), seeds in zip(ctx.blocks, ctx.seeds, strict=True):
+        for_key, for_value = (torch.zeros_like(x, dtype=total_lse.dtype) for x in (key, value))
+        for (rows, slots), seeds in zip(ctx.tiles, ctx.seeds, strict=True):
             asked = query[:, :, rows], key[:, :, slots], value[:, :, slots]
             count, length = asked[0].shape[2], asked[1].shape[2]
-            lse = whole[:, :, rows].contiguous()[..., None]
+            tile_lse = total_lse[:, :, rows].contiguous()[..., None]
             found = backward(
-                grad[:, :, rows], *asked, total[:, :, rows], lse, *seeds,
+                grad[:, :, rows], *asked, total[:, :, rows], tile_lse, *seeds,
                 None, None, None, count, length, 0.0, False,
             )  # fmt: skip
             for_query[:, :, rows] = found[0]
             for_key[:, :, slots] += found[1]
             for_value[:, :, slots] += found[2]
-        onward = handed_on(grad, out, total, torch.exp(norm - whole))
+        onward = gradients_outside(grad, out, total, torch.exp(lse - total_lse))
         return for_query, for_key.to(key.dtype), for_value.to(key.dtype), *onward, None
 
 
 @fused
-def put_together(
+def merge(
     total: Float[Tensor, "1 A q E"],
-    norm: Float[Tensor, "1 A q"],
+    total_lse: Float[Tensor, "1 A q"],
     out: Float[Tensor, "1 A q E"],
-    weight: Float[Tensor, "1 A q"],
+    lse: Float[Tensor, "1 A q"],
 ) -> None:
-    """Add what has ``weight`` as its log-sum-exp, in place."""
-    share = torch.sigmoid(weight - norm)[..., None]
+    """Add a tile to ``total`` and its lse to ``total_lse``, in place."""
+    share = torch.sigmoid(lse - total_lse)[..., None]
     exact = total.to(share.dtype)
     total.copy_(exact + share * (out.to(share.dtype) - exact))
-    norm.copy_(torch.logaddexp(norm, weight))
+    total_lse.copy_(torch.logaddexp(total_lse, lse))
 
 
 @fused
-def handed_on(
+def gradients_outside(
     grad: Float[Tensor, "1 A M E"],
     out: Float[Tensor, "1 A M E"],
     total: Float[Tensor, "1 A M E"],
     share: Float[Tensor, "1 A M"],
 ) -> tuple[Float[Tensor, "1 A M E"], Float[Tensor, "1 A M"]]:
-    """Gradients of ``out``, which has this share of ``total``, and of its log-sum-exp."""
+    """Gradients of ``out``, which has this share of ``total``, and of its lse."""
     slope = (grad * (out.to(share.dtype) - total)).sum(-1) * share
     return (grad * share[..., None]).to(out.dtype), slope

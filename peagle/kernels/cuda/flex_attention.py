@@ -5,7 +5,7 @@ ranges of them: the slots of its document up to its anchor, and its rollout up t
 sorted by anchor, so the ranges of a block of rows follow from their extremes: blocks of slots that
 all of its rows see (no mask is applied there), a few at the edges, and one or two blocks of rows.
 
-What many rows see in common is left to ``dense.py``; the ranges begin behind it.
+What many rows see in common is left to ``cudnn_attention.py``; the ranges begin behind it.
 
                  slots                    rows
     block 0      full full part  .        part  .    .
@@ -29,7 +29,7 @@ from torch.nn.attention.flex_attention import (
 )
 
 from peagle.cod.sampling import Rows
-from peagle.kernels.cuda.cudnn_attention import Block, add_dense, dense_blocks
+from peagle.kernels.cuda.cudnn_attention import SharedTile, add_shared, shared_tiles
 
 BLOCK = 128  # FlexAttention's own block size
 NARROWEST = 16  # width of a head, for FlexAttention on CUDA
@@ -55,21 +55,21 @@ class FlexPlan(NamedTuple):
     its layers share it."""
 
     mask: BlockMask
-    dense: list[Block]  # what the mask leaves out
+    shared: list[SharedTile]  # what the mask leaves out
 
 
 def plan_flex(
-    rows: Rows, document: Int[Tensor, " S"], *, device: torch.device, dense: bool
+    rows: Rows, document: Int[Tensor, " S"], *, device: torch.device, cudnn: bool
 ) -> FlexPlan:
-    """``dense``: take what many rows see in common out of the mask."""
-    blocks = dense_blocks(rows, document) if dense else []
-    return FlexPlan(block_mask(rows, document, blocks, device), blocks)
+    """``cudnn``: take what many rows see in common out of the mask."""
+    tiles = shared_tiles(rows, document) if cudnn else []
+    return FlexPlan(block_mask(rows, document, tiles, device), tiles)
 
 
 def block_mask(
-    rows: Rows, document: Int[Tensor, " S"], dense: Sequence[Block], device: torch.device
+    rows: Rows, document: Int[Tensor, " S"], shared: Sequence[SharedTile], device: torch.device
 ) -> BlockMask:
-    """What the rows see, but for the dense blocks.
+    """What the rows see, but for the shared tiles.
 
     Rows that only fill up the last block see what the last row sees, and themselves: a softmax
     over nothing would be NaN.
@@ -79,8 +79,8 @@ def block_mask(
     row = number.clamp(max=count - 1)
     anchor = rows.anchor[row]
     begin = torch.searchsorted(document, document[rows.anchor])
-    for block in dense:
-        begin[block.rows] = block.slots.stop
+    for tile in shared:
+        begin[tile.rows] = tile.slots.stop
     prefix = Ranges(begin[row], anchor)
     start = torch.where(number < count, row - rows.depth[row] + 1, number)
     own = Ranges(slots + start, slots + number)
@@ -125,12 +125,12 @@ def compiled() -> Callable[..., tuple[Tensor, AuxOutput]]:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def flex_rollout_attention(
+def flex_mtp_attention(
     query: Float[Tensor, "M A E"],
     key: Float[Tensor, "M G E"],
     value: Float[Tensor, "M G E"],
-    prefix_key: Float[Tensor, "S G E"],
-    prefix_value: Float[Tensor, "S G E"],
+    ntp_key: Float[Tensor, "S G E"],
+    ntp_value: Float[Tensor, "S G E"],
     *,
     plan: FlexPlan,
     kernel: Callable[..., tuple[Tensor, AuxOutput]] | None = None,
@@ -141,11 +141,11 @@ def flex_rollout_attention(
     """
     pairs = [
         torch.cat([filled(before), filled(mine)])
-        for before, mine in ((prefix_key, key), (prefix_value, value))
+        for before, mine in ((ntp_key, key), (ntp_value, value))
     ]
     width = value.shape[-1]
     queries, keys, values = (heads_first(x, value.dtype) for x in (filled(query), *pairs))
-    out, found = (kernel or compiled())(
+    out, aux = (kernel or compiled())(
         queries,
         keys,
         values,
@@ -154,7 +154,7 @@ def flex_rollout_attention(
         enable_gqa=query.shape[1] != key.shape[1],
         return_aux=AuxRequest(lse=True),
     )
-    context = add_dense(queries, keys, values, out, found.lse, plan.dense)
+    context = add_shared(queries, keys, values, out, aux.lse, plan.shared)
     return context[0].transpose(0, 1)[: len(query), :, :width]
 
 

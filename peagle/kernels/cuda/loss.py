@@ -8,11 +8,11 @@ module is imported where a tensor on CUDA is met.
                where that was, and sums relative to it; the lanes are compared after the loop,
                since a comparison in every block would make all threads wait for one another.
     finish     reads logits and target in the same way; once more for ``alpha``, where it is asked
-               for, since ``min(p, q)`` needs both norms; and once more for the gradient, which
+               for, since ``min(p, q)`` needs both sums; and once more for the gradient, which
                needs all sums and is written where the logits were. What is read again is found
                in the L2 cache: the programs that run at a time hold fewer rows than fit there.
 
-Exponentials are relative to the largest logit, and ``p`` is divided by its own sum: a norm is
+Exponentials are relative to the largest logit, and ``p`` is divided by its own sum: an lse is
 rounded by more the larger the logits are, and would scale a whole row by that.
 """
 
@@ -25,7 +25,12 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-LK_DECAY = tl.constexpr(3.0)  # that of peagle.train.loss, which is above this module
+from peagle.kernels.reference import Reference
+
+LOSSES = frozenset(
+    {"kl", "ce", "tv", "lk_hybrid"}
+)  # other entries of the table take the plain form
+LK_DECAY = tl.constexpr(3.0)  # that of train/loss.py, which is above this module
 FLOOR = tl.constexpr(-(2.0**100))  # below all logits, the same in bf16, finite times zero
 KNOWN_SHAPE = {"block": 1024, "num_warps": 8}
 ROWS_SHAPE = {"block": 2048, "num_warps": 16}
@@ -35,17 +40,17 @@ class Known(NamedTuple):
     """The target's distribution at some positions: its logits, and what is known of them."""
 
     logits: Float[Tensor, "P W"]
-    norm: Float[Tensor, " P"]  # log(sum(exp(logits)))
-    purity: Float[Tensor, " P"]  # sum(p * log(p))
+    lse: Float[Tensor, " P"]  # log(sum(exp(logits)))
+    neg_entropy: Float[Tensor, " P"]  # sum(p * log(p))
     label: Int[Tensor, " P"]  # argmax p
 
 
-def known(logits: Float[Tensor, "P W"]) -> Known:
+def known(logits: Float[Tensor, "P W"], ops: Reference) -> Known:
     """Statistics in float32 of logits in float32 or bf16."""
     assert logits.is_contiguous() and logits.dtype in (torch.float32, torch.bfloat16)
     positions, width = logits.shape
-    norm = logits.new_empty(positions, dtype=torch.float32)
-    target = Known(logits, norm, torch.empty_like(norm), torch.empty_like(norm, dtype=torch.int64))
+    lse = logits.new_empty(positions, dtype=torch.float32)
+    target = Known(logits, lse, torch.empty_like(lse), torch.empty_like(lse, dtype=torch.int64))
     with torch.cuda.device_of(logits):
         _known[(positions,)](*target, width, **KNOWN_SHAPE)
     return target
@@ -58,6 +63,7 @@ def finish(
     weights: Float[Tensor, " C"] | None,
     mix: Mapping[str, float],
     with_grad: bool,
+    ops: Reference,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, " C"]]:
     """Summed loss of some rows and their first choices; the logits' gradient takes their place."""
     assert logits.stride(1) == 1 and logits.dtype in (torch.float32, torch.bfloat16)
@@ -79,7 +85,7 @@ def finish(
 
 @triton.jit
 @no_type_check
-def _known(logits, norm, purity, label, width, block: tl.constexpr):
+def _known(logits, lse, neg_entropy, label, width, block: tl.constexpr):
     position = tl.program_id(0).to(tl.int64)
     lanes, none = tl.arange(0, block), tl.zeros([block], tl.float32)
     top, place, mass, moment = none + FLOOR, lanes, none, none
@@ -94,15 +100,15 @@ def _known(logits, norm, purity, label, width, block: tl.constexpr):
     e = tl.exp(top - most)
     total = tl.sum(mass * e, 0)
     centred = tl.sum((moment + mass * (top - most)) * e, 0) / total
-    tl.store(norm + position, most + tl.log(total))
-    tl.store(purity + position, centred - tl.log(total))
+    tl.store(lse + position, most + tl.log(total))
+    tl.store(neg_entropy + position, centred - tl.log(total))
     tl.store(label + position, tl.min(tl.where(top == most, place, width), 0))
 
 
 @triton.jit(do_not_specialize_on_alignment=["shared", "weights"])  # they may be slices
 @no_type_check
 def _finish(
-    logits, targets, norm, purity, label, shared, weights, loss, first,
+    logits, targets, lse, neg_entropy, label, shared, weights, loss, first,
     stride, width, kl, ce, tv, lk, with_kl: tl.constexpr, with_ce: tl.constexpr,
     with_tv: tl.constexpr, with_grad: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +116,7 @@ def _finish(
     position = tl.load(shared + row).to(tl.int64)
     logits += row * stride
     targets += position * width
-    right, p_top = tl.load(label + position), tl.load(norm + position)
+    right, p_top = tl.load(label + position), tl.load(lse + position)
     hit = tl.load(logits + right).to(tl.float32)
     q_top, q_scale, p_scale, product, choice = _sums(
         logits, targets, p_top, hit, width, with_kl or with_tv, block
@@ -127,7 +133,7 @@ def _finish(
         total += tv * (1 - alpha)
     surprise = q_top - hit - tl.log(q_scale)  # -log(q[label])
     if with_kl:
-        total += kl * (tl.load(purity + position) - product + surprise)
+        total += kl * (tl.load(neg_entropy + position) - product + surprise)
     if with_ce:
         total += ce * surprise
     tl.store(loss + row, total)

@@ -1,0 +1,160 @@
+"""The CPU: few passes over memory, pieces that its cache holds, and oneDNN where it is faster."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from peagle.cod.sampling import Rows
+from peagle.kernels.cpu.attention import mtp_attention, ntp_attention
+from peagle.kernels.cpu.attention_tiles import Tiling, tile_rollouts
+from peagle.kernels.cpu.products import FAST_BF16, ROW_UNIT, add_product, prefers_onednn, product
+from peagle.kernels.cpu.rms_norm import rms_norm
+from peagle.kernels.feed_forward import feed_forward, gate_up, gate_up_backward
+from peagle.kernels.linear import linear
+from peagle.kernels.precision import at_least_float32, compute_dtype
+from peagle.kernels.reference import Angles, Reference
+from peagle.kernels.rotary import rotate
+
+LONG = 1024  # slots from which on attention is faster in bf16, where the CPU has products of it
+CACHE_ELEMENTS = 2**18  # of one tensor that a CPU's cache holds beside others
+CACHE_BYTES = 2**21  # of float32 logits that the many passes over them find in a CPU's cache
+BLOCK = 128  # tokens per block in the search for the first choice
+
+
+class Cpu(Reference):
+    """Overrides what PyTorch's CPU kernels are slow at."""
+
+    row_unit = ROW_UNIT
+
+    def linear(
+        self,
+        x: Float[Tensor, "T I"],
+        weight: Float[Tensor, "O I"],
+        bias: Float[Tensor, " O"] | None = None,
+    ) -> Float[Tensor, "T O"]:
+        shared = self.main_grads.of(weight) is not None
+        autocast = torch.is_autocast_enabled("cpu")
+        if shared and compute_dtype(x) == compute_dtype(weight):
+            out = linear(x, weight, self)
+        elif prefers_onednn(x, weight) and not autocast:
+            out = linear(x, weight, self)
+        else:
+            return super().linear(x, weight, bias)
+        return out if bias is None else out + bias
+
+    def rms_norm(
+        self, x: Float[Tensor, "*T D"], weight: Float[Tensor, " D"], eps: float
+    ) -> Float[Tensor, "*T D"]:
+        return rms_norm(x.flatten(0, -2), weight, eps).view(x.shape)
+
+    def rotate(self, x: Float[Tensor, "#T A E"], angles: Angles) -> Float[Tensor, "T A E"]:
+        return rotate(x, *angles, turn)
+
+    def feed_forward(
+        self,
+        x: Float[Tensor, "T D"],
+        gate: Float[Tensor, "I D"],
+        up: Float[Tensor, "I D"],
+        down: Float[Tensor, "D I"],
+    ) -> Float[Tensor, "T D"]:
+        if not torch.is_grad_enabled():
+            return super().feed_forward(x, gate, up, down)
+        return feed_forward(x, gate, up, down, self, (gate_up_by_rows, gate_up_backward_by_rows))
+
+    def attention_dtype(
+        self, hidden: Float[Tensor, "S D"], document_lengths: list[int]
+    ) -> torch.dtype:
+        """bf16 for long documents on a processor that multiplies it; else float32 or better."""
+        if hidden.dtype == torch.bfloat16 and FAST_BF16 and max(document_lengths) >= LONG:
+            return hidden.dtype
+        return at_least_float32(hidden.dtype)
+
+    def ntp_attention(
+        self,
+        query: Float[Tensor, "S A E"],
+        key: Float[Tensor, "S G E"],
+        value: Float[Tensor, "S G E"],
+        *,
+        document_lengths: list[int],
+    ) -> Float[Tensor, "S A E"]:
+        return ntp_attention(query, key, value, document_lengths=document_lengths)
+
+    def plan_mtp_attention(
+        self, rows: Rows, document: Int[Tensor, " S"], *, value: Float[Tensor, "S G E"]
+    ) -> Tiling:
+        return tile_rollouts(rows, document)
+
+    def mtp_attention(
+        self,
+        query: Float[Tensor, "M A E"],
+        key: Float[Tensor, "M G E"],
+        value: Float[Tensor, "M G E"],
+        ntp_key: Float[Tensor, "S G E"],
+        ntp_value: Float[Tensor, "S G E"],
+        *,
+        plan: Tiling,
+    ) -> Float[Tensor, "M A E"]:
+        main_grads = [self.main_grads.of(x) for x in (ntp_key, ntp_value)]
+        return mtp_attention(query, key, value, ntp_key, ntp_value, plan, main_grads)
+
+    def product(
+        self, x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"]
+    ) -> Float[Tensor, "T O"]:
+        return product(x, weight)
+
+    def add_product(
+        self, total: Float[Tensor, "O I"], a: Float[Tensor, "O N"], b: Float[Tensor, "N I"]
+    ) -> None:
+        add_product(total, a, b)
+
+    def first_choice(self, logits: Float[Tensor, "C W"]) -> Int[Tensor, " C"]:
+        """By block maxima, since ``argmax`` is not vectorised."""
+        whole = logits.shape[-1] // BLOCK * BLOCK
+        if whole == 0:
+            return logits.argmax(-1)
+        blocks = logits[:, :whole].unflatten(-1, (-1, BLOCK))
+        block = blocks.amax(-1).argmax(-1)
+        rows = torch.arange(len(logits))
+        best = block * BLOCK + blocks[rows, block].argmax(-1)
+        if whole < logits.shape[-1]:
+            rest = logits[:, whole:].argmax(-1) + whole
+            best = torch.where(logits[rows, rest] > logits[rows, best], rest, best)
+        return best
+
+    def loss_rows(self, logits: Float[Tensor, "C W"]) -> int:
+        return max(1, CACHE_BYTES // (4 * logits.shape[-1]))
+
+    def pad_rows(self, states: Float[Tensor, "N D"]) -> Float[Tensor, "N2 D"]:
+        extra = -len(states) % ROW_UNIT
+        return torch.nn.functional.pad(states, (0, 0, 0, extra)) if extra else states
+
+
+def turn(
+    x: Float[Tensor, "#T A E"], cos: Float[Tensor, "T 1 F"], sin: Float[Tensor, "T 1 F"]
+) -> Float[Tensor, "T A E"]:
+    """The rotation, written to its place at once."""
+    x = x.to(cos.dtype)
+    first, second = x.chunk(2, -1)
+    out = x.new_empty(len(cos), *x.shape[1:])
+    low, high = out.chunk(2, -1)
+    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=high).addcmul_(first, sin)
+    return out
+
+
+def gate_up_by_rows(*tensors: Float[Tensor, "T I"]) -> None:
+    for rows in cached_rows(*tensors):
+        gate_up(*rows)
+
+
+def gate_up_backward_by_rows(*tensors: Float[Tensor, "T I"]) -> None:
+    for rows in cached_rows(*tensors):
+        gate_up_backward(*rows)
+
+
+def cached_rows(*tensors: Float[Tensor, "T I"]) -> Iterator[tuple[Float[Tensor, "t I"], ...]]:
+    """The same rows of each, as many as a cache holds."""
+    count = max(1, CACHE_ELEMENTS // tensors[0].shape[1])
+    return zip(*(x.split(count) for x in tensors), strict=True)
