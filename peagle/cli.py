@@ -286,6 +286,14 @@ def export(
     print(f"wrote {out}")
 
 
+OLD_NAMES = {
+    r"(?<![\w.])callbacks\.(average|checkpoint|evaluate|hub|progress|record|signals)\.\w+": (
+        "write peagle.callbacks in place of callbacks"
+    ),
+    r"peagle\.module\.\w+": "LinearSchedule is peagle.train.schedule.LinearSchedule",
+    r"peagle\.optimizer\.\w+": "MuonAdamW is peagle.train.optimizer.MuonAdamW",
+    r"deeper_rows": "leave it out, the rows of all anchors are trained",
+}
 HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 READERS: dict[str, type[PEagleCLI]] = {"capture": CaptureCLI, "plan": PlanCLI}
 FUNCTIONS: dict[str, Callable[..., Any]] = {"export": export}
@@ -297,13 +305,26 @@ def underscored(arguments: list[str]) -> list[str]:
             for argument in arguments]  # fmt: skip
 
 
-def refuse_tokens(arguments: list[str]) -> None:
-    """Raise ``ValueError`` for a Hub token, which logs, errors and the run's files would repeat."""
+def given_texts(arguments: list[str]) -> dict[str, str]:
+    """The command line and every configuration file that it names."""
     texts = {"the command line": " ".join(arguments)}
     for path in (Path(argument.rpartition("=")[2]) for argument in arguments):
         if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
             texts[str(path)] = path.read_text()
-    for place, text in texts.items():
+    return texts
+
+
+def refuse_old_names(arguments: list[str]) -> None:
+    """Raise ``ValueError`` for names of version 0.1, with those of today."""
+    for place, text in given_texts(arguments).items():
+        for old, new in OLD_NAMES.items():
+            if found := re.search(old, text):
+                raise ValueError(f"{place} has {found[0]}, a name of peagle 0.1: {new}")
+
+
+def refuse_tokens(arguments: list[str]) -> None:
+    """Raise ``ValueError`` for a Hub token, which logs, errors and the run's files would repeat."""
+    for place, text in given_texts(arguments).items():
         if HUB_TOKEN.search(text):
             raise ValueError(
                 f"{place} holds a Hub token: take it out, then set HF_TOKEN or run `hf auth login`"
@@ -313,6 +334,7 @@ def refuse_tokens(arguments: list[str]) -> None:
 def run(command: str, arguments: list[str]) -> None:
     """Run one command of ``python -m peagle``; raises ``ValueError`` for what the user can mend."""
     refuse_tokens(arguments)
+    refuse_old_names(arguments)
     if command in FUNCTIONS:
         auto_cli(FUNCTIONS[command], args=arguments[1:], as_positional=False)
     elif command == "bench":
