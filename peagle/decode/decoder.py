@@ -23,7 +23,7 @@ from peagle.decode.drafting import draft, new_cache
 from peagle.decode.kv_cache import SlotCache
 from peagle.decode.sliding_window import LayerMasks, layer_windows, windowed
 from peagle.model.drafter import Drafter
-from peagle.target.target import HiddenStates, hidden_states
+from peagle.target.hidden_states import HiddenStates, hidden_states
 
 
 class Decoded(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from peagle.decode.kv_cache import SlotCache
-from peagle.target.target import decoder_layers
+from peagle.target.hidden_states import decoder_layers
 
 MASKED = ("eager", "sdpa")  # attention implementations that heed a mask per query and key
 

@@ -20,11 +20,12 @@ from peagle.capture.extract import sample_bytes_per_token
 from peagle.capture.generate import different, given, is_greedy, too_small
 from peagle.capture.import_speculators import opened
 from peagle.capture.prompts import Prompt, load_prompts
+from peagle.kernels.device import pick_device
 from peagle.store.hub import FoundStore
 from peagle.store.manifest import Manifest
 from peagle.store.reader import Store
 from peagle.target.layers import default_start_layers
-from peagle.target.target import TargetSource, pick_device
+from peagle.target.target import TargetSource
 
 SAMPLE_SEED = 0
 

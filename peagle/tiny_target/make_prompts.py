@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from peagle.capture.chat import prompt_ids
 from peagle.decode.decoder import Decoder
-from peagle.target.target import TargetSource, end_tokens
+from peagle.target.end_tokens import end_tokens
+from peagle.target.target import TargetSource
 from peagle.tiny_target.corpus import Function, read_functions, standard_library
 
 MAX_NEW_TOKENS = 224

@@ -11,7 +11,9 @@ from peagle.cod.sampling import Cod, Rows, rows_of, sample_rows
 from peagle.cod.segments import Segment
 from peagle.decode.decoder import Decoder
 from peagle.store.sample import Sample
-from peagle.target.target import TargetSource, decoder_layers, hidden_states, target_head_of
+from peagle.target.head import target_head_of
+from peagle.target.hidden_states import decoder_layers, hidden_states
+from peagle.target.target import TargetSource
 from peagle.train.objective import objective
 from peagle.train.packing import Batch, pack
 
