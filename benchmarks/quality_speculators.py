@@ -39,8 +39,9 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from peagle.capture.prompts import PromptSource
+from peagle.decode.acceptance import acceptance_rows
 from peagle.decode.decoder import Decoder
-from peagle.decode.evaluation import EvaluationConfig, acceptance_rows, decode_batch, prompt_batches
+from peagle.decode.evaluation import EvaluationConfig, decode_batch, prompt_batches
 from peagle.kernels.device import pick_device
 from peagle.model.config import PEagleConfig
 from peagle.model.p_eagle import PEagleDrafter
