@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from peagle.kernels.device import bf16_autocast
 from peagle.tiny_target.corpus import Function, read_functions, standard_library
 
 VOCABULARY = 512  # short tokens: most of a word follows from its beginning
@@ -152,7 +153,7 @@ def held_out_loss(model: torch.nn.Module, samples: list[tuple[list[int], int]]) 
     total = count = 0.0
     for ids, weights in batches(samples, 8192, torch.Generator().manual_seed(0)):
         ids, weights = ids.to(model.device), weights.to(model.device)
-        with torch.autocast(ids.device.type, torch.bfloat16):
+        with bf16_autocast(ids.device):
             loss, weight = weighted_loss(model, ids, (weights == 1.0).float())
         total, count = total + loss.item(), count + weight.item()
     return total / count
@@ -172,38 +173,37 @@ def optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer
 def train(model: LlamaForCausalLM, trained, held_out, *, args: argparse.Namespace) -> dict:
     steppers = optimizers(model, args.lr)
     generator = torch.Generator().manual_seed(args.seed)
-    step, seen, start = 0, 0, time.monotonic()
-    device = model.device.type
+    step, tokens, start = 0, 0, time.monotonic()
     while step < args.steps:
         for ids, weights in batches(trained, args.batch_tokens, generator):
-            ids, weights = ids.to(device), weights.to(device)
+            ids, weights = ids.to(model.device), weights.to(model.device)
             progress = step / args.steps
-            scale = min(1.0, (step + 1) / 100) * min(
-                1.0, (1 - progress) / 0.5
-            )  # warm-up, long decay
+            # Warm-up and long decay.
+            scale = min(1.0, (step + 1) / 100) * min(1.0, (1 - progress) / 0.5)
             for stepper in steppers:
                 stepper.param_groups[0]["lr"] = args.lr * scale
-            with torch.autocast(device, torch.bfloat16):
+            with bf16_autocast(model.device):
                 loss, weight = weighted_loss(model, ids, weights)
             (loss / weight).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for stepper in steppers:
                 stepper.step()
                 stepper.zero_grad()
-            step, seen = step + 1, seen + int((weights > 0).sum())
+            step, tokens = step + 1, tokens + int((weights > 0).sum())
             if step % args.report_every == 0 or step == args.steps:
                 model.eval()
-                held = held_out_loss(model, held_out)
+                loss_held_out = held_out_loss(model, held_out)
                 model.train()
                 minutes = (time.monotonic() - start) / 60
                 print(
-                    f"step {step:6d}  train {(loss / weight).item():.3f}  held out {held:.3f}  "
-                    f"tokens {seen / 1e6:.1f} M  {minutes:.1f} min", flush=True,
+                    f"step {step:6d}  train {(loss / weight).item():.3f}  held out "
+                    f"{loss_held_out:.3f}  "
+                    f"tokens {tokens / 1e6:.1f} M  {minutes:.1f} min", flush=True,
                 )  # fmt: skip
                 save(model, args.out)
             if step == args.steps:
                 break
-    return {"held_out_loss": held, "tokens": seen, "steps": step, "minutes": minutes}
+    return {"held_out_loss": loss_held_out, "tokens": tokens, "steps": step, "minutes": minutes}
 
 
 def save(model: LlamaForCausalLM, out: Path) -> None:
