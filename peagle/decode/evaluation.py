@@ -98,13 +98,6 @@ class Setting(NamedTuple):
 GREEDY_TARGET = Setting(None, 0, 0.0)  # what the target says by itself
 
 
-class Turn(NamedTuple):
-    """The answers to one user's turn, of those conversations of a batch that have so many."""
-
-    members: list[int]
-    decoded: Decoded
-
-
 def decode_batch(
     decoders: Mapping[str, Decoder],
     batch: PromptBatch,
@@ -119,26 +112,23 @@ def decode_batch(
     """
     methods = ((None, 0), *product(decoders, config.k))
     settings = [Setting(*method, t) for t in config.temperatures for method in methods]
-    turns: dict[Setting, list[Turn]] = {setting: [] for setting in settings}
+    runs = {setting: empty_run(batch, setting) for setting in settings}
     history: list[list[list[int]]] = [[] for _ in batch.prompts]
-    members = list(range(len(batch.prompts)))
+    members = list(range(len(batch.prompts)))  # conversations that have so many turns
     while members:
         ids = [
             turn_prompt(tokenizer, batch.prompts[i], history[i], config.template_options)
             for i in members
         ]
-        for setting in settings:
-            turns[setting].append(Turn(members, decode(decoders, ids, config, setting)))
+        answers = {setting: decode(decoders, ids, config, setting) for setting in settings}
+        runs = {setting: add_turn(runs[setting], members, answers[setting]) for setting in runs}
         remaining = [i for i in members if len(batch.prompts[i].turns) > len(history[i]) + 1]
         if remaining:
-            if GREEDY_TARGET in turns:
-                own = turns[GREEDY_TARGET][-1].decoded
-            else:
-                own = decode(decoders, ids, config, GREEDY_TARGET)
+            own = answers.get(GREEDY_TARGET) or decode(decoders, ids, config, GREEDY_TARGET)
             for i, tokens in zip(members, own.tokens, strict=True):
                 history[i].append(tokens)
         members = remaining
-    return [run_of(batch, setting, answered) for setting, answered in turns.items()]
+    return list(runs.values())
 
 
 def turn_prompt(
@@ -171,18 +161,18 @@ def decode(
     )
 
 
-def run_of(batch: PromptBatch, setting: Setting, turns: list[Turn]) -> Run:
-    """The turns of every conversation as one answer."""
-    tokens: list[list[int]] = [[] for _ in batch.prompts]
-    accepted: list[list[int]] = [[] for _ in batch.prompts]
-    for members, decoded in turns:
-        for row, i in enumerate(members):
-            tokens[i] += decoded.tokens[row]
-            accepted[i] += decoded.accepted[row]
-    first, *later = [turn.decoded.draft_seconds for turn in turns]
+def empty_run(batch: PromptBatch, setting: Setting) -> Run:
+    decoded = Decoded([[] for _ in batch.prompts], [[] for _ in batch.prompts], 0.0, [])
+    return Run(batch.prompt_set, *setting, decoded, 0)
+
+
+def add_turn(run: Run, members: list[int], turn: Decoded) -> Run:
+    """The run with the answers to one more turn of the given prompts."""
+    tokens, accepted, seconds, draft_seconds = run.decoded
+    for row, i in enumerate(members):
+        tokens[i] += turn.tokens[row]
+        accepted[i] += turn.accepted[row]
     # Of later turns without the first round, which reads the prompts.
-    draft_seconds = first + [s for seconds in later for s in seconds[1:]]
-    seconds = sum(turn.decoded.seconds for turn in turns)
-    answers = sum(len(turn.members) for turn in turns)
-    together = Decoded(tokens, accepted, seconds, draft_seconds)
-    return Run(batch.prompt_set, *setting, together, answers)
+    draft_seconds = draft_seconds + turn.draft_seconds[1 if run.turns else 0 :]
+    together = Decoded(tokens, accepted, seconds + turn.seconds, draft_seconds)
+    return run._replace(decoded=together, turns=run.turns + len(members))

@@ -167,13 +167,13 @@ def cost_lines(
     config: PEagleConfig, cost: Cost, sequence: Shape, run: RunShape, data: Forecast, rate: float
 ) -> list[str]:
     total = sum(cost.memory.values())
-    parts = ", ".join(f"{name} {size(part)}" for name, part in cost.memory.items())
+    uses = ", ".join(f"{name} {size(count)}" for name, count in cost.memory.items())
     steps, rows = steps_of(run, data), sequence.rows * run.accumulate * run.devices
     work = cost.flops * run.accumulate * steps
     return [
         f"drafter    {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{cost.parameters / 1e6:,.1f} M parameters, K {config.num_depths}",
-        f"memory     {size(total)} per device for training: {parts}",
+        f"memory     {size(total)} per device for training: {uses}",
         f"rows       {rows:,} per step, {sequence.segment_rows:,} in the largest segment",
         f"steps      {steps:,}",
         f"time       at least {duration(work / rate)} of training here: {work:.2g} operations per "

@@ -77,26 +77,25 @@ def expected_tensors(config: PEagleConfig) -> dict[str, tuple[tuple[int, ...], t
 def layer_shapes(config: PEagleConfig, entering: int) -> dict[str, tuple[int, ...]]:
     """The tensors that every layer has; layer 0 reads ``entering`` = two widths."""
     width, inner = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads * config.head_dim
-    groups = config.num_key_value_heads * config.head_dim
-    attention = {
-        "q_proj": (heads, entering),
-        "k_proj": (groups, entering),
-        "v_proj": (groups, entering),
-        "o_proj": (width, heads),
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    attention: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj.weight": (queries, entering),
+        "self_attn.k_proj.weight": (keys, entering),
+        "self_attn.v_proj.weight": (keys, entering),
+        "self_attn.o_proj.weight": (width, queries),
     }
-    shapes: dict[str, tuple[int, ...]] = {
+    if config.attention_bias:
+        attention |= {
+            name.replace("weight", "bias"): shape[:1] for name, shape in attention.items()
+        }
+    return attention | {
         "mlp.gate_proj.weight": (inner, width),
         "mlp.up_proj.weight": (inner, width),
         "mlp.down_proj.weight": (width, inner),
         "input_layernorm.weight": (width,),
         "post_attention_layernorm.weight": (width,),
     }
-    for name, shape in attention.items():
-        shapes[f"self_attn.{name}.weight"] = shape
-        if config.attention_bias:
-            shapes[f"self_attn.{name}.bias"] = shape[:1]
-    return shapes
 
 
 def refuse_unservable(config: PEagleConfig) -> None:

@@ -22,14 +22,14 @@ PROBE_TIMEOUT_S = 900  # the first import reads gigabytes of libraries
 # Runs in vLLM's interpreter. Logging may share standard output, so the answer is the last line.
 PROBE = """
 import importlib.metadata as metadata, importlib.util, json, pathlib, sys
-found = {"version": None}
+answer = {"version": None}
 if importlib.util.find_spec("vllm"):
     import vllm
     from vllm.model_executor.models import ModelRegistry
     from vllm.platforms import current_platform
     installed = {d.metadata["Name"] for d in metadata.distributions()}
     openmp = pathlib.Path(sys.prefix, "lib", "libiomp5.so")
-    found = {
+    answer = {
         "version": vllm.__version__,
         "architectures": sorted(ModelRegistry.get_supported_archs()),
         "device": current_platform.device_type,
@@ -38,7 +38,7 @@ if importlib.util.find_spec("vllm"):
         "openmp": str(openmp) if openmp.exists() else None,
     }
 print()
-print(json.dumps(found))
+print(json.dumps(answer))
 """
 
 
@@ -154,12 +154,10 @@ def server_command(vllm: Vllm, serving: Serving, port: int) -> list[str]:
 
 
 def speculative_config(serving: Serving) -> str:
-    settings = {
-        "method": "eagle3",
-        "model": serving.drafter,
-        "num_speculative_tokens": serving.k,
-    }
-    return json.dumps(settings | ({"parallel_drafting": True} if serving.parallel else {}))
+    settings = {"method": "eagle3", "model": serving.drafter, "num_speculative_tokens": serving.k}
+    if serving.parallel:
+        settings["parallel_drafting"] = True
+    return json.dumps(settings)
 
 
 def server_environment(vllm: Vllm, inherited: Mapping[str, str]) -> dict[str, str]:
