@@ -127,7 +127,7 @@ def bench(config: BenchConfig) -> None:
     for drafter, k in [(None, 0), *product(named(drafters), config.k)]:
         measurements += measure(config, target, vllm, prompt_sets, drafter, k)
         rows = bench_rows(measurements, conditions)
-        write(folder / "bench.json", config, vllm, rows)
+        write_results(folder / "bench.json", config, vllm, rows)
     print(f"\n{engine}\n{config.dtype}, temperature {config.temperature:g}, at most "
           f"{config.max_new_tokens} new tokens")  # fmt: skip
     print(format_bench(rows))
@@ -166,12 +166,11 @@ def hardware(vllm: Vllm) -> str:
 
 
 def rendered_prompts(config: BenchConfig, target: TargetSource) -> list[PromptSet]:
-    tokenizer, sets = target.tokenizer(), []
-    for source in config.prompts:
-        prompts = load_prompts(source)
-        ids = [turn_prompt(tokenizer, prompt, [], None) for prompt in prompts]
-        sets.append(PromptSet(source.name, ids, prompts))
-    return sets
+    tokenizer = target.tokenizer()
+    return [
+        PromptSet(source.name, [turn_prompt(tokenizer, p, [], None) for p in prompts], prompts)
+        for source, prompts in ((source, load_prompts(source)) for source in config.prompts)
+    ]
 
 
 def add_later_turns(
@@ -246,7 +245,7 @@ def ask_all(
     return Measurement(name, drafter, k, concurrency, count, load.answers, load.seconds, counters)
 
 
-def write(path: Path, config: BenchConfig, vllm: Vllm, rows: list[Row]) -> None:
+def write_results(path: Path, config: BenchConfig, vllm: Vllm, rows: list[Row]) -> None:
     provenance = {
         "target": config.target,
         "revision": config.revision,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -28,18 +28,11 @@ class LayerMasks:
 
     def place(self, cache: SlotCache, dtype: torch.dtype) -> Float[Tensor, "B 1 q limit"]:
         """Make them for the slots that the cache was placed at; returns the one without window."""
-        causal = cache.slots.visible()
         for window in {None, *self.sliding_windows}:
-            visible = causal if window is None else causal & within_window(cache, window)
+            visible = cache.slots.visible(window)
             zero = torch.zeros(1, device=visible.device, dtype=dtype)
             self.masks[window] = zero.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
         return self.masks[None]
-
-
-def within_window(cache: SlotCache, window: int) -> Bool[Tensor, "B q limit"]:
-    """Each query reaches back over ``window`` positions, its own included."""
-    entries = torch.arange(cache.slots.limit, device=cache.slots.position.device)
-    return entries > cache.slots.position[..., None] - window
 
 
 def sliding_window_of_layers(model: PreTrainedModel) -> list[int | None]:
