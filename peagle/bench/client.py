@@ -113,7 +113,7 @@ def closed_loop(port: int, questions: Sequence[Question], concurrency: int) -> L
 
 
 def read_counters(port: int) -> Counters:
-    with request(port, "GET", "/metrics", timeout_s=60) as response:
+    with request(port, "GET", "/metrics", timeout_s=60.0) as response:
         return parse_counters(response.read().decode())
 
 

@@ -96,7 +96,7 @@ class Server:
 
     def healthy(self) -> bool:
         try:
-            with request(self.port, "GET", "/health", timeout_s=5) as response:
+            with request(self.port, "GET", "/health", timeout_s=5.0) as response:
                 return response.status == 200
         except (OSError, HTTPException):
             return False
