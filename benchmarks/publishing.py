@@ -1,6 +1,6 @@
 """What publishing costs a training step, whatever the Hub does.
 
-    PYTHONPATH=tests python benchmarks/publishing.py
+    PYTHONPATH=tests/helpers python benchmarks/publishing.py
 
 The quickstart's fit, shortened, without a publisher (twice, which shows the noise), and with one
 that publishes every checkpoint to the loopback Hub of the tests: which works, hangs, or answers 503

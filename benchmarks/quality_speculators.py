@@ -39,15 +39,18 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from peagle.capture.prompts import PromptSource
+from peagle.decode.acceptance import acceptance_rows
 from peagle.decode.decoder import Decoder
-from peagle.decode.evaluation import EvaluationConfig, acceptance_rows, decode_batch, prompt_batches
+from peagle.decode.evaluation import EvaluationConfig, decode_batch, prompt_batches
+from peagle.kernels.device import pick_device
 from peagle.model.config import PEagleConfig
 from peagle.model.p_eagle import PEagleDrafter
 from peagle.model.restore import refuse_other_tensors
 from peagle.serve.contract import as_served
 from peagle.serve.export import export_drafter
 from peagle.store.reader import Store
-from peagle.target.target import TargetSource, end_tokens, pick_device
+from peagle.target.end_tokens import end_tokens
+from peagle.target.target import TargetSource
 from peagle.train.sampler import fill_packs, shuffle_packs
 
 NAME, VERSION = PEERS[1], "0.9.0"

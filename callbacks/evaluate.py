@@ -8,7 +8,8 @@ import lightning as L
 import torch.distributed as dist
 
 from peagle.card.provenance import environment
-from peagle.decode.evaluation import Run, acceptance_rows
+from peagle.decode.acceptance import acceptance_rows
+from peagle.decode.evaluation import Run
 from peagle.store.disk import write_atomically
 from peagle.train.metrics import DepthReport, format_depths, format_table
 

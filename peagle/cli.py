@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from peagle.capture.capture import capture, refuse_other_store
 from peagle.capture.config import CaptureConfig
 from peagle.decode.evaluation import EvaluationConfig
+from peagle.kernels.device import pick_device
 from peagle.model.checkpoint import check_address
 from peagle.model.restore import refuse_other_target
 from peagle.model.saved_drafter import load_drafter
@@ -26,7 +27,7 @@ from peagle.serve.contract import Layout
 from peagle.serve.export import Verifier, export_drafter
 from peagle.store.disk import write_atomically
 from peagle.store.hub import find_store, store_address
-from peagle.target.target import TargetSource, pick_device
+from peagle.target.target import TargetSource
 from peagle.train.datamodule import HiddenStatesDataModule
 from peagle.train.module import PEagleModule
 

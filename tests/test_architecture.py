@@ -9,8 +9,9 @@ from paths import ROOT
 # Each line imports only from lines above it.
 ORDER = """
     cod store
-    kernels card
-    target publish
+    kernels
+    card target
+    publish
     model
     serve
     capture

@@ -1,6 +1,5 @@
 """Asking an engine over HTTP: streamed completions under a fixed concurrency, and its counters."""
 
-import http.client
 import json
 import re
 import time
@@ -9,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-from peagle.serve.http import posted
+from peagle.serve.http import posted, request
 from peagle.serve.vllm import MODEL_NAME
 
 REQUEST_TIMEOUT_S = 1800.0
@@ -114,12 +113,8 @@ def closed_loop(port: int, questions: Sequence[Question], concurrency: int) -> L
 
 
 def read_counters(port: int) -> Counters:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        connection.request("GET", "/metrics")
-        return parse_counters(connection.getresponse().read().decode())
-    finally:
-        connection.close()
+    with request(port, "GET", "/metrics", timeout_s=60.0) as response:
+        return parse_counters(response.read().decode())
 
 
 def parse_counters(text: str) -> Counters:

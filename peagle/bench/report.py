@@ -10,8 +10,8 @@ from peagle.train.metrics import format_table
 Row = dict[str, Any]
 
 
-class Served(NamedTuple):
-    """A drafter in the engine."""
+class NamedDrafter(NamedTuple):
+    """A drafter's folder, and what rows call it."""
 
     folder: str
     method: str
@@ -21,7 +21,7 @@ class Measurement(NamedTuple):
     """One prompt set asked at one concurrency, with K drafts per round (0: no drafter)."""
 
     prompt_set: str
-    drafter: Served | None
+    drafter: NamedDrafter | None
     k: int
     concurrency: int
     prompts: int  # different ones; each is asked equally often
@@ -32,6 +32,10 @@ class Measurement(NamedTuple):
     @property
     def tokens(self) -> int:
         return sum(len(answer.tokens) for answer in self.answers)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
 
 
 class Conditions(NamedTuple):
@@ -58,7 +62,6 @@ def bench_rows(measurements: list[Measurement], conditions: Conditions) -> list[
 
 
 def bench_row(m: Measurement, alone: Measurement, conditions: Conditions) -> Row:
-    speed, baseline = m.tokens / m.seconds, alone.tokens / alone.seconds
     latency = [answer.seconds for answer in m.answers]
     return {
         "prompt_set": m.prompt_set,
@@ -72,15 +75,15 @@ def bench_row(m: Measurement, alone: Measurement, conditions: Conditions) -> Row
         "requests": len(m.answers),
         "tokens": m.tokens,
         **acceptance(m, alone, conditions.temperature),
-        "tokens_per_second": speed,
-        "baseline_tokens_per_second": baseline,
+        "tokens_per_second": m.tokens_per_second,
+        "baseline_tokens_per_second": alone.tokens_per_second,
         "concurrency": m.concurrency,
         "drafter": m.drafter.folder if m.drafter else None,
         "latency_p50_s": quantile(latency, 0.50),
         "latency_p95_s": quantile(latency, 0.95),
         "latency_p99_s": quantile(latency, 0.99),
         "ttft_p50_s": quantile([answer.first_token_seconds for answer in m.answers], 0.50),
-        "speedup": speed / baseline if m.k else None,
+        "speedup": m.tokens_per_second / alone.tokens_per_second if m.k else None,
     }
 
 

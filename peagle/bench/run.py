@@ -15,16 +15,15 @@ from peagle.bench.plots import draw
 from peagle.bench.report import (
     Conditions,
     Measurement,
+    NamedDrafter,
     Row,
-    Served,
     bench_rows,
     format_bench,
     format_best,
 )
-from peagle.capture.chat import prompt_ids
-from peagle.capture.conversation import words
 from peagle.capture.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
 from peagle.card.provenance import cpu_name, environment
+from peagle.decode.evaluation import turn_prompt
 from peagle.model.config import PEagleConfig
 from peagle.model.restore import refuse_other_target
 from peagle.serve.contract import check_folder
@@ -97,7 +96,7 @@ class PromptSet(NamedTuple):
     """Prompts of one set, rendered by the target's chat template."""
 
     name: str
-    ids: list[list[int]]  # of the first turns; once the target has answered them, of all
+    ids: list[list[int]]  # of first turns; of all turns once the target has answered
     prompts: list[Prompt]
 
 
@@ -116,20 +115,20 @@ def bench(config: BenchConfig) -> None:
         refuse_other_target(drafter, text)
         warn_beyond_training(drafter, config.k)
     vllm = find_vllm(config.vllm_python)
-    known = {name for drafter in drafters.values() for name in drafter.architectures}
-    require_parallel_drafting(vllm, [*sorted(known), *(text.architectures or ())])
+    architectures = {name for drafter in drafters.values() for name in drafter.architectures}
+    require_parallel_drafting(vllm, [*sorted(architectures), *(text.architectures or ())])
     prompt_sets = rendered_prompts(config, target)
 
     folder = (config.run_dir or config.drafter.resolve().parent) / "metrics"
     conditions = Conditions(vllm.name, hardware(vllm), config.dtype, config.temperature)
-    print(f"{describe(vllm)}; {config.dtype}, temperature {config.temperature:g}", file=sys.stderr)
+    engine = f"{vllm.name} on {conditions.hardware}"
+    print(f"{engine}; {config.dtype}, temperature {config.temperature:g}", file=sys.stderr)
     measurements: list[Measurement] = []
-    served = served_of(drafters)
-    for drafter, k in [(None, 0), *product(served, config.k)]:
+    for drafter, k in [(None, 0), *product(named(drafters), config.k)]:
         measurements += measure(config, target, vllm, prompt_sets, drafter, k)
         rows = bench_rows(measurements, conditions)
-        write(folder / "bench.json", config, vllm, rows)
-    print(f"\n{describe(vllm)}\n{config.dtype}, temperature {config.temperature:g}, at most "
+        write_results(folder / "bench.json", config, vllm, rows)
+    print(f"\n{engine}\n{config.dtype}, temperature {config.temperature:g}, at most "
           f"{config.max_new_tokens} new tokens")  # fmt: skip
     print(format_bench(rows))
     print(format_best(rows))
@@ -137,13 +136,14 @@ def bench(config: BenchConfig) -> None:
         print(f"wrote {path}")
 
 
-def served_of(drafters: dict[Path, PEagleConfig]) -> list[Served]:
-    """Two drafters of one kind get names of their own."""
-    found: list[Served] = []
-    for folder, drafter in drafters.items():
-        again = any(other.method == drafter.method for other in found)
-        found.append(Served(str(folder), drafter.method + (" (baseline)" if again else "")))
-    return found
+def named(drafters: dict[Path, PEagleConfig]) -> list[NamedDrafter]:
+    """The second of two drafters of one kind is called the baseline."""
+    (ours, config), *others = drafters.items()
+    names = [NamedDrafter(str(ours), config.method)]
+    for folder, baseline in others:
+        suffix = " (baseline)" if baseline.method == config.method else ""
+        names.append(NamedDrafter(str(folder), baseline.method + suffix))
+    return names
 
 
 def end_by_signals() -> None:
@@ -154,17 +154,10 @@ def end_by_signals() -> None:
 
 
 def warn_beyond_training(drafter: PEagleConfig, k: tuple[int, ...]) -> None:
-    deeper = [number for number in k if number > drafter.num_depths]
-    if deeper:
-        print(
-            f"warning: the drafter was trained for K up to {drafter.num_depths}; its further "
-            f"guesses at K = {', '.join(map(str, deeper))} are untrained",
-            file=sys.stderr,
-        )
-
-
-def describe(vllm: Vllm) -> str:
-    return f"{vllm.name} on {hardware(vllm)}"
+    untrained = ", ".join(str(number) for number in k if number > drafter.num_depths)
+    if untrained:
+        print(f"warning: the drafter was trained for K up to {drafter.num_depths}; its further "
+              f"guesses at K = {untrained} are untrained", file=sys.stderr)  # fmt: skip
 
 
 def hardware(vllm: Vllm) -> str:
@@ -173,31 +166,26 @@ def hardware(vllm: Vllm) -> str:
 
 
 def rendered_prompts(config: BenchConfig, target: TargetSource) -> list[PromptSet]:
-    tokenizer, sets = target.tokenizer(), []
-    for source in config.prompts:
-        prompts = load_prompts(source)
-        ids = [prompt_ids(tokenizer, p.opening(), p.options(None)) for p in prompts]
-        sets.append(PromptSet(source.name, ids, prompts))
-    return sets
+    tokenizer = target.tokenizer()
+    return [
+        PromptSet(source.name, [turn_prompt(tokenizer, p, [], None) for p in prompts], prompts)
+        for source, prompts in ((source, load_prompts(source)) for source in config.prompts)
+    ]
 
 
 def add_later_turns(
     port: int, config: BenchConfig, target: TargetSource, prompt_set: PromptSet
 ) -> None:
     """Later turns become requests too, in the context of what this engine answers greedily."""
-    prompts, latest, turn = prompt_set.prompts, list(prompt_set.ids), 1
-    talks, tokenizer = [prompt.opening() for prompt in prompts], target.tokenizer()
-    while going_on := [i for i, prompt in enumerate(prompts) if len(prompt.turns) > turn]:
-        questions = [Question(latest[i], config.max_new_tokens, 0.0) for i in going_on]
+    prompts, latest, tokenizer = prompt_set.prompts, list(prompt_set.ids), target.tokenizer()
+    history: list[list[list[int]]] = [[] for _ in prompts]
+    while remaining := [i for i, p in enumerate(prompts) if len(p.turns) > len(history[i]) + 1]:
+        questions = [Question(latest[i], config.max_new_tokens, 0.0) for i in remaining]
         answers = closed_loop(port, questions, max(config.concurrency)).answers
-        for i, answer in zip(going_on, answers, strict=True):
-            talks[i] += [
-                {"role": "assistant", "content": words(tokenizer, answer.tokens)},
-                {"role": "user", "content": prompts[i].turns[turn]},
-            ]
-            latest[i] = prompt_ids(tokenizer, talks[i], prompts[i].options(None))
+        for i, answer in zip(remaining, answers, strict=True):
+            history[i].append(answer.tokens)
+            latest[i] = turn_prompt(tokenizer, prompts[i], history[i], None)
             prompt_set.ids.append(latest[i])
-        turn += 1
 
 
 def measure(
@@ -205,7 +193,7 @@ def measure(
     target: TargetSource,
     vllm: Vllm,
     prompt_sets: list[PromptSet],
-    drafter: Served | None,
+    drafter: NamedDrafter | None,
     k: int,
 ) -> Iterator[Measurement]:
     """Start one engine and ask it every prompt set at every concurrency."""
@@ -229,20 +217,17 @@ def measure(
             if k == 0:  # the first engine, without drafter: all others are asked the same
                 add_later_turns(server.port, config, target, prompt_set)
             for concurrency in config.concurrency:
-                measurement = ask_all(server.port, config, prompt_set, drafter, k, concurrency)
-                speed = measurement.tokens / measurement.seconds
-                print(
-                    f"{name}: {prompt_set.name}, {concurrency} at once: {speed:.1f} tok/s",
-                    file=sys.stderr,
-                )
-                yield measurement
+                measured = ask_all(server.port, config, prompt_set, drafter, k, concurrency)
+                print(f"{name}: {prompt_set.name}, {concurrency} at once: "
+                      f"{measured.tokens_per_second:.1f} tok/s", file=sys.stderr)  # fmt: skip
+                yield measured
 
 
 def ask_all(
     port: int,
     config: BenchConfig,
     prompt_set: PromptSet,
-    drafter: Served | None,
+    drafter: NamedDrafter | None,
     k: int,
     concurrency: int,
 ) -> Measurement:
@@ -256,19 +241,11 @@ def ask_all(
     counters = read_counters(port).since(before)
     if k and not counters.drafts:
         raise OSError("the engine counted no drafts: it served without the drafter")
-    return Measurement(
-        prompt_set.name,
-        drafter,
-        k,
-        concurrency,
-        len(questions),
-        load.answers,
-        load.seconds,
-        counters,
-    )
+    name, count = prompt_set.name, len(questions)
+    return Measurement(name, drafter, k, concurrency, count, load.answers, load.seconds, counters)
 
 
-def write(path: Path, config: BenchConfig, vllm: Vllm, rows: list[Row]) -> None:
+def write_results(path: Path, config: BenchConfig, vllm: Vllm, rows: list[Row]) -> None:
     provenance = {
         "target": config.target,
         "revision": config.revision,
@@ -281,5 +258,4 @@ def write(path: Path, config: BenchConfig, vllm: Vllm, rows: list[Row]) -> None:
         "gpu": None if vllm.device == "cpu" else vllm.device_name,
     }
     content = json.dumps({"provenance": provenance, "rows": rows}, indent=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content.encode())

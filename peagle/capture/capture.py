@@ -32,20 +32,15 @@ from peagle.capture.generate_vllm import by_engine
 from peagle.capture.import_speculators import convert
 from peagle.capture.prompts import Prompt, load_prompts
 from peagle.capture.work_split import Part, alone
+from peagle.kernels.device import pick_device
 from peagle.model.config import default_layer_ids
 from peagle.store.disk import require_disk, write_atomically
 from peagle.store.locks import locked
 from peagle.store.manifest import Manifest
-from peagle.target.layers import default_start_layers
-from peagle.target.target import (
-    TargetSource,
-    check_head,
-    end_tokens,
-    pick_device,
-    target_head_of,
-    target_layers_of,
-    tokenizer_hash,
-)
+from peagle.target.end_tokens import end_tokens
+from peagle.target.head import check_head, target_head_of
+from peagle.target.layers import default_start_layers, target_layers_of
+from peagle.target.target import TargetSource, tokenizer_hash
 
 PARTIAL = "partial"  # folder of a store that is being made
 DOCUMENTS = 2**20  # more than one conversation ever makes

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peagle.capture.chat import REASONING, Message, Turn, prompt_ids
 from peagle.capture.config import CaptureConfig
 from peagle.capture.prompts import Prompt
-from peagle.target.target import end_tokens
+from peagle.target.end_tokens import end_tokens
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from peagle.store.index import split_of
 from peagle.store.manifest import Manifest
 from peagle.store.sample import Sample
 from peagle.store.writer import StoreWriter
-from peagle.target.target import hidden_states
+from peagle.target.hidden_states import hidden_states
 
 
 class Document(NamedTuple):

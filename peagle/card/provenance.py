@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+from peagle.kernels.device import gpu_name
 
 PACKAGES = ("torch", "lightning", "transformers")
 
@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu_name(),
         "git_commit": git_commit(),
         "command": shlex.join(["python", "-m", "peagle", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -11,19 +11,20 @@ vLLM does by default), so its output has the target's distribution.
 import functools
 import inspect
 import time
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from peagle.decode.drafting import draft, new_cache
 from peagle.decode.kv_cache import SlotCache
-from peagle.decode.sliding_window import LayerMasks, layer_windows, windowed
+from peagle.decode.sliding_window import LayerMasks, mask_layers, sliding_window_of_layers
+from peagle.kernels.device import synchronize, without_autocast
 from peagle.model.drafter import Drafter
-from peagle.target.target import HiddenStates, hidden_states
+from peagle.target.hidden_states import HiddenStates, hidden_states
 
 
 class Decoded(NamedTuple):
@@ -58,7 +59,7 @@ class Decoder:
     def __init__(self, target: PreTrainedModel, drafter: Drafter | None, *, eos_ids: set[int]):
         self.target, self.drafter, self.eos_ids = target, drafter, eos_ids
         self.layer_ids = tuple(drafter.config.eagle_aux_hidden_state_layer_ids) if drafter else ()
-        self.masks = LayerMasks(layer_windows(target))
+        self.masks = LayerMasks(sliding_window_of_layers(target))
 
     @torch.no_grad()
     def decode(
@@ -75,51 +76,52 @@ class Decoder:
         ``k`` drafts per round; 0 decodes with the target alone, by the same code.
         """
         begin = time.perf_counter()
-        state = BatchState(prompts, max_new_tokens, self.eos_ids)
-        # Lightning's mixed precision must not round what is compared token by token.
-        exact = torch.autocast(self.target.device.type, enabled=False)
-        hooks = windowed(self.target, self.masks)
-        with exact, hooks, hidden_states(self.target, self.layer_ids) as seen:
-            for drafts in self.rounds(state, seen, k, temperature, max_new_tokens, generator):
-                state.count(drafts)
+        answers = Answers(len(prompts), max_new_tokens, self.eos_ids)
+        with (
+            without_autocast(self.target.device),  # outputs are compared token by token
+            mask_layers(self.target, self.masks),
+            hidden_states(self.target, self.layer_ids) as states,
+        ):
+            draft_seconds = self.run_rounds(prompts, answers, states, k, temperature, generator)
         seconds = time.perf_counter() - begin
-        return Decoded(state.tokens, state.accepted, seconds, state.draft_seconds)
+        return Decoded(answers.tokens, answers.accepted, seconds, draft_seconds)
 
-    def rounds(
+    def run_rounds(
         self,
-        state: "BatchState",
-        seen: HiddenStates,
+        prompts: list[list[int]],
+        answers: "Answers",
+        states: HiddenStates,
         k: int,
         temperature: float,
-        max_new_tokens: int,
         generator: torch.Generator | None,
-    ) -> Iterator[Int[Tensor, " B"]]:
-        """Advance all rows by one verification at a time; yields the accepted drafts of each."""
+    ) -> list[float]:
+        """Draft and verify until all answers have ended; returns the seconds of each drafting."""
         device = self.target.device
-        ids, length = padded(state.prompts, device)
+        ids, length = padded(prompts, device)
         batch, width = ids.shape
-        longest = width + max_new_tokens  # no row that still runs reaches this position
+        longest = width + answers.max_new_tokens  # no row that still runs reaches this position
         capacity = longest + 2 * k + 2
-        cache = SlotCache(len(self.masks.windows), capacity)
+        cache = SlotCache(len(self.masks.sliding_windows), capacity)
         draft_cache = new_cache(self.drafter, capacity) if k else None
 
         position = torch.arange(width, device=device).expand(batch, -1)
         logits = self.run_target(cache, ids, position)
         rows = torch.arange(batch, device=device)
         pending = choose(logits[rows, length - 1], temperature, generator)
-        state.append(pending[:, None], torch.ones_like(length))
+        answers.append(pending[:, None], torch.ones_like(length))
         # The slots that the drafter has not read yet: tokens x[p+1] at positions start, ...
         start, count = torch.zeros_like(length), length
         tokens = torch.cat([ids[:, 1:], ids[:, :1]], 1)
         tokens[rows, length - 1] = pending
 
-        while not state.finished():
+        draft_seconds = []
+        while not answers.finished():
             drafts = ids[:, :0]
             if k:
                 begin = self.now()
-                aux = seen.aux(self.layer_ids).to(self.drafter.dtype)
+                aux = states.aux(self.layer_ids).to(self.drafter.dtype)
                 drafts = draft(self.drafter, draft_cache, tokens, aux, start, count, num_tokens=k)
-                state.draft_seconds.append(self.now() - begin)
+                draft_seconds.append(self.now() - begin)
             position = (start + count)[:, None] + torch.arange(k + 1, device=device)
             logits = self.run_target(cache, torch.cat([pending[:, None], drafts], 1), position)
             verified = verify(logits, drafts, temperature, generator)
@@ -128,13 +130,12 @@ class Decoder:
             pending = verified.next_token
             tokens = torch.cat([drafts, pending[:, None]], 1)
             tokens[rows, verified.accepted] = pending
-            state.append(tokens, count)
-            yield verified.accepted
+            answers.append(tokens, count)
+            answers.count(verified.accepted)
+        return draft_seconds
 
     def now(self) -> float:
-        """The time when the device has done what it was asked so far."""
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize(self.target.device)
+        synchronize(self.target.device)
         return time.perf_counter()
 
     def run_target(
@@ -143,9 +144,8 @@ class Decoder:
         cache.slots.place(position, limit=int(position.max()) + 1)
         mask = self.masks.place(cache, self.target.dtype)
         cached = {cache_argument(type(self.target)): cache}
-        return self.target(
-            input_ids=ids, position_ids=position, attention_mask=mask, **cached
-        ).logits
+        inputs = {"input_ids": ids, "position_ids": position, "attention_mask": mask}
+        return self.target(**inputs, **cached).logits
 
 
 @functools.cache
@@ -155,16 +155,15 @@ def cache_argument(target: type[PreTrainedModel]) -> str:
     return "cache" if "cache" in known else "past_key_values"
 
 
-class BatchState:
-    """The growing outputs of a batch, on the CPU."""
+class Answers:
+    """The growing answers of a batch, on the CPU."""
 
-    def __init__(self, prompts: list[list[int]], max_new_tokens: int, eos_ids: set[int]):
-        self.prompts, self.max_new_tokens, self.eos_ids = prompts, max_new_tokens, eos_ids
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.accepted: list[list[int]] = [[] for _ in prompts]
-        self.draft_seconds: list[float] = []
-        self.ended = [False] * len(prompts)
-        self.active = list(self.ended)
+    def __init__(self, batch: int, max_new_tokens: int, eos_ids: set[int]):
+        self.max_new_tokens, self.eos_ids = max_new_tokens, eos_ids
+        self.tokens: list[list[int]] = [[] for _ in range(batch)]
+        self.accepted: list[list[int]] = [[] for _ in range(batch)]
+        self.ended = [False] * batch
+        self.active = list(self.ended)  # before the latest tokens
 
     def append(self, tokens: Int[Tensor, "B m"], count: Int[Tensor, " B"]) -> None:
         """Add the first ``count`` tokens of each row, up to its end token or length limit."""
@@ -190,11 +189,8 @@ def padded(
     prompts: list[list[int]], device: torch.device
 ) -> tuple[Int[Tensor, "B P"], Int[Tensor, " B"]]:
     """Right-padded prompts and their lengths."""
-    length = torch.tensor([len(prompt) for prompt in prompts])
-    ids = torch.zeros(len(prompts), int(length.max()), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-    return ids.to(device), length.to(device)
+    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    return ids.to(device), torch.tensor([len(prompt) for prompt in prompts], device=device)
 
 
 def choose(

@@ -106,13 +106,13 @@ def one_by_one(
     num_tokens: int,
 ) -> Int[Tensor, "B K"]:
     """The guess after the anchor's, from it and its state, and so on: a pass for each."""
-    found, used = [guesses], int(anchor.max()) + 1
+    by_depth, used = [guesses], int(anchor.max()) + 1
     for depth in range(1, num_tokens):
         cache.slots.place(anchor[:, None] + depth, limit=used + depth)
-        embedding = drafter.embed_tokens(found[-1][:, 0])
+        embedding = drafter.embed_tokens(by_depth[-1][:, 0])
         states = run_layers(drafter, cache, states.flatten(0, 1), embedding)[:, None]
-        found.append(first_choices(drafter, states))
-    return torch.cat(found, 1)
+        by_depth.append(first_choices(drafter, states))
+    return torch.cat(by_depth, 1)
 
 
 def first_choices(drafter: Drafter, states: Float[Tensor, "B k D"]) -> Int[Tensor, "B k"]:

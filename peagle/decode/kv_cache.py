@@ -21,10 +21,11 @@ class Slots:
     def place(self, position: Int[Tensor, "B q"], limit: int) -> None:
         self.position, self.limit = position, limit
 
-    def visible(self) -> Bool[Tensor, "B q limit"]:
-        """Each query sees the entries at its own position and before."""
-        entries = torch.arange(self.limit, device=self.position.device)
-        return entries <= self.position[..., None]
+    def visible(self, sliding_window: int | None = None) -> Bool[Tensor, "B q limit"]:
+        """Each query sees its own entry and those before it, as many as the window has in all."""
+        distance = self.position[..., None] - torch.arange(self.limit, device=self.position.device)
+        causal = distance >= 0
+        return causal if sliding_window is None else causal & (distance < sliding_window)
 
 
 class SlotLayer(CacheLayerMixin):

@@ -1,6 +1,6 @@
 """Which past each layer of a target sees: all of it, or a sliding window.
 
-Reference decoding keeps keys and values by position (``slot_cache.py``) and masks them itself.
+Reference decoding keeps keys and values by position (``kv_cache.py``) and masks them itself.
 transformers takes one such mask for the whole model, so layers with a window are given theirs
 right where they are called; that works the same for every family.
 """
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from peagle.decode.kv_cache import SlotCache
-from peagle.target.target import decoder_layers
+from peagle.target.hidden_states import decoder_layers
 
 MASKED = ("eager", "sdpa")  # attention implementations that heed a mask per query and key
 
@@ -22,28 +22,20 @@ MASKED = ("eager", "sdpa")  # attention implementations that heed a mask per que
 class LayerMasks:
     """The masks of the coming forward pass, one per window."""
 
-    def __init__(self, windows: list[int | None]):
-        self.windows = windows
+    def __init__(self, sliding_windows: list[int | None]):
+        self.sliding_windows = sliding_windows
         self.masks: dict[int | None, Tensor] = {}
 
     def place(self, cache: SlotCache, dtype: torch.dtype) -> Float[Tensor, "B 1 q limit"]:
         """Make them for the slots that the cache was placed at; returns the one without window."""
-        visible, window_masks = cache.slots.visible(), {}
-        for window in {None, *self.windows}:
-            seen = visible if window is None else visible & within(cache, window)
-            zero = torch.zeros(1, device=seen.device, dtype=dtype)
-            window_masks[window] = zero.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
-        self.masks = window_masks
-        return window_masks[None]
+        for window in {None, *self.sliding_windows}:
+            visible = cache.slots.visible(window)
+            zero = torch.zeros(1, device=visible.device, dtype=dtype)
+            self.masks[window] = zero.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+        return self.masks[None]
 
 
-def within(cache: SlotCache, window: int) -> Bool[Tensor, "B q limit"]:
-    """Each query reaches back over ``window`` positions, its own included."""
-    entries = torch.arange(cache.slots.limit, device=cache.slots.position.device)
-    return entries > cache.slots.position[..., None] - window
-
-
-def layer_windows(model: PreTrainedModel) -> list[int | None]:
+def sliding_window_of_layers(model: PreTrainedModel) -> list[int | None]:
     """The sliding window of each layer; ``None`` where a layer sees everything before it.
 
     Raises:
@@ -53,24 +45,26 @@ def layer_windows(model: PreTrainedModel) -> list[int | None]:
     config = model.config.get_text_config()
     count = config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["full_attention" if window is None else "sliding_attention"] * count
-    problem = unsupported(model, config, kinds)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        layer_types = ["full_attention" if window is None else "sliding_attention"] * count
+    problem = unsupported(model, config, layer_types)
     if problem:
         raise ValueError(
             f"the reference decoder cannot run a target of type {config.model_type} exactly "
             f"({problem}): measure its drafter in vLLM with `python -m peagle bench`"
         )
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    return [window if name == "sliding_attention" else None for name in layer_types]
 
 
-def unsupported(model: PreTrainedModel, config: PretrainedConfig, kinds: list[str]) -> str | None:
+def unsupported(
+    model: PreTrainedModel, config: PretrainedConfig, layer_types: list[str]
+) -> str | None:
     """What the reference decoder could not do right, in words; None if there is nothing."""
-    others = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    others = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
     if others:
         return f"it has layers of {' and '.join(others)}"
-    if getattr(model, "_is_stateful", False) or len(decoder_layers(model)) != len(kinds):
+    if getattr(model, "_is_stateful", False) or len(decoder_layers(model)) != len(layer_types):
         return "it keeps more than keys and values per layer"
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return "its attention is not causal"
@@ -80,10 +74,10 @@ def unsupported(model: PreTrainedModel, config: PretrainedConfig, kinds: list[st
 
 
 @contextmanager
-def windowed(model: PreTrainedModel, masks: LayerMasks) -> Iterator[None]:
+def mask_layers(model: PreTrainedModel, masks: LayerMasks) -> Iterator[None]:
     """Give every layer that has a window the mask for it."""
 
-    def give(window: int):
+    def use_mask(window: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             assert "attention_mask" in kwargs, "the layer's mask is not passed by name"
             return args, {**kwargs, "attention_mask": masks.masks[window]}
@@ -91,8 +85,8 @@ def windowed(model: PreTrainedModel, masks: LayerMasks) -> Iterator[None]:
         return hook
 
     handles = [
-        layer.register_forward_pre_hook(give(window), with_kwargs=True)
-        for layer, window in zip(decoder_layers(model), masks.windows, strict=True)
+        layer.register_forward_pre_hook(use_mask(window), with_kwargs=True)
+        for layer, window in zip(decoder_layers(model), masks.sliding_windows, strict=True)
         if window is not None
     ]
     try:

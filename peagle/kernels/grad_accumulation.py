@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from peagle.kernels.precision import at_least_float32, without_autocast
+from peagle.kernels.device import without_autocast
+from peagle.kernels.precision import at_least_float32
 
 
 class MainGrads:

@@ -15,8 +15,3 @@ def compute_dtype(x: Float[Tensor, "..."]) -> torch.dtype:
     device = x.device.type
     cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if cast else x.dtype
-
-
-def without_autocast(device: torch.device) -> torch.autocast:
-    """A context without autocast, which would round what must stay in float32."""
-    return torch.autocast(device.type, enabled=False)

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from peagle.cod.mask import visible
 from peagle.cod.sampling import Rows
+from peagle.kernels.device import without_autocast
 from peagle.kernels.grad_accumulation import MainGrads
-from peagle.kernels.precision import at_least_float32, without_autocast
+from peagle.kernels.precision import at_least_float32
 
 Angles = tuple[Float[Tensor, "T 1 F"], Float[Tensor, "T 1 F"]]  # cosines, sines
 

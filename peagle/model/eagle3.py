@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from peagle.cod.sampling import Rows
-from peagle.kernels.precision import at_least_float32, without_autocast
+from peagle.kernels.device import without_autocast
+from peagle.kernels.precision import at_least_float32
 from peagle.kernels.reference import Reference
 from peagle.model.config import PEagleConfig
 from peagle.model.drafter import Drafter, NTPStates

@@ -1,11 +1,11 @@
 """What training a drafter costs: memory by part, arithmetic, and how fast this machine is at it."""
 
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from peagle.kernels.device import has_own_memory, synchronize
 from peagle.kernels.reference import Reference
 from peagle.model.build import build_drafter
 from peagle.model.config import PEagleConfig
@@ -86,23 +86,17 @@ def flops_of(config: PEagleConfig, shape: Shape, matrices: int, head: int) -> fl
 
 def matrix_rate(device: str, *, half: bool, seconds: float = 2.0) -> float:
     """Floating point operations per second of large matrix products on this machine."""
-    size = 4096 if device != "cpu" else 1024
+    size = 4096 if has_own_memory(device) else 1024
     dtype = torch.bfloat16 if half else torch.float32
     a, b = torch.randn(2, size, size, device=device).to(dtype)
 
-    def run() -> None:
+    def multiply() -> None:
         torch.mm(a, b)
-        if device != "cpu":
-            torch.cuda.synchronize()
+        synchronize(device)
 
-    run()
-    return 2 * size**3 / seconds_per_run(run, seconds)
-
-
-def seconds_per_run(run: Callable[[], None], seconds: float) -> float:
-    """Mean over as many runs as fit into the time."""
+    multiply()  # the first product loads libraries
     begin, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - begin < seconds:
-        run()
+        multiply()
         count += 1
-    return (time.perf_counter() - begin) / count
+    return 2 * size**3 * count / (time.perf_counter() - begin)

@@ -6,7 +6,7 @@ become, and the figures are upper bounds.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +20,12 @@ from peagle.capture.extract import sample_bytes_per_token
 from peagle.capture.generate import different, given, is_greedy, too_small
 from peagle.capture.import_speculators import opened
 from peagle.capture.prompts import Prompt, load_prompts
+from peagle.kernels.device import pick_device
 from peagle.store.hub import FoundStore
 from peagle.store.manifest import Manifest
 from peagle.store.reader import Store
 from peagle.target.layers import default_start_layers
-from peagle.target.target import TargetSource, pick_device
+from peagle.target.target import TargetSource
 
 SAMPLE_SEED = 0
 
@@ -54,11 +55,11 @@ class Forecast:
     supervised: int
     bytes: int
     basis: str  # where the figures come from, in words
-    answer_seconds: float  # the target will need to answer all prompts; 0 if not measured
-    ids: frozenset[int]  # tokens that were seen
-    unread: tuple[str, ...]  # prompt sets that could not be read here
-    trained: tuple[Size, ...]  # the conversations that are not kept for validation
-    exact: bool  # their sizes are counted; else estimated, and the long ones not known
+    answer_seconds: float = 0.0  # the target will need to answer all prompts; 0 if not measured
+    ids: frozenset[int] = frozenset()  # tokens that occur
+    unread: tuple[str, ...] = ()  # prompt sets that could not be read here
+    trained: tuple[Size, ...] = ()  # the conversations that are not kept for validation
+    exact: bool = True  # their sizes are counted; else estimated, and the long ones not known
 
 
 def forecast(
@@ -85,33 +86,42 @@ def forecast(
     openings = [first_prompt(tokenizer, p, config) for p in prompts] if tokenizer else []
     fits = [i for i, ids in enumerate(openings) if len(ids) < config.max_tokens - 1]
     lengths, basis = measured(target, tokenizer, [prompts[i] for i in fits], config, answers)
-    found = [
+    sizes = [
         Size(min(len(openings[i]) + lengths.after_prompt, config.max_tokens), lengths.supervised)
         for i in fits
     ]
-    found += [Size(config.max_tokens, min(config.max_new_tokens, config.max_tokens))] * unknown
-    tokens = round(sum(size.tokens for size in found))
+    sizes += [Size(config.max_tokens, min(config.max_new_tokens, config.max_tokens))] * unknown
     if unknown:
         basis += (
             f"; {unknown} conversations that cannot be read here count {config.max_tokens} each"
         )
-    return Forecast(
-        conversations=len(found),
-        tokens=tokens,
-        supervised=round(sum(size.supervised for size in found)),
-        bytes=tokens * sample_bytes_per_token(manifest) + target_bytes(text, config),
-        basis=basis,
+    return replace(
+        to_capture(sizes, text, config, manifest, basis),
         answer_seconds=len(fits) * lengths.seconds,
         ids=lengths.ids | {token for ids in openings for token in ids},
         unread=tuple(unread),
-        trained=training(found, config),
         exact=False,
     )
 
 
-def training(found: list[Size], config: CaptureConfig) -> tuple[Size, ...]:
-    """Those that are not kept for validation, which are drawn by hash: any will do."""
-    return tuple(found[: round(len(found) * (1 - config.val_share))])
+def to_capture(
+    sizes: list[Size],
+    text: PretrainedConfig,
+    config: CaptureConfig,
+    manifest: Manifest,
+    basis: str,
+) -> Forecast:
+    """The store that conversations of these sizes will make."""
+    tokens = round(sum(size.tokens for size in sizes))
+    return Forecast(
+        conversations=len(sizes),
+        tokens=tokens,
+        supervised=round(sum(size.supervised for size in sizes)),
+        bytes=tokens * sample_bytes_per_token(manifest) + target_bytes(text, config),
+        basis=basis,
+        # Which are kept for validation is drawn by hash: any will do.
+        trained=tuple(sizes[: round(len(sizes) * (1 - config.val_share))]),
+    )
 
 
 def counted(store: Store, size: int) -> Forecast:
@@ -122,33 +132,19 @@ def counted(store: Store, size: int) -> Forecast:
         supervised=sum(entry.supervised for entry in store.entries),
         bytes=size,
         basis="counted in the finished store",
-        answer_seconds=0.0,
-        ids=frozenset(),
-        unread=(),
         trained=tuple(
             Size(store.entries[i].tokens, store.entries[i].supervised) for i in store.split("train")
         ),
-        exact=True,
     )
 
 
 def to_convert(target: TargetSource, config: CaptureConfig, manifest: Manifest) -> Forecast:
     """What speculators' data set holds."""
     rows = opened(Path(config.speculators))
-    found = [Size(len(row["input_ids"]), int(row["loss_mask"].sum())) for row in rows]
-    tokens = sum(size.tokens for size in found)
-    return Forecast(
-        conversations=len(rows),
-        tokens=tokens,
-        supervised=sum(size.supervised for size in found),
-        bytes=tokens * sample_bytes_per_token(manifest) + target_bytes(target.config(), config),
-        basis=f"counted in {config.speculators}",
-        answer_seconds=0.0,
-        ids=frozenset(token for row in rows for token in row["input_ids"].tolist()),
-        unread=(),
-        trained=training(found, config),
-        exact=True,
-    )
+    sizes = [Size(len(row["input_ids"]), int(row["loss_mask"].sum())) for row in rows]
+    basis = f"counted in {config.speculators}"
+    ids = frozenset(token for row in rows for token in row["input_ids"].tolist())
+    return replace(to_capture(sizes, target.config(), config, manifest, basis), ids=ids)
 
 
 def readable(config: CaptureConfig) -> tuple[list[Prompt], int, list[str]]:
@@ -185,23 +181,23 @@ def measured(
     weights = Path(target.path).is_dir() and any(Path(target.path).glob("*.safetensors"))
     if prompts and not config.regenerate:
         ends = {tokenizer.eos_token_id}
-        found = list(given(tokenizer, prompts, config, ends).values())
-        if not found:
+        answered = list(given(tokenizer, prompts, config, ends).values())
+        if not answered:
             raise too_small(config)
-        return lengths_of(found), "all read"
+        return lengths_of(answered), "all read"
     if not prompts or not weights or not answers:
         most = min(config.max_new_tokens, config.max_tokens)
         return Lengths(most, most, 0.0, frozenset()), "upper bound: every answer as long as allowed"
     chosen = evenly(prompts, answers)
     model = target.model(dtype=getattr(torch, config.dtype), device=pick_device(config.device))
-    begin, found = time.perf_counter(), []
+    begin, answered = time.perf_counter(), []
     for greedy in (True, False):
-        mine = [p for p in chosen if is_greedy(p, config) == greedy]
-        for start in range(0, len(mine), config.batch_size):
-            batch = mine[start : start + config.batch_size]
-            found += answer_batch(model, tokenizer, batch, greedy, config)
+        group = [p for p in chosen if is_greedy(p, config) == greedy]
+        for start in range(0, len(group), config.batch_size):
+            batch = group[start : start + config.batch_size]
+            answered += answer_batch(model, tokenizer, batch, greedy, config)
     seconds = (time.perf_counter() - begin) / len(chosen)
-    lengths = lengths_of(found)._replace(seconds=seconds)
+    lengths = lengths_of(answered)._replace(seconds=seconds)
     return lengths, f"answers measured on {len(chosen)} prompts"
 
 
@@ -213,24 +209,18 @@ def evenly(prompts: list[Prompt], count: int) -> list[Prompt]:
 
 
 def lengths_of(answers: list[Answer]) -> Lengths:
-    rest, supervised, ids = 0, 0, set()
-    for answer in answers:
-        found = documents(answer.turns)
-        rest += sum(len(d.input_ids) for d in found) - len(answer.turns[0].prompt)
-        supervised += sum(int(d.loss_mask.sum()) for d in found)
-        ids.update(token for d in found for token in d.input_ids.tolist())
-    count = len(answers)
-    return Lengths(rest / count, supervised / count, 0.0, frozenset(ids))
+    rendered = [document for answer in answers for document in documents(answer.turns)]
+    ids = [token for document in rendered for token in document.input_ids.tolist()]
+    after_prompt = len(ids) - sum(len(answer.turns[0].prompt) for answer in answers)
+    supervised = sum(int(document.loss_mask.sum()) for document in rendered)
+    return Lengths(after_prompt / len(answers), supervised / len(answers), 0.0, frozenset(ids))
 
 
 def target_bytes(text: PretrainedConfig, config: CaptureConfig) -> int:
     """The target's embedding and head in bf16, and the layers that a drafter may start from."""
-    parts = 2 * text.vocab_size * text.hidden_size
+    weights = 2 * text.vocab_size * text.hidden_size
     if text.model_type == "llama":  # other layers are not copied
-        heads = 2 * text.num_attention_heads * text.head_dim + 2 * text.num_key_value_heads * (
-            text.head_dim
-        )
-        layer = text.hidden_size * (heads + 3 * text.intermediate_size + 2)
+        heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
         start = config.start_layers or default_start_layers(text.num_hidden_layers)
-        parts += len(start) * layer
-    return 2 * parts
+        weights += len(start) * text.hidden_size * (heads + 3 * text.intermediate_size + 2)
+    return 2 * weights

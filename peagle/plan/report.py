@@ -12,6 +12,7 @@ from peagle.capture.capture import shape_of
 from peagle.capture.config import CaptureConfig
 from peagle.cod.sampling import Cod
 from peagle.decode.evaluation import EvaluationConfig
+from peagle.kernels.device import has_own_memory
 from peagle.model.config import PEagleConfig
 from peagle.plan.cost import Cost, Shape, cost_of, matrix_rate
 from peagle.plan.forecast import Forecast, forecast, tokenizer_of
@@ -83,7 +84,7 @@ def plan(
         train_embeddings=run.train_embeddings,
         recompute=run.recompute,
     )
-    if run.device == "cpu":
+    if not has_own_memory(run.device):
         cost.memory["program"] = program
     rate = matrix_rate(run.device, half=run.half, seconds=seconds)
     lines = [
@@ -166,13 +167,13 @@ def cost_lines(
     config: PEagleConfig, cost: Cost, sequence: Shape, run: RunShape, data: Forecast, rate: float
 ) -> list[str]:
     total = sum(cost.memory.values())
-    parts = ", ".join(f"{name} {size(part)}" for name, part in cost.memory.items())
+    uses = ", ".join(f"{name} {size(count)}" for name, count in cost.memory.items())
     steps, rows = steps_of(run, data), sequence.rows * run.accumulate * run.devices
     work = cost.flops * run.accumulate * steps
     return [
         f"drafter    {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{cost.parameters / 1e6:,.1f} M parameters, K {config.num_depths}",
-        f"memory     {size(total)} per device for training: {parts}",
+        f"memory     {size(total)} per device for training: {uses}",
         f"rows       {rows:,} per step, {sequence.segment_rows:,} in the largest segment",
         f"steps      {steps:,}",
         f"time       at least {duration(work / rate)} of training here: {work:.2g} operations per "
@@ -201,24 +202,24 @@ def warnings(
     place: Path | FoundStore,
 ) -> list[str]:
     """What will go wrong, or less well than hoped."""
-    found = [f"cannot be read here, counted by its limit only: {text}" for text in data.unread]
+    problems = [f"cannot be read here, counted by its limit only: {text}" for text in data.unread]
     if data.conversations < ENOUGH:
-        found.append(
+        problems.append(
             f"{data.conversations:,} conversations are few: below {ENOUGH:,} acceptance suffers"
         )
     if config.mask_token_id in data.ids:
-        found.append(
+        problems.append(
             f"the mask token {config.mask_token_id} occurs in the data: fit will refuse those "
             "samples; choose a token id that never occurs"
         )
     beyond = [k for k in evaluation.k if k > config.num_depths]
     if beyond:
-        found.append(
+        problems.append(
             f"evaluation.k = {max(beyond)} exceeds the trained depth {config.num_depths}: guesses "
             "beyond it are untrained"
         )
     if run.max_tokens < capture.max_tokens:
-        found.append(
+        problems.append(
             f"data.max_tokens = {run.max_tokens} is smaller than capture.max_tokens = "
             f"{capture.max_tokens}: longer conversations are captured, but not trained"
         )
@@ -226,8 +227,8 @@ def warnings(
         there = next(p for p in (place, *place.absolute().parents) if p.exists())
         free = shutil.disk_usage(there).free
         if data.bytes > free:
-            found.append(f"the disk is too small: {size(data.bytes)} needed, {size(free)} free")
-    return [f"warning    {problem}" for problem in found]
+            problems.append(f"the disk is too small: {size(data.bytes)} needed, {size(free)} free")
+    return [f"warning    {problem}" for problem in problems]
 
 
 def size(count: int | float) -> str:

@@ -17,6 +17,12 @@ from peagle.model.config import PEagleConfig
 from peagle.model.drafter import Drafter
 
 Layout = Literal["eagle3", "speculators"]
+FIELDS = (  # of config.json that vLLM reads, and that must agree with each other
+    *("draft_vocab_size", "target_hidden_size", "num_depths", "rope_theta"),
+    *("eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states"),
+    *("fc_norm", "norm_before_fc", "norm_before_residual"),
+    *("parallel_drafting", "mask_token_id", "pard_token", "ptd_token_id"),
+)
 
 
 def servable_tensors(drafter: Drafter) -> dict[str, Tensor]:
@@ -71,26 +77,25 @@ def expected_tensors(config: PEagleConfig) -> dict[str, tuple[tuple[int, ...], t
 def layer_shapes(config: PEagleConfig, entering: int) -> dict[str, tuple[int, ...]]:
     """The tensors that every layer has; layer 0 reads ``entering`` = two widths."""
     width, inner = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads * config.head_dim
-    groups = config.num_key_value_heads * config.head_dim
-    attention = {
-        "q_proj": (heads, entering),
-        "k_proj": (groups, entering),
-        "v_proj": (groups, entering),
-        "o_proj": (width, heads),
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    attention: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj.weight": (queries, entering),
+        "self_attn.k_proj.weight": (keys, entering),
+        "self_attn.v_proj.weight": (keys, entering),
+        "self_attn.o_proj.weight": (width, queries),
     }
-    shapes: dict[str, tuple[int, ...]] = {
+    if config.attention_bias:
+        attention |= {
+            name.replace("weight", "bias"): shape[:1] for name, shape in attention.items()
+        }
+    return attention | {
         "mlp.gate_proj.weight": (inner, width),
         "mlp.up_proj.weight": (inner, width),
         "mlp.down_proj.weight": (width, inner),
         "input_layernorm.weight": (width,),
         "post_attention_layernorm.weight": (width,),
     }
-    for name, shape in attention.items():
-        shapes[f"self_attn.{name}.weight"] = shape
-        if config.attention_bias:
-            shapes[f"self_attn.{name}.bias"] = shape[:1]
-    return shapes
 
 
 def refuse_unservable(config: PEagleConfig) -> None:
@@ -110,9 +115,9 @@ def check_tensors(tensors: dict[str, Tensor], config: PEagleConfig) -> None:
             raise ValueError(f"tensor {name} is missing from the drafter")
         if name not in expected:
             raise ValueError(f"tensor {name} is not part of a servable drafter")
-        found = (tuple(tensors[name].shape), tensors[name].dtype)
-        if found != expected[name]:
-            raise ValueError(f"tensor {name} is {found}, must be {expected[name]}")
+        actual = (tuple(tensors[name].shape), tensors[name].dtype)
+        if actual != expected[name]:
+            raise ValueError(f"tensor {name} is {actual}, must be {expected[name]}")
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"tensor {name} is not finite")
     if config.pruned:
@@ -163,37 +168,20 @@ def read_config(folder: Path) -> PEagleConfig:
     if not path.is_file():
         raise ValueError(f"{folder} is not a servable drafter: it has no config.json")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        plain = found.get("transformer_layer_config", found)
+        written = json.loads(path.read_text(encoding="utf-8"))
+        plain = written.get("transformer_layer_config", written)
         config = PEagleConfig.from_dict(plain)
         wanted = plain_config(config)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{path} is not the configuration of a drafter: {error}") from error
     for name in FIELDS:
-        for place in (plain, found):
-            if (place is plain or name in found) and place.get(name) != wanted.get(name):
+        for fields in (plain, written):
+            if (fields is plain or name in written) and fields.get(name) != wanted.get(name):
                 raise ValueError(
-                    f"{path}: {name} is {place.get(name)!r}, must be {wanted.get(name)!r}; "
+                    f"{path}: {name} is {fields.get(name)!r}, must be {wanted.get(name)!r}; "
                     "export the checkpoint again"
                 )
     return config
-
-
-FIELDS = (
-    "draft_vocab_size",
-    "eagle_aux_hidden_state_layer_ids",
-    "fc_norm",
-    "mask_token_id",
-    "norm_before_fc",
-    "norm_before_residual",
-    "num_aux_hidden_states",
-    "num_depths",
-    "pard_token",
-    "parallel_drafting",
-    "ptd_token_id",
-    "rope_theta",
-    "target_hidden_size",
-)
 
 
 def check_folder(folder: Path) -> PEagleConfig:

@@ -20,6 +20,7 @@ from peagle.serve.contract import (
     refuse_unservable,
     servable_tensors,
 )
+from peagle.store.disk import sync
 
 
 class Verifier(NamedTuple):
@@ -101,8 +102,7 @@ def speculators_config(config: PEagleConfig, verifier: Verifier, k: int) -> dict
 def replace_folder(temporary: Path, folder: Path) -> None:
     """Put a finished folder in the place of an older one."""
     for path in temporary.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -8,10 +8,23 @@ from typing import Any
 
 
 @contextmanager
+def request(
+    port: int, method: str, path: str, body: bytes | None = None, *, timeout_s: float
+) -> Iterator[http.client.HTTPResponse]:
+    """The engine's response, to be read within the block, whatever its status."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/json"})
+        yield connection.getresponse()
+    finally:
+        connection.close()
+
+
+@contextmanager
 def posted(
     port: int, path: str, body: dict[str, Any], *, timeout_s: float
 ) -> Iterator[http.client.HTTPResponse]:
-    """The engine's response, to be read within the block.
+    """The engine's response to a request that it accepts, to be read within the block.
 
     Args:
         timeout_s: how long the engine may be silent.
@@ -20,22 +33,18 @@ def posted(
         ValueError: if the engine refuses the request, with its reason.
         OSError: if it does not answer, or breaks off.
     """
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     try:
         content = json.dumps(body).encode()
-        connection.request("POST", path, content, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            refuse(response.status, response.read().decode(errors="replace"))
-        yield response
+        with request(port, "POST", path, content, timeout_s=timeout_s) as response:
+            if response.status != 200:
+                refuse(response.status, response.read().decode(errors="replace"))
+            yield response
     except http.client.HTTPException as error:
         raise OSError(f"the engine broke off an answer ({error!r})") from error
-    finally:
-        connection.close()
 
 
 def refuse(status: int, text: str) -> None:
-    """A request that the engine does not accept is the user's to mend; all else is its own."""
+    """Status 4xx: the user must fix the request. Otherwise the engine failed."""
     try:
         message = json.loads(text)["error"]["message"]
     except (ValueError, KeyError, TypeError):

@@ -4,7 +4,6 @@ It has a process group of its own, because vLLM's workers outlive a server that 
 the head of that group holds a pipe to this process, because ``kill -9`` leaves nobody to end it.
 """
 
-import http.client
 import os
 import signal
 import socket
@@ -13,8 +12,11 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
+
+from peagle.serve.http import request
 
 LINES_SHOWN = 15
 
@@ -93,14 +95,11 @@ class Server:
             time.sleep(0.2)
 
     def healthy(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
+            with request(self.port, "GET", "/health", timeout_s=5.0) as response:
+                return response.status == 200
+        except (OSError, HTTPException):
             return False
-        finally:
-            connection.close()
 
     def failure(self, what: str) -> EngineError:
         lines = self.log.read_text(errors="replace").strip().splitlines()[-LINES_SHOWN:]
@@ -112,7 +111,7 @@ class Server:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        lost = isinstance(error, OSError | http.client.HTTPException) and not self.healthy()
+        lost = isinstance(error, OSError | HTTPException) and not self.healthy()
         failure = self.failure("died while it was asked") if lost else None
         self.stop()
         if failure:

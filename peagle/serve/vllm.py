@@ -5,7 +5,6 @@ of it goes through its interpreter.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from peagle.kernels.cpu.products import CACHE_LIMITS
+from peagle.kernels.environment import users_environment
 from peagle.serve.server import Server, free_port
 
 FIRST_VERSION = (0, 16)  # the first vLLM with parallel_drafting (vllm-project/vllm#32887)
@@ -23,14 +22,14 @@ PROBE_TIMEOUT_S = 900  # the first import reads gigabytes of libraries
 # Runs in vLLM's interpreter. Logging may share standard output, so the answer is the last line.
 PROBE = """
 import importlib.metadata as metadata, importlib.util, json, pathlib, sys
-found = {"version": None}
+answer = {"version": None}
 if importlib.util.find_spec("vllm"):
     import vllm
     from vllm.model_executor.models import ModelRegistry
     from vllm.platforms import current_platform
     installed = {d.metadata["Name"] for d in metadata.distributions()}
     openmp = pathlib.Path(sys.prefix, "lib", "libiomp5.so")
-    found = {
+    answer = {
         "version": vllm.__version__,
         "architectures": sorted(ModelRegistry.get_supported_archs()),
         "device": current_platform.device_type,
@@ -39,7 +38,7 @@ if importlib.util.find_spec("vllm"):
         "openmp": str(openmp) if openmp.exists() else None,
     }
 print()
-print(json.dumps(found))
+print(json.dumps(answer))
 """
 
 
@@ -68,7 +67,8 @@ def find_vllm(python: str | None, *, option: str = "--vllm_python") -> Vllm:
     Raises:
         ValueError: if there is no such interpreter, or it has no vLLM that can be imported.
     """
-    chosen = os.path.abspath(python) if python else sys.executable
+    # Not resolved: the interpreter of an environment is a link to another one.
+    chosen = str(Path(python).absolute()) if python else sys.executable
     wanted = f"install vLLM 0.16 or newer and name its interpreter: {option} PATH"
     try:
         result = subprocess.run(
@@ -84,11 +84,10 @@ def find_vllm(python: str | None, *, option: str = "--vllm_python") -> Vllm:
     if result.returncode or not lines:
         reason = (result.stderr.strip().splitlines() or ["no answer"])[-1]
         raise ValueError(f"vLLM of {chosen} cannot be imported ({reason}): {wanted}")
-    found = json.loads(lines[-1])
-    if found["version"] is None:
+    answer = json.loads(lines[-1])
+    if answer["version"] is None:
         raise ValueError(f"{chosen} has no vLLM: {wanted}")
-    found["architectures"] = tuple(found["architectures"])
-    return Vllm(python=chosen, **found)
+    return Vllm(**{**answer, "python": chosen, "architectures": tuple(answer["architectures"])})
 
 
 def require_parallel_drafting(vllm: Vllm, architectures: Sequence[str]) -> None:
@@ -127,7 +126,7 @@ class Serving(NamedTuple):
 
 
 def server_command(vllm: Vllm, serving: Serving, port: int) -> list[str]:
-    """The command line of the server.
+    """The command line of the server: every flag that vLLM gets.
 
     The target's own sampling defaults are off, as in ``test``, and so are the lines about every
     request: what an engine says when it dies would be lost among them.
@@ -136,11 +135,13 @@ def server_command(vllm: Vllm, serving: Serving, port: int) -> list[str]:
     serve = ["vllm.entrypoints.cli.main", "serve", serving.target]
     if not vllm.named_vllm:
         serve = ["vllm.entrypoints.openai.api_server", "--model", serving.target]
-    command = [vllm.python, "-m", *serve]
-    command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", serving.dtype, "--generation-config", "vllm"]
-    switch = "enable" if serving.prefix_caching else "no-enable"
-    command += [f"--{switch}-prefix-caching", "--disable-uvicorn-access-log"]
+    prefix_caching = "enable" if serving.prefix_caching else "no-enable"
+    command = [
+        *(vllm.python, "-m", *serve),
+        *("--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", serving.dtype, "--generation-config", "vllm"),
+        *(f"--{prefix_caching}-prefix-caching", "--disable-uvicorn-access-log"),
+    ]
     if serving.revision is not None:
         command += ["--revision", serving.revision]
     if serving.max_model_len is not None:
@@ -153,12 +154,10 @@ def server_command(vllm: Vllm, serving: Serving, port: int) -> list[str]:
 
 
 def speculative_config(serving: Serving) -> str:
-    settings = {
-        "method": "eagle3",
-        "model": serving.drafter,
-        "num_speculative_tokens": serving.k,
-    }
-    return json.dumps(settings | ({"parallel_drafting": True} if serving.parallel else {}))
+    settings = {"method": "eagle3", "model": serving.drafter, "num_speculative_tokens": serving.k}
+    if serving.parallel:
+        settings["parallel_drafting"] = True
+    return json.dumps(settings)
 
 
 def server_environment(vllm: Vllm, inherited: Mapping[str, str]) -> dict[str, str]:
@@ -184,8 +183,7 @@ def absolute(path: str) -> str:
 def serve(vllm: Vllm, serving: Serving, *, timeout_s: float) -> Server:
     """A server of this vLLM, to be entered as a context."""
     port = free_port()
-    # It has oneDNN, too, and is to be measured as users run it.
-    inherited = {name: value for name, value in os.environ.items() if name not in CACHE_LIMITS}
-    environment = server_environment(vllm, inherited)
+    # vLLM has oneDNN, too, and is to be measured as users run it.
+    environment = server_environment(vllm, users_environment())
     command = server_command(vllm, serving, port)
     return Server(command, port, environment=environment, timeout_s=timeout_s)

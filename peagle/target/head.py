@@ -1,19 +1,21 @@
-"""The target's final norm and head: its logits from stored hidden states, without the target."""
+"""The target's final norm and head: its logits from stored hidden states, without the target.
+
+The norm is an RMS norm. A family with another norm, or one that does more to its logits than norm,
+projection and soft cap, is refused by ``check_head``.
+"""
 
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel
 
-from peagle.kernels.precision import without_autocast
+from peagle.kernels.device import without_autocast
 from peagle.kernels.reference import Reference
-from peagle.store.errors import DamageError
-from peagle.store.index import IDENTITY
-from peagle.store.sample import digest
+from peagle.target.hidden_states import hidden_states
+from peagle.target.weights import compact, read_weights, rms_norm_weight, write_weights
 
 TENSORS = ("norm", "head", "embedding")
 
@@ -45,27 +47,10 @@ class TargetHead(nn.Module):
         Raises:
             ValueError: if it is missing, damaged, or of a store with another ``identity``.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                hashes = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in TENSORS}
-        except (SafetensorError, OSError) as error:
-            raise DamageError(path.parent, f"{path.name} cannot be read ({error})") from error
-        found = hashes.pop(IDENTITY.decode(), None)
-        if identity and found and found != identity:
-            raise DamageError(path.parent, f"{path.name} belongs to a store of another target")
-        for name, hash_ in hashes.items():
-            if name not in tensors or digest(tensors[name]) != hash_:
-                raise DamageError(path.parent, f"{path.name}: {name} is corrupt (its hash differs)")
-        return cls(**tensors, eps=eps, softcap=softcap)
+        return cls(**read_weights(path, identity, names=TENSORS), eps=eps, softcap=softcap)
 
     def save(self, path: Path, identity: str | None = None) -> None:
-        """With the ``identity`` of its store's manifest it cannot be mistaken for another's."""
-        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
-        metadata = {name: digest(t) for name, t in tensors.items()}
-        if identity is not None:
-            metadata[IDENTITY.decode()] = identity
-        save_file(tensors, path, metadata=metadata)
+        write_weights(path, {name: getattr(self, name) for name in TENSORS}, identity)
 
     def restricted(self, token_ids: Tensor) -> "TargetHead":
         """The same head over the given tokens only (the draft vocabulary)."""
@@ -92,3 +77,55 @@ class TargetHead(nn.Module):
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits.float()
+
+
+def target_head_of(model: PreTrainedModel, config: PretrainedConfig) -> TargetHead:
+    """The target's embedding, final norm and head, as plain tensors.
+
+    Norm and embedding are applied, which yields the effective weights whatever the family's
+    convention (Gemma, say, stores ``weight - 1`` and scales embeddings).
+    """
+    with torch.no_grad():
+        tokens = torch.arange(config.vocab_size, device=model.device)
+        embedding = model.get_input_embeddings()(tokens)
+    return TargetHead(
+        norm=final_norm_of(model, config),
+        head=compact(model.get_output_embeddings().weight.detach()[: config.vocab_size]),
+        embedding=compact(embedding),
+        eps=config.rms_norm_eps,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+@torch.no_grad()
+def final_norm_of(model: PreTrainedModel, config: PretrainedConfig) -> Float[Tensor, " T"]:
+    """The final norm's effective weight, in float32 unless the family rounds before it multiplies.
+
+    Llama rounds to the model's precision and then multiplies, Gemma and GPT-OSS multiply first;
+    ``TargetHead`` follows the weight's dtype, and so gets the target's logits to the last bit.
+    """
+    norm = model.get_decoder().norm
+    weight = rms_norm_weight(norm, config.hidden_size, model.device)
+    states = torch.randn(8, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    states = states.to(model.device, model.dtype)
+    ours = F.rms_norm(states.float(), weight.shape, weight, config.rms_norm_eps)
+    multiplied_first = torch.equal(ours.to(model.dtype), norm(states))
+    return weight.cpu() if multiplied_first else compact(weight)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, head: TargetHead, ids: Int[Tensor, " n"]) -> None:
+    """Raise ``ValueError`` unless the head rebuilds the target's own logits of a text.
+
+    Otherwise a drafter would be trained on another distribution than the target serves.
+    """
+    with hidden_states(model, ()) as states:
+        theirs = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0].cpu()
+    ours = head(states.final[0].cpu())
+    theirs = theirs[:, : ours.shape[-1]].float()
+    error = float((ours - theirs).norm() / theirs.norm())
+    if not error < 0.02:  # bf16 rounds by 0.004; a forgotten factor or cap is far more
+        raise ValueError(
+            f"the logits of a target of type {model.config.model_type} cannot be rebuilt from its "
+            f"last hidden state (relative error {error:.2g}): peagle does not support this family"
+        )

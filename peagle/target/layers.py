@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
-from peagle.store.errors import DamageError
-from peagle.store.index import IDENTITY
-from peagle.store.sample import digest
+from peagle.target.hidden_states import decoder_layers
+from peagle.target.weights import compact, read_weights, rms_norm_weight, write_weights
 
+NORMS = ("input_layernorm", "post_attention_layernorm")
 LLAMA_LAYER = {
-    "input_layernorm.weight",
-    "post_attention_layernorm.weight",
+    *(f"{name}.weight" for name in NORMS),
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
     *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
 }
@@ -28,37 +26,18 @@ class TargetLayers(NamedTuple):
     def load(cls, path: Path, identity: str | None = None) -> "TargetLayers":
         """Raises ``ValueError`` if the file is missing, damaged or another store's."""
         layers: dict[int, dict[str, Tensor]] = {}
-        try:
-            with safe_open(path, "pt") as file:
-                hashes = file.metadata() or {}
-                found = hashes.pop(IDENTITY.decode(), None)
-                if identity and found and found != identity:
-                    raise DamageError(
-                        path.parent, f"{path.name} belongs to a store of another target"
-                    )
-                for key, hash_ in hashes.items():
-                    index, name = key.split(".", 1)
-                    tensor = file.get_tensor(key)
-                    if digest(tensor) != hash_:
-                        raise DamageError(
-                            path.parent, f"{path.name}: {key} is corrupt (its hash differs)"
-                        )
-                    layers.setdefault(int(index), {})[name] = tensor
-        except (SafetensorError, OSError) as error:
-            raise DamageError(path.parent, f"{path.name} cannot be read ({error})") from error
+        for key, tensor in read_weights(path, identity).items():
+            index, name = key.split(".", 1)
+            layers.setdefault(int(index), {})[name] = tensor
         return cls(dict(sorted(layers.items())))
 
     def save(self, path: Path, identity: str | None = None) -> None:
-        """With the ``identity`` of its store's manifest it cannot be mistaken for another's."""
         tensors = {
-            f"{index}.{name}": tensor.contiguous()
+            f"{index}.{name}": tensor
             for index, layer in self.layers.items()
             for name, tensor in layer.items()
         }
-        metadata = {key: digest(t) for key, t in tensors.items()}
-        if identity is not None:
-            metadata[IDENTITY.decode()] = identity
-        save_file(tensors, path, metadata=metadata or None)  # an empty dict makes a broken file
+        write_weights(path, tensors, identity)
 
     def choose(self, count: int) -> list[int]:
         """``count`` layers or as many as there are: the first one and the last ones."""
@@ -66,6 +45,23 @@ class TargetLayers(NamedTuple):
         if count >= len(kept):
             return kept
         return [kept[0], *kept[len(kept) - count + 1 :]][:count]
+
+
+def target_layers_of(
+    model: PreTrainedModel, config: PretrainedConfig, indices: tuple[int, ...]
+) -> TargetLayers:
+    """Copies of the given layers; none unless they are plain Llama layers."""
+    layers = {index: decoder_layers(model)[index] for index in indices}
+    activation = getattr(config, "hidden_act", None)
+    if not all(is_llama_layer(layer, activation) for layer in layers.values()):
+        return TargetLayers({})
+    copies = {}
+    for index, layer in layers.items():
+        copies[index] = {name: compact(tensor) for name, tensor in layer.state_dict().items()}
+        for name in NORMS:
+            norm = rms_norm_weight(layer.get_submodule(name), config.hidden_size, model.device)
+            copies[index][f"{name}.weight"] = compact(norm)
+    return TargetLayers(copies)
 
 
 def default_start_layers(num_layers: int) -> tuple[int, ...]:

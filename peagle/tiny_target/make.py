@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from peagle.kernels.device import bf16_autocast
 from peagle.tiny_target.corpus import Function, read_functions, standard_library
 
 VOCABULARY = 512  # short tokens: most of a word follows from its beginning
@@ -149,13 +151,15 @@ def weighted_loss(model: torch.nn.Module, ids: Tensor, weights: Tensor) -> tuple
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, samples: list[tuple[list[int], int]]) -> float:
     """Mean cross-entropy per token of the bodies (the assistant's turn)."""
-    total = count = 0.0
+    total, number = 0.0, 0.0
+    model.eval()
     for ids, weights in batches(samples, 8192, torch.Generator().manual_seed(0)):
         ids, weights = ids.to(model.device), weights.to(model.device)
-        with torch.autocast(ids.device.type, torch.bfloat16):
+        with bf16_autocast(ids.device):
             loss, weight = weighted_loss(model, ids, (weights == 1.0).float())
-        total, count = total + loss.item(), count + weight.item()
-    return total / count
+        total, number = total + loss.item(), number + weight.item()
+    model.train()
+    return total / number
 
 
 def optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
@@ -172,38 +176,31 @@ def optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer
 def train(model: LlamaForCausalLM, trained, held_out, *, args: argparse.Namespace) -> dict:
     steppers = optimizers(model, args.lr)
     generator = torch.Generator().manual_seed(args.seed)
-    step, seen, start = 0, 0, time.monotonic()
-    device = model.device.type
-    while step < args.steps:
-        for ids, weights in batches(trained, args.batch_tokens, generator):
-            ids, weights = ids.to(device), weights.to(device)
-            progress = step / args.steps
-            scale = min(1.0, (step + 1) / 100) * min(
-                1.0, (1 - progress) / 0.5
-            )  # warm-up, long decay
-            for stepper in steppers:
-                stepper.param_groups[0]["lr"] = args.lr * scale
-            with torch.autocast(device, torch.bfloat16):
-                loss, weight = weighted_loss(model, ids, weights)
-            (loss / weight).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for stepper in steppers:
-                stepper.step()
-                stepper.zero_grad()
-            step, seen = step + 1, seen + int((weights > 0).sum())
-            if step % args.report_every == 0 or step == args.steps:
-                model.eval()
-                held = held_out_loss(model, held_out)
-                model.train()
-                minutes = (time.monotonic() - start) / 60
-                print(
-                    f"step {step:6d}  train {(loss / weight).item():.3f}  held out {held:.3f}  "
-                    f"tokens {seen / 1e6:.1f} M  {minutes:.1f} min", flush=True,
-                )  # fmt: skip
-                save(model, args.out)
-            if step == args.steps:
-                break
-    return {"held_out_loss": held, "tokens": seen, "steps": step, "minutes": minutes}
+    tokens, start = 0, time.monotonic()
+    epochs = (batches(trained, args.batch_tokens, generator) for _ in count())
+    for step, (ids, weights) in enumerate(islice(chain.from_iterable(epochs), args.steps), 1):
+        ids, weights = ids.to(model.device), weights.to(model.device)
+        warm_up, decay = min(1.0, step / 100), min(1.0, 2 * (1 - (step - 1) / args.steps))
+        for stepper in steppers:
+            stepper.param_groups[0]["lr"] = args.lr * warm_up * decay
+        with bf16_autocast(model.device):
+            loss, weight = weighted_loss(model, ids, weights)
+        (loss / weight).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for stepper in steppers:
+            stepper.step()
+            stepper.zero_grad()
+        tokens += int((weights > 0).sum())
+        if step % args.report_every == 0 or step == args.steps:
+            loss_held_out = held_out_loss(model, held_out)
+            minutes = (time.monotonic() - start) / 60
+            print(
+                f"step {step:6d}  train {(loss / weight).item():.3f}  held out "
+                f"{loss_held_out:.3f}  tokens {tokens / 1e6:.1f} M  {minutes:.1f} min",
+                flush=True,
+            )
+            save(model, args.out)
+    return {"held_out_loss": loss_held_out, "tokens": tokens, "steps": step, "minutes": minutes}
 
 
 def save(model: LlamaForCausalLM, out: Path) -> None:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from peagle.capture.chat import prompt_ids
 from peagle.decode.decoder import Decoder
-from peagle.target.target import TargetSource, end_tokens
+from peagle.target.end_tokens import end_tokens
+from peagle.target.target import TargetSource
 from peagle.tiny_target.corpus import Function, read_functions, standard_library
 
 MAX_NEW_TOKENS = 224
@@ -40,8 +41,7 @@ def choose(target: TargetSource, functions: list[Function], limit: int) -> list[
     with tqdm(total=limit, disable=None) as bar:
         for start in range(0, len(functions), BATCH):
             prompts = [function.prompt for function in functions[start : start + BATCH]]
-            talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            ids = [prompt_ids(tokenizer, talk) for talk in talks]
+            ids = [prompt_ids(tokenizer, [{"role": "user", "content": p}]) for p in prompts]
             decoded = decoder.decode(ids, k=0, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
             for prompt, tokens in zip(prompts, decoded.tokens, strict=True):
                 text = tokenizer.decode(tokens, skip_special_tokens=True)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from peagle.cod.sampling import Cod
 from peagle.decode.evaluation import EvaluationConfig, PromptBatch, prompt_batches
+from peagle.kernels.device import pinned
 from peagle.model.config import PEagleConfig
 from peagle.store.errors import BadSample
 from peagle.store.hub import FoundStore, HubStore, find_store, open_store, store_address
@@ -118,7 +119,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if self.trainer is not None:
             device = self.trainer.strategy.root_device
-            self.buffers = Buffers(pinned=device.type == "cuda")
+            self.buffers = Buffers(pinned=pinned(device))
         if self.store is None and not (stage == "test" and not self.folder.exists()):
             self.store = self.opened()
             self.bad.samples = len(self.store)

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from peagle.kernels.precision import at_least_float32, compute_dtype, without_autocast
+from peagle.kernels.device import without_autocast
+from peagle.kernels.precision import at_least_float32, compute_dtype
 from peagle.kernels.reference import Reference
 
 LK_DECAY = 3.0

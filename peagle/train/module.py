@@ -17,6 +17,7 @@ from peagle.cod.sampling import Cod, Rows, sample_rows
 from peagle.decode.decoder import Decoder
 from peagle.decode.evaluation import PromptBatch, Run, decode_batch
 from peagle.kernels import Kernels
+from peagle.kernels.device import pick_device
 from peagle.model.build import build_drafter
 from peagle.model.config import HIDDEN_STATES, PEagleConfig
 from peagle.model.drafter import Drafter
@@ -33,9 +34,9 @@ from peagle.model.saved_drafter import load_drafter
 from peagle.serve.contract import as_served
 from peagle.store.hub import damage_named
 from peagle.store.manifest import Manifest
+from peagle.target.end_tokens import end_tokens
 from peagle.target.head import TargetHead
 from peagle.target.layers import TargetLayers
-from peagle.target.target import end_tokens, pick_device
 from peagle.train.draft_vocab import choose_vocabulary
 from peagle.train.loss import check_mix, global_mean
 from peagle.train.metrics import DepthAccuracy

@@ -8,7 +8,7 @@ from peagle.bench.plots import draw
 from peagle.bench.report import (
     Conditions,
     Measurement,
-    Served,
+    NamedDrafter,
     bench_rows,
     best_k,
     format_bench,
@@ -47,8 +47,8 @@ def test_a_run_counts_only_what_came_since_its_start():
     assert Counters(30, 20, [12, 8]).since(Counters(0, 0, [])) == Counters(30, 20, [12, 8])
 
 
-OURS = Served("/runs/a/drafter", "p-eagle")
-BASELINE = Served("/runs/b/drafter", "eagle3")
+OURS = NamedDrafter("/runs/a/drafter", "p-eagle")
+BASELINE = NamedDrafter("/runs/b/drafter", "eagle3")
 
 
 def measurement(

@@ -17,8 +17,8 @@ from peagle.capture.conversation import Answer, generate
 from peagle.capture.generate import read_answers, refuse_other_prompts
 from peagle.capture.prompts import Prompt, PromptSource
 from peagle.store.reader import Store
-from peagle.target.head import TargetHead
-from peagle.target.target import TargetSource, target_head_of
+from peagle.target.head import TargetHead, target_head_of
+from peagle.target.target import TargetSource
 
 TARGET = TargetSource("tiny")
 CONFIG = CaptureConfig(

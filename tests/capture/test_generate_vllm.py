@@ -23,7 +23,8 @@ from peagle.capture.generate_vllm import Partner, complete
 from peagle.capture.prompts import Prompt, PromptSource
 from peagle.serve.server import EngineError
 from peagle.store.reader import Store
-from peagle.target.target import TargetSource, end_tokens
+from peagle.target.end_tokens import end_tokens
+from peagle.target.target import TargetSource
 
 TARGET = TargetSource("tiny")
 CONFIG = CaptureConfig(

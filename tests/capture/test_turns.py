@@ -9,9 +9,11 @@ from random_parts import make_drafter
 
 from peagle.callbacks.evaluate import format_acceptance
 from peagle.capture.prompts import PromptSource
+from peagle.decode.acceptance import acceptance_rows
 from peagle.decode.decoder import Decoder
-from peagle.decode.evaluation import EvaluationConfig, acceptance_rows, decode_batch, prompt_batches
-from peagle.target.target import TargetSource, end_tokens
+from peagle.decode.evaluation import EvaluationConfig, decode_batch, prompt_batches
+from peagle.target.end_tokens import end_tokens
+from peagle.target.target import TargetSource
 
 TARGET = TargetSource("tiny")
 ASKED = [["def pop(self):", "def push(self, item):"], ["def add(a, b):"], ["def a():", "def b():"]]

@@ -5,7 +5,7 @@ import torch
 from random_parts import LAYER_IDS, VOCABULARY, WIDTH, make_drafter, make_target
 
 from peagle.decode.decoder import Decoder, verify
-from peagle.target.target import hidden_states
+from peagle.target.hidden_states import hidden_states
 
 PROMPTS = [[7, 9, 11, 20], [30, 8], [6, 6, 40, 12, 17, 33, 21]]
 

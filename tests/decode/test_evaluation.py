@@ -11,8 +11,9 @@ from peagle.callbacks.evaluate import Evaluate
 from peagle.capture.prompts import PromptSource
 from peagle.card.run_files import Facts
 from peagle.cod.sampling import Cod
+from peagle.decode.acceptance import acceptance_rows
 from peagle.decode.decoder import Decoded
-from peagle.decode.evaluation import EvaluationConfig, Run, acceptance_rows
+from peagle.decode.evaluation import EvaluationConfig, Run
 from peagle.model.restore import PARTS
 from peagle.target.target import TargetSource
 from peagle.train.datamodule import HiddenStatesDataModule

@@ -29,7 +29,8 @@ from trained_drafters import trained_drafter
 
 from peagle.decode.decoder import Decoder, Verified, sample, verify
 from peagle.decode.drafting import draft, new_cache
-from peagle.target.target import TargetSource, hidden_states
+from peagle.target.hidden_states import hidden_states
+from peagle.target.target import TargetSource
 
 LENGTH, DRAWS, SIGNIFICANCE = 3, 1200, 1e-4
 

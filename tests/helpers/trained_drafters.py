@@ -16,14 +16,10 @@ from peagle.model.drafter import Drafter
 from peagle.model.init import initialise
 from peagle.serve.contract import as_served
 from peagle.store.sample import Sample
-from peagle.target.layers import default_start_layers
-from peagle.target.target import (
-    TargetSource,
-    decoder_layers,
-    hidden_states,
-    target_head_of,
-    target_layers_of,
-)
+from peagle.target.head import target_head_of
+from peagle.target.hidden_states import decoder_layers, hidden_states
+from peagle.target.layers import default_start_layers, target_layers_of
+from peagle.target.target import TargetSource
 from peagle.train.objective import objective
 from peagle.train.packing import Batch, pack
 

@@ -11,7 +11,8 @@ from peagle.model import eagle3
 from peagle.model.eagle3 import Eagle3Drafter
 from peagle.model.init import initialise
 from peagle.model.p_eagle import PEagleDrafter
-from peagle.target.target import target_head_of, target_layers_of
+from peagle.target.head import target_head_of
+from peagle.target.layers import target_layers_of
 
 
 def make_eagle3(**changes):

@@ -6,8 +6,8 @@ from random_parts import VOCABULARY, WIDTH, make_drafter, make_target
 
 from peagle.model import init as initial
 from peagle.model.init import SHARPNESS, initialise, open_entrance
-from peagle.target.layers import TargetLayers, default_start_layers
-from peagle.target.target import target_head_of, target_layers_of
+from peagle.target.head import target_head_of
+from peagle.target.layers import TargetLayers, default_start_layers, target_layers_of
 
 ALL = torch.arange(VOCABULARY)
 

@@ -188,7 +188,7 @@ def test_a_plan_of_eagle3_has_no_mask_token_and_fewer_weights_and_more_memory_pe
 
 def test_every_configuration_is_planned_from_its_targets_config_alone():
     """Offline: no weights, no tokenizer, no data set can be had."""
-    shapes = {path.name for path in (ROOT / "tests" / "target_configs").iterdir()}
+    shapes = {path.name for path in (ROOT / "tests/helpers/target_configs").iterdir()}
     names = sorted(shapes & {path.stem for path in ROOT.glob("configs/*.yaml")})
     script = (
         "import json, sys\n"
@@ -196,7 +196,7 @@ def test_every_configuration_is_planned_from_its_targets_config_alone():
         "for name in json.loads(sys.argv[1]):\n"
         "    print('##', name, flush=True)\n"
         "    run('plan', ['plan', '--config', f'configs/{name}.yaml', '--seconds', '0.01',\n"
-        "                 '--target', f'tests/target_configs/{name}'])\n"
+        "                 '--target', f'tests/helpers/target_configs/{name}'])\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", script, json.dumps(names)],

@@ -22,9 +22,10 @@ from peagle.model.p_eagle import PEagleDrafter
 from peagle.serve.contract import check_folder
 from peagle.serve.export import export_drafter
 from peagle.store.reader import Store
-from peagle.target.head import TargetHead
+from peagle.target.head import TargetHead, check_head, target_head_of
+from peagle.target.hidden_states import hidden_states
 from peagle.target.layers import TargetLayers
-from peagle.target.target import TargetSource, check_head, hidden_states, target_head_of
+from peagle.target.target import TargetSource
 from peagle.train.module import PEagleModule
 from peagle.train.objective import objective
 from peagle.train.packing import Batch, pack

@@ -25,7 +25,8 @@ def write_qwen3(folder):
     its 512 are never said. After a token the next one is likely, and every 31st ends an answer:
     what a random model says would not end.
     """
-    published = json.loads((ROOT / "tests/target_configs/qwen3_0_6b/config.json").read_text())
+    path = ROOT / "tests/helpers/target_configs/qwen3_0_6b/config.json"
+    published = json.loads(path.read_text())
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
              "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
              "layer_types": None, "max_window_layers": 4, "tie_word_embeddings": False}  # fmt: skip

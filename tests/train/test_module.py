@@ -8,7 +8,7 @@ from short_fits import BASELINE, Losses, make_data, make_module, make_trainer
 
 from peagle.callbacks.checkpoint import Checkpoint
 from peagle.model.saved_drafter import load_drafter
-from peagle.target.target import target_layers_of
+from peagle.target.layers import target_layers_of
 from peagle.train.schedule import LinearSchedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -15,10 +15,11 @@ from lab import CASES, HERE, LAYOUT, NEW_TOKENS, Engines, Lab, peagle, shares
 from safetensors.torch import load_file, save_file
 
 from peagle.bench.run import BenchConfig, bench
+from peagle.decode.acceptance import per_position
 from peagle.decode.decoder import Decoder
-from peagle.decode.evaluation import per_position
 from peagle.model.p_eagle import PEagleDrafter
-from peagle.target.target import TargetSource, end_tokens
+from peagle.target.end_tokens import end_tokens
+from peagle.target.target import TargetSource
 from peagle.train.metrics import format_table
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from peagle.kernels.cpu.attention_tiles import Tile, Tiling, tile_documents
 from peagle.kernels.cpu.gemm_attention import attend_gemm, attend_gemm_backward
-from peagle.kernels.precision import at_least_float32, without_autocast
+from peagle.kernels.device import without_autocast
+from peagle.kernels.precision import at_least_float32
 
 CAUSAL_SLOTS = 256  # of NTP that the kernel takes at a time where products do the rest
 MOST = 2e4  # sum of weights: in bf16 a slot that outweighed all before by more would be 3 % off

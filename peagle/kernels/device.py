@@ -1,0 +1,42 @@
+"""Questions about a device that no other room asks itself: which one, its memory, its clock."""
+
+import torch
+
+Device = torch.device | str
+
+
+def pick_device(name: str) -> str:
+    """``auto`` is a GPU if there is one; any other name stays."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def gpu_name() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def has_own_memory(device: Device) -> bool:
+    """Whether the device's memory is apart from the program's."""
+    return torch.device(device).type != "cpu"
+
+
+def pinned(device: Device) -> bool:
+    """Whether copies to the device are faster from pinned memory."""
+    return torch.device(device).type == "cuda"
+
+
+def synchronize(device: Device) -> None:
+    """Wait until the device has done its work; a CPU has when a call returns."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def without_autocast(device: Device) -> torch.autocast:
+    """A context in which Lightning's mixed precision does not round."""
+    return torch.autocast(torch.device(device).type, enabled=False)
+
+
+def bf16_autocast(device: Device) -> torch.autocast:
+    """A context in which matrix products are bf16."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
