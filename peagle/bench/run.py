@@ -21,8 +21,7 @@ from peagle.bench.report import (
     format_bench,
     format_best,
 )
-from peagle.capture.chat import prompt_ids
-from peagle.capture.conversation import words
+from peagle.capture.chat import answer_text, prompt_ids
 from peagle.capture.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
 from peagle.card.provenance import cpu_name, environment
 from peagle.model.config import PEagleConfig
@@ -192,7 +191,7 @@ def add_later_turns(
         answers = closed_loop(port, questions, max(config.concurrency)).answers
         for i, answer in zip(going_on, answers, strict=True):
             talks[i] += [
-                {"role": "assistant", "content": words(tokenizer, answer.tokens)},
+                {"role": "assistant", "content": answer_text(tokenizer, answer.tokens)},
                 {"role": "user", "content": prompts[i].turns[turn]},
             ]
             latest[i] = prompt_ids(tokenizer, talks[i], prompts[i].options(None))

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from peagle.capture.chat import prompt_ids
+from peagle.capture.chat import answer_text, prompt_ids
 from peagle.capture.config import DTYPES
-from peagle.capture.conversation import words
 from peagle.capture.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
 from peagle.decode.decoder import Decoded, Decoder
 from peagle.model.checkpoint import check_address
@@ -139,7 +138,7 @@ def decode_batch(
             own = found[OWN][-1].decoded if OWN in found else decode(decoders, ids, config, OWN)
             said = dict(zip(members, own.tokens, strict=True))
             for i in going_on:
-                talks[i].append({"role": "assistant", "content": words(tokenizer, said[i])})
+                talks[i].append({"role": "assistant", "content": answer_text(tokenizer, said[i])})
                 talks[i].append({"role": "user", "content": batch.prompts[i].turns[number]})
         members = going_on
     return [run_of(batch, setting, turns) for setting, turns in found.items()]

@@ -25,17 +25,11 @@ class RemoteFile(NamedTuple):
     blob: str | None  # git's name of the content, where git keeps it
 
 
-def listing(address: HubAddress) -> dict[str, RemoteFile]:
+def list_files(address: HubAddress) -> dict[str, RemoteFile]:
     """The files of the store's folder."""
+    where = {"repo_type": address.kind, "revision": address.revision}
     try:
-        entries = list(
-            list_repo_tree(
-                address.repo,
-                address.path or None,
-                repo_type=address.kind,
-                revision=address.revision,
-            )
-        )
+        entries = list(list_repo_tree(address.repo, address.path or None, **where))
     except EntryNotFoundError:  # no such folder
         return {}
     return {
@@ -50,28 +44,23 @@ def listing(address: HubAddress) -> dict[str, RemoteFile]:
 
 
 def download(address: HubAddress, name: str, folder: Path) -> Path:
-    path = hf_hub_download(
-        address.repo,
-        address.inside(name),
-        repo_type=address.kind,
-        revision=address.revision,
-        local_dir=folder,
-    )
-    return Path(path)
+    where = {"repo_type": address.kind, "revision": address.revision}
+    return Path(hf_hub_download(address.repo, address.inside(name), local_dir=folder, **where))
 
 
 def refuse_other_content(path: Path, wanted: RemoteFile) -> None:
     """Raise ``OSError`` and remove the file unless it is the one that the Hub lists."""
-    problem = difference(path, wanted)
+    problem = content_problem(path, wanted)
     if problem:
         path.unlink(missing_ok=True)
         raise OSError(f"it came with {problem}")
 
 
-def difference(path: Path, wanted: RemoteFile) -> str | None:
+def content_problem(path: Path, wanted: RemoteFile) -> str | None:
     """What tells a file from the one that the Hub lists; ``None`` if it is that one."""
-    if size_of(path) != wanted.size:
-        return f"{size_of(path)} bytes instead of {wanted.size}"
+    size = path.stat().st_size if path.exists() else -1
+    if size != wanted.size:
+        return f"{size} bytes instead of {wanted.size}"
     if wanted.sha256:
         name, listed, found = "sha256", wanted.sha256, hashlib.sha256()
     elif wanted.blob:
@@ -86,11 +75,7 @@ def difference(path: Path, wanted: RemoteFile) -> str | None:
     return None
 
 
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
-
-
-def patiently(what: str, attempt: Callable[[], Result]) -> Result:
+def retry(what: str, attempt: Callable[[], Result]) -> Result:
     """Try again for a while what the network may have spoilt.
 
     Raises:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peagle.kernels.cpu.packed_weight import Weight
-from peagle.store.errors import DamageError
+from peagle.store.errors import StoreError
 from peagle.store.index import IDENTITY
 from peagle.store.sample import digest
 
@@ -49,13 +49,13 @@ class TargetHead(nn.Module):
                 hashes = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in TENSORS}
         except (SafetensorError, OSError) as error:
-            raise DamageError(path.parent, f"{path.name} cannot be read ({error})") from error
+            raise StoreError(path.parent, f"{path.name} cannot be read ({error})") from error
         found = hashes.pop(IDENTITY.decode(), None)
         if identity and found and found != identity:
-            raise DamageError(path.parent, f"{path.name} belongs to a store of another target")
+            raise StoreError(path.parent, f"{path.name} belongs to a store of another target")
         for name, hash_ in hashes.items():
             if name not in tensors or digest(tensors[name]) != hash_:
-                raise DamageError(path.parent, f"{path.name}: {name} is corrupt (its hash differs)")
+                raise StoreError(path.parent, f"{path.name}: {name} is corrupt (its hash differs)")
         return cls(**tensors, eps=eps, softcap=softcap)
 
     def save(self, path: Path, identity: str | None = None) -> None:

@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peagle.store.errors import DamageError
+from peagle.store.errors import StoreError
 from peagle.store.index import IDENTITY
 from peagle.store.sample import digest
 
@@ -33,19 +33,19 @@ class TargetLayers(NamedTuple):
                 hashes = file.metadata() or {}
                 found = hashes.pop(IDENTITY.decode(), None)
                 if identity and found and found != identity:
-                    raise DamageError(
+                    raise StoreError(
                         path.parent, f"{path.name} belongs to a store of another target"
                     )
                 for key, hash_ in hashes.items():
                     index, name = key.split(".", 1)
                     tensor = file.get_tensor(key)
                     if digest(tensor) != hash_:
-                        raise DamageError(
+                        raise StoreError(
                             path.parent, f"{path.name}: {key} is corrupt (its hash differs)"
                         )
                     layers.setdefault(int(index), {})[name] = tensor
         except (SafetensorError, OSError) as error:
-            raise DamageError(path.parent, f"{path.name} cannot be read ({error})") from error
+            raise StoreError(path.parent, f"{path.name} cannot be read ({error})") from error
         return cls(dict(sorted(layers.items())))
 
     def save(self, path: Path, identity: str | None = None) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
-from peagle.capture.generate_vllm import Partner, complete
+from peagle.capture.generate_vllm import Client, complete
 from peagle.capture.prompts import Prompt, PromptSource
 from peagle.serve.server import EngineError
 from peagle.store.reader import Store
@@ -269,8 +269,8 @@ def test_what_the_engine_says_about_a_request_is_passed_on(status, kind, words):
 def test_a_prompt_that_the_engine_refuses_is_named():
     content = json.dumps({"error": {"message": "no such token"}}).encode()
     with answering(400, content) as port:
-        partner = Partner(port, TARGET.tokenizer(), {2}, CONFIG)
+        client = Client(port, TARGET.tokenizer(), {2}, CONFIG)
         with pytest.raises(
             ValueError, match=r"prompt mine/7: the engine refuses .*: no such token"
         ):
-            partner.talk(Prompt("mine/7", None, ("def a():",)), greedy=True)
+            client.converse(Prompt("mine/7", None, ("def a():",)), greedy=True)
