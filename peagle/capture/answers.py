@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from peagle.capture.chat import Turn, turns_from_messages
 from peagle.capture.config import CaptureConfig
@@ -73,7 +73,7 @@ def refuse_other_prompts(answers: Iterable[Answer], prompts: list[Prompt], folde
 
 
 def answers_in_data(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], config: CaptureConfig, ends: set[int]
+    tokenizer: Tokenizer, prompts: list[Prompt], config: CaptureConfig, ends: set[int]
 ) -> dict[str, Answer]:
     """The conversations as the data hold them, by their prompts' ids; as many turns as fit.
 

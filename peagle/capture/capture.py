@@ -13,14 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from peagle.capture.answers import (
-    answers_in_data,
-    drop_too_long,
-    generate_missing,
-    require_answers,
-)
+from peagle.capture.answers import answers_in_data, drop_too_long, generate_missing, require_answers
 from peagle.capture.chat import conversation_id, documents, mask_reasoning
 from peagle.capture.config import CaptureConfig
 from peagle.capture.conversation import Answer
@@ -116,7 +112,7 @@ def capture_share(
 
 def named_documents(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompts: list[Prompt],
     config: CaptureConfig,
     answers_path: Path,
@@ -150,7 +146,7 @@ def documents_of(
     batch: PromptBatch,
     answers: dict[str, Answer],
     places: dict[str, int],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     config: CaptureConfig,
 ) -> list[NamedDocument]:
     """What a batch's answers make; a conversation's documents share the hash for their split."""

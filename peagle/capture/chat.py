@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Message = dict[str, Any]
 Options = Mapping[str, Any]  # what a template is given besides the messages: tools, say
@@ -46,7 +46,7 @@ def conversation_id(messages: Sequence[Message]) -> str:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     messages: Sequence[Message],
     options: Options | None,
     *,
@@ -65,9 +65,7 @@ def render(
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    options: Options | None = None,
+    tokenizer: Tokenizer, messages: Sequence[Message], options: Options | None = None
 ) -> list[int]:
     """The conversation so far, ending where the assistant's next token comes."""
     text = render(tokenizer, messages, options, add_generation_prompt=True)
@@ -75,7 +73,7 @@ def prompt_ids(
 
 
 def turns_from_messages(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     messages: Sequence[Message],
     *,
     ends: set[int],
@@ -137,7 +135,7 @@ def documents(turns: Sequence[Turn]) -> list[Document]:
     return [Document(torch.tensor(ids), torch.tensor(mask)) for ids, mask in found]
 
 
-def mask_reasoning(document: Document, tokenizer: PreTrainedTokenizerBase) -> Document:
+def mask_reasoning(document: Document, tokenizer: Tokenizer) -> Document:
     """The same document with the assistant's reasoning left out of the loss."""
     ids, mask = document.input_ids.tolist(), document.loss_mask.clone()
     for marks in REASONING:
@@ -158,7 +156,7 @@ def find_sequence(ids: list[int], wanted: list[int], start: int) -> int | None:
     return next((i for i in places if ids[i : i + width] == wanted), None)
 
 
-def answer_text(tokenizer: PreTrainedTokenizerBase, answer: list[int]) -> str:
+def answer_text(tokenizer: Tokenizer, answer: list[int]) -> str:
     """What an answer says, as the history of the next turn holds it: without reasoning."""
     raw = text = tokenizer.decode(answer, skip_special_tokens=False)
     for begin, end in REASONING:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from peagle.capture.chat import Message, Turn, answer_text, prompt_ids
 from peagle.capture.config import CaptureConfig
@@ -24,7 +24,7 @@ class Answer:
 class Conversation:
     """Asks the target turn by turn, within ``max_tokens``. Whoever generates answers drives it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, config: CaptureConfig):
+    def __init__(self, tokenizer: Tokenizer, prompt: Prompt, config: CaptureConfig):
         self.tokenizer, self.prompt, self.config = tokenizer, prompt, config
         self.messages: list[Message] = prompt.opening()
         self.turns: list[Turn] = []

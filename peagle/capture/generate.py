@@ -4,7 +4,8 @@ from collections.abc import Collection
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from peagle.capture.answers import Answers
 from peagle.capture.config import CaptureConfig
@@ -15,7 +16,7 @@ from peagle.target.target import end_tokens
 
 def generate_transformers(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     config: CaptureConfig,
     batches: list[PromptBatch],
     known: Collection[str],
@@ -27,10 +28,7 @@ def generate_transformers(
 
 @torch.no_grad()
 def answer_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: PromptBatch,
-    config: CaptureConfig,
+    model: PreTrainedModel, tokenizer: Tokenizer, batch: PromptBatch, config: CaptureConfig
 ) -> list[Answer]:
     """Answer a batch of conversations, turn by turn; prompts that leave no room get no turn."""
     conversations = [Conversation(tokenizer, prompt, config) for prompt in batch.prompts]
@@ -48,7 +46,7 @@ def answer_batch(
 
 def generate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompts: list[list[int]],
     greedy: bool,
     config: CaptureConfig,

@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from threading import Lock
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from peagle.capture.answers import Answers
 from peagle.capture.config import CaptureConfig
@@ -89,39 +89,33 @@ def serving(target: TargetSource, config: CaptureConfig, vllm: Vllm) -> Serving:
 class Client:
     """Has conversations with the served target: several at once, in threads."""
 
-    def __init__(
-        self, port: int, tokenizer: PreTrainedTokenizerBase, ends: set[int], config: CaptureConfig
-    ):
+    def __init__(self, port: int, tokenizer: Tokenizer, ends: set[int], config: CaptureConfig):
         self.port, self.tokenizer, self.ends, self.config = port, tokenizer, ends, config
         self.tokenizer_lock = Lock()  # tokenizers are not made for several threads
 
     def converse(self, prompt: Prompt, greedy: bool) -> Answer:
         """Raises ``ValueError`` with the prompt's name if the engine refuses it."""
-        conversation = Conversation(self.tokenizer, prompt, self.config)
+        config = self.config
+        conversation = Conversation(self.tokenizer, prompt, config)
         while True:
             with self.tokenizer_lock:
                 asked = conversation.next_prompt()
             if not asked:
                 return conversation.to_answer(greedy)
-            name = f"{prompt.id} turn {len(conversation.turns)}"
             try:
-                answer = self.request(asked, greedy, seed=self.config.seed_for(name))
+                answer = complete(
+                    self.port,
+                    asked,
+                    # Not beyond the room that is left, where the answer would be cut anyway.
+                    max_new_tokens=min(config.max_new_tokens, config.max_tokens - len(asked)),
+                    temperature=0.0 if greedy else config.temperature,
+                    seed=config.seed_for(f"{prompt.id} turn {len(conversation.turns)}"),
+                    ends=self.ends,
+                )
             except ValueError as error:
                 raise ValueError(f"prompt {prompt.id}: {error}") from error
             with self.tokenizer_lock:
                 conversation.add_answer(answer, answer[-1] in self.ends)
-
-    def request(self, asked: list[int], greedy: bool, seed: int) -> list[int]:
-        """The next answer; not beyond the room that is left, where it would be cut anyway."""
-        config = self.config
-        return complete(
-            self.port,
-            asked,
-            max_new_tokens=min(config.max_new_tokens, config.max_tokens - len(asked)),
-            temperature=0.0 if greedy else config.temperature,
-            seed=seed,
-            ends=self.ends,
-        )
 
 
 def converse_with_all(client: Client, missing: list[tuple[Prompt, bool]]) -> Answers:

@@ -110,12 +110,8 @@ class PromptSource:
     def address(self) -> HubDataset:
         """Where a set of the Hub is; what the source says goes before what its name stands for."""
         named = SHORT_NAMES.get(self.source, HubDataset(self.source))
-        return HubDataset(
-            named.repository,
-            self.split or named.split,
-            self.column or named.column,
-            self.subset or named.subset,
-        )
+        given = {"split": self.split, "column": self.column, "subset": self.subset}
+        return named._replace(**{key: value for key, value in given.items() if value})
 
 
 def refuse_equal_names(sources: Sequence[PromptSource]) -> None:

@@ -25,9 +25,8 @@ from peagle.store.hub_address import HubAddress, parse_address
 from peagle.store.hub_files import (
     RemoteFile,
     content_problem,
-    download,
+    fetch_file,
     list_files,
-    refuse_other_content,
     retry,
 )
 from peagle.store.locks import locked
@@ -35,12 +34,7 @@ from peagle.store.reader import Store
 from peagle.store.sample import Sample
 from peagle.store.shard_cache import ShardCache
 
-REQUIRED = (
-    "manifest.json",
-    "capture.json",
-    "target.safetensors",
-    "target_layers.safetensors",
-)
+REQUIRED = ("manifest.json", "capture.json", "target.safetensors", "target_layers.safetensors")
 SHARD = re.compile(r"shard-\d{5,}\.safetensors")
 INDEX_FILE = re.compile(r"shard-\d{5,}\.parquet")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -65,18 +59,8 @@ class FoundStore:
         return {name: f.size for name, f in self.files.items() if SHARD.fullmatch(name)}
 
     def fetch(self, shard: str, folder: Path) -> Path:
-        """Download a shard into an empty folder.
-
-        Raises:
-            FetchError: naming the shard, when it does not come whole.
-        """
-
-        def attempt() -> Path:
-            path = download(self.address, shard, folder)
-            refuse_other_content(path, self.files[shard])
-            return path
-
-        return retry(f"{shard} of {self.address}", attempt)
+        """Download a shard. Raises ``FetchError`` with its name, when it does not come whole."""
+        return fetch_file(self.address, shard, self.files[shard], folder)
 
 
 class HubStore(Store):
@@ -203,18 +187,12 @@ def fetch_small_files(address: HubAddress, files: dict[str, RemoteFile]) -> Path
     def differing(names: Iterable[str]) -> list[str]:
         return [name for name in names if content_problem(folder / name, files[name])]
 
-    def fetch(name: str) -> None:
-        def attempt() -> None:
-            (folder / name).unlink(missing_ok=True)  # the client takes what is there for whole
-            refuse_other_content(download(address, name, root), files[name])
-
-        retry(f"{name} of {address}", attempt)
-
     wanted = differing(name for name in files if name in REQUIRED or INDEX_FILE.fullmatch(name))
     if wanted:
         with locked(root.with_name(root.name + ".lock")):
             for leftover in root.glob(".cache/huggingface/download/**/*.incomplete"):
                 leftover.unlink()
             with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
-                list(pool.map(fetch, differing(wanted)))
+                todo = differing(wanted)
+                list(pool.map(lambda name: fetch_file(address, name, files[name], root), todo))
     return folder

@@ -43,34 +43,42 @@ def list_files(address: HubAddress) -> dict[str, RemoteFile]:
     }
 
 
-def download(address: HubAddress, name: str, folder: Path) -> Path:
-    where = {"repo_type": address.kind, "revision": address.revision}
-    return Path(hf_hub_download(address.repo, address.inside(name), local_dir=folder, **where))
+def fetch_file(address: HubAddress, name: str, listed: RemoteFile, folder: Path) -> Path:
+    """Download a file of the store's folder into ``folder``, under its path in the repository.
+
+    Raises:
+        FetchError: naming the file, when it does not come as the Hub lists it.
+    """
+
+    def attempt() -> Path:
+        path = folder / address.inside(name)
+        path.unlink(missing_ok=True)  # the client takes what is there for whole
+        where = {"repo_type": address.kind, "revision": address.revision, "local_dir": folder}
+        hf_hub_download(address.repo, address.inside(name), **where)
+        problem = content_problem(path, listed)
+        if problem:
+            path.unlink(missing_ok=True)
+            raise OSError(f"it came with {problem}")
+        return path
+
+    return retry(f"{name} of {address}", attempt)
 
 
-def refuse_other_content(path: Path, wanted: RemoteFile) -> None:
-    """Raise ``OSError`` and remove the file unless it is the one that the Hub lists."""
-    problem = content_problem(path, wanted)
-    if problem:
-        path.unlink(missing_ok=True)
-        raise OSError(f"it came with {problem}")
-
-
-def content_problem(path: Path, wanted: RemoteFile) -> str | None:
+def content_problem(path: Path, listed: RemoteFile) -> str | None:
     """What tells a file from the one that the Hub lists; ``None`` if it is that one."""
     size = path.stat().st_size if path.exists() else -1
-    if size != wanted.size:
-        return f"{size} bytes instead of {wanted.size}"
-    if wanted.sha256:
-        name, listed, found = "sha256", wanted.sha256, hashlib.sha256()
-    elif wanted.blob:
-        name, listed, found = "git hash", wanted.blob, hashlib.sha1(usedforsecurity=False)
-        found.update(b"blob %d\0" % wanted.size)
+    if size != listed.size:
+        return f"{size} bytes instead of {listed.size}"
+    if listed.sha256:
+        name, hash_, found = "sha256", listed.sha256, hashlib.sha256()
+    elif listed.blob:
+        name, hash_, found = "git hash", listed.blob, hashlib.sha1(usedforsecurity=False)
+        found.update(b"blob %d\0" % listed.size)
     else:
         return None
     with open(path, "rb") as file:
         hashlib.file_digest(file, lambda: found)
-    if found.hexdigest() != listed:
+    if found.hexdigest() != hash_:
         return f"another content than the Hub says (its {name} differs)"
     return None
 

@@ -40,7 +40,7 @@ def test_another_column_is_one_line_of_the_table(tmp_path, monkeypatch):
         return [{"role": "user", "content": line} for line in value.splitlines()]
 
     path = write(tmp_path, {"queries": "First?\nSecond?"})
-    with pytest.raises(ValueError, match="row 0 .* has no column any of messages, conversations"):
+    with pytest.raises(ValueError, match=r"row 0 .* has no column any of messages, conversations"):
         load_prompts(PromptSource(path))
     monkeypatch.setitem(prompts.COLUMNS, "queries", read_lines)
     assert load_prompts(PromptSource(path))[0].turns == ("First?", "Second?")
