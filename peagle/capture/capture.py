@@ -56,22 +56,24 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
     split, folder = WorkSplit.parse(config.part), Path(folder)
     if not is_complete(folder, wanted, made):
         with split.lock(folder / PARTIAL):
-            if not begin(folder, wanted, made, config):
+            if claim_folder(folder, wanted, made, config):
                 capture_share(target, wanted, config, folder, split)
     return wanted
 
 
-def begin(folder: Path, wanted: Manifest, made: dict[str, Any], config: CaptureConfig) -> bool:
-    """Say whose store this is going to be, unless another process just completed it: true."""
+def claim_folder(
+    folder: Path, wanted: Manifest, made: dict[str, Any], config: CaptureConfig
+) -> bool:
+    """Say whose store this is going to be; false when another process just completed it."""
     with locked(folder / PARTIAL / "setup.lock"):
         if is_complete(folder, wanted, made):
-            return True
+            return False
         require_disk(folder, config.max_tokens * sample_bytes_per_token(wanted))
         wanted.write(folder / PARTIAL)
         mine = {"part": None, "vllm_python": None}  # this process's and machine's own affair
         record = json.dumps({**asdict(config), **mine, "made_with": made}, indent=2)
         write_atomically(folder / "capture.json", record.encode())
-    return False
+    return True
 
 
 def capture_share(

@@ -103,7 +103,7 @@ class Client:
             if not asked:
                 return conversation.to_answer(greedy)
             try:
-                answer = complete(
+                answer = request_completion(
                     self.port,
                     asked,
                     # Not beyond the room that is left, where the answer would be cut anyway.
@@ -137,7 +137,7 @@ def converse_with_all(client: Client, missing: list[tuple[Prompt, bool]]) -> Ans
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def complete(
+def request_completion(
     port: int,
     prompt: list[int],
     *,

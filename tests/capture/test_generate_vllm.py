@@ -19,7 +19,7 @@ import torch
 
 from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
-from peagle.capture.generate_vllm import Client, complete
+from peagle.capture.generate_vllm import Client, request_completion
 from peagle.capture.prompts import Prompt, PromptSource
 from peagle.serve.server import EngineError
 from peagle.store.reader import Store
@@ -225,7 +225,9 @@ def answering(status: int, content: bytes) -> Iterator[int]:
 
 def asked(status: int, **choice) -> list[int]:
     with answering(status, json.dumps({"choices": [choice]}).encode()) as port:
-        return complete(port, [5, 6], max_new_tokens=3, temperature=0.0, seed=1, ends={2, 9})
+        return request_completion(
+            port, [5, 6], max_new_tokens=3, temperature=0.0, seed=1, ends={2, 9}
+        )
 
 
 def test_an_answer_is_whole_when_it_ends_or_is_as_long_as_allowed():
@@ -250,7 +252,7 @@ def test_an_answer_that_is_not_whole_is_none(choice, kind, words):
 @pytest.mark.parametrize("content", [b"<html>", b"[]", b'{"choices": []}', b'{"choices": [1]}'])
 def test_what_is_no_completion_is_said_to_be_none(content):
     with answering(200, content) as port, pytest.raises(OSError, match="and not a completion"):
-        complete(port, [5], max_new_tokens=3, temperature=0.0, seed=1, ends={2})
+        request_completion(port, [5], max_new_tokens=3, temperature=0.0, seed=1, ends={2})
 
 
 @pytest.mark.parametrize(
@@ -263,7 +265,7 @@ def test_what_is_no_completion_is_said_to_be_none(content):
 def test_what_the_engine_says_about_a_request_is_passed_on(status, kind, words):
     content = json.dumps({"error": {"message": "too long"}}).encode()
     with answering(status, content) as port, pytest.raises(kind, match=words):
-        complete(port, [5], max_new_tokens=3, temperature=0.0, seed=1, ends={2})
+        request_completion(port, [5], max_new_tokens=3, temperature=0.0, seed=1, ends={2})
 
 
 def test_a_prompt_that_the_engine_refuses_is_named():
