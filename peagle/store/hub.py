@@ -193,6 +193,6 @@ def fetch_small_files(address: HubAddress, files: dict[str, RemoteFile]) -> Path
             for leftover in root.glob(".cache/huggingface/download/**/*.incomplete"):
                 leftover.unlink()
             with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
-                todo = differing(wanted)
-                list(pool.map(lambda name: fetch_file(address, name, files[name], root), todo))
+                still = differing(wanted)  # another process may have fetched some meanwhile
+                list(pool.map(lambda name: fetch_file(address, name, files[name], root), still))
     return folder

@@ -72,9 +72,6 @@ class Store:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def header(self, shard: str) -> dict[str, Span]:
-        return self.headers(shard, self.refetched[shard])
-
     def read_spans(self, shard: str) -> dict[str, Span]:
         with self.shards.open(shard) as file:
             return read_spans(file)
@@ -92,7 +89,7 @@ class Store:
         entry = self.entries[index]
         try:
             with self.shards.open(entry.shard) as file:
-                header = self.header(entry.shard)
+                header = self.headers(entry.shard, self.refetched[entry.shard])
                 spans = [header[f"{entry.slot}.{key}"] for key in TENSORS]
                 check_shapes(spans, entry, self.manifest)
                 places = states or [torch.empty(s.shape, dtype=torch.bfloat16) for s in spans[2:]]
