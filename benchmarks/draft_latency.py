@@ -16,9 +16,9 @@ from statistics import median
 import torch
 from report import machine, save, table
 
-from peagle.capture.capture import shape_of
 from peagle.capture.chat import prompt_ids
 from peagle.capture.config import CaptureConfig
+from peagle.capture.identity import manifest_fields
 from peagle.capture.prompts import PromptSource, load_prompts
 from peagle.decode.decoder import Decoder
 from peagle.model.build import build_drafter
@@ -79,7 +79,7 @@ def measured(layers: int, args: argparse.Namespace) -> list[dict]:
 
 
 def drafter_for(source: TargetSource, method: str, layers: int, args: argparse.Namespace):
-    shape = shape_of(source.config(), CaptureConfig(prompts=[PROMPTS]))
+    shape = manifest_fields(source.config(), CaptureConfig(prompts=[PROMPTS]))
     config = PEagleConfig(
         **shape["block"],
         num_hidden_layers=layers,

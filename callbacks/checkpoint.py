@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint as BaseCheckpoint
 
 from peagle.model.checkpoint import read_checkpoint
 from peagle.model.restore import refuse_incomplete
-from peagle.store.disk import publish
+from peagle.store.disk import rename_durably
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -36,7 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if size_of(checkpoint) > have:
                 raise OSError("no space left on device")
             torch.save(checkpoint, temporary)
-            publish(temporary, path)
+            rename_durably(temporary, path)
         except (OSError, RuntimeError) as error:
             # What is no tensor is not in size_of: it needs at least what fitted.
             written = temporary.stat().st_size if temporary.exists() else 0
@@ -176,7 +176,7 @@ def keep(source: Path, name: Path) -> None:
         os.link(source, temporary)
     except OSError:
         shutil.copyfile(source, temporary)
-    publish(temporary, name)
+    rename_durably(temporary, name)
 
 
 def folder_of(trainer: L.Trainer) -> Path:

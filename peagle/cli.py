@@ -15,8 +15,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
-from peagle.capture.capture import capture, refuse_other_store
+from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
+from peagle.capture.identity import refuse_other_store
 from peagle.decode.evaluation import EvaluationConfig
 from peagle.kernels.device import pick_device
 from peagle.model.checkpoint import check_address

@@ -1,4 +1,4 @@
-"""Conversations as token ids, with the assistant's tokens marked.
+"""Chat templates: a conversation's messages as token ids, with the assistant's tokens marked.
 
 A conversation is a list of turns: what the target is given and what it answers. Both are token
 ids, so nothing that a template does to *earlier* turns (Qwen3 and GPT-OSS leave out their
@@ -7,13 +7,14 @@ reasoning) can put words into an answer that the target would not say there.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Message = dict[str, Any]
 Options = Mapping[str, Any]  # what a template is given besides the messages: tools, say
@@ -31,9 +32,11 @@ class Turn(NamedTuple):
     answer: list[int]  # with its end token, unless it was cut off
 
 
-class Rendered(NamedTuple):
+class Document(NamedTuple):
+    """What becomes one sample of a store."""
+
     input_ids: Int[Tensor, " n"]
-    loss_mask: Bool[Tensor, " n"]
+    loss_mask: Bool[Tensor, " n"]  # tokens of the assistant
 
 
 def conversation_id(messages: Sequence[Message]) -> str:
@@ -42,20 +45,19 @@ def conversation_id(messages: Sequence[Message]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def rendering(
-    tokenizer: PreTrainedTokenizerBase,
+def render(
+    tokenizer: Tokenizer,
     messages: Sequence[Message],
     options: Options | None,
     *,
-    to_be_answered: bool,
+    add_generation_prompt: bool,
 ) -> str:
     """The template's text. Raises ``ValueError`` for a missing template, or one that refuses."""
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template")
+    fixed = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=to_be_answered, tokenize=False, **(options or {})
-        )
+        return tokenizer.apply_chat_template(list(messages), **fixed, **(options or {}))
     except Exception as error:  # templates raise what they like, in words of their own
         raise ValueError(
             f"sample {conversation_id(messages)}: the chat template refuses it ({error})"
@@ -63,31 +65,25 @@ def rendering(
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    options: Options | None = None,
+    tokenizer: Tokenizer, messages: Sequence[Message], options: Options | None = None
 ) -> list[int]:
     """The conversation so far, ending where the assistant's next token comes."""
-    text = rendering(tokenizer, messages, options, to_be_answered=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    text = render(tokenizer, messages, options, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
-def turns_of(
-    tokenizer: PreTrainedTokenizerBase,
+def turns_from_messages(
+    tokenizer: Tokenizer,
     messages: Sequence[Message],
     *,
     ends: set[int],
     options: Options | None = None,
-    finished: bool = True,
 ) -> list[Turn]:
     """The turns of a conversation whose answers are given as text.
 
     An answer is tokenized apart from what comes before it, because that is how it is generated: a
     tokenizer may merge the last character of a prompt with the first of an answer, a target never
     does. It ends with the first of the tokens ``ends``; what follows is the template's.
-
-    ``finished`` is false when the last answer was cut off: its end token, which the target never
-    wrote, is then left out.
 
     Raises:
         ValueError: naming the sample, if the template drops a message or rewrites an answer, or
@@ -97,34 +93,32 @@ def turns_of(
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = rendering(tokenizer, messages[:i], options, to_be_answered=True)
-        after = rendering(tokenizer, messages[: i + 1], options, to_be_answered=False)
-        lost = [m["role"] for m in messages[:i] if not kept(m, before)]
-        if not after.startswith(before) or not kept(message, after[len(before) :]):
+        before = render(tokenizer, messages[:i], options, add_generation_prompt=True)
+        after = render(tokenizer, messages[: i + 1], options, add_generation_prompt=False)
+        text = after[len(before) :]
+        lost = [m["role"] for m in messages[:i] if not is_rendered(m, before)]
+        if not after.startswith(before) or not is_rendered(message, text):
             lost.append("assistant")
         if lost:
             what = f"the {lost[0]}'s words"
             raise ValueError(f"{name}: the chat template drops or rewrites turns ({what})")
-        said = tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
-        stop = next((n + 1 for n, token in enumerate(said) if token in ends), len(said))
-        prompt = tokenizer(before, add_special_tokens=False)["input_ids"]
-        turns.append(Turn(prompt, said[:stop]))
-    if turns and not finished and turns[-1].answer and turns[-1].answer[-1] in ends:
-        turns[-1] = turns[-1]._replace(answer=turns[-1].answer[:-1])
+        prompt, answer = (tokenizer.encode(t, add_special_tokens=False) for t in (before, text))
+        stop = next((n + 1 for n, token in enumerate(answer) if token in ends), len(answer))
+        turns.append(Turn(prompt, answer[:stop]))
     if not turns or not all(turn.answer for turn in turns):
         raise ValueError(f"{name} has no supervised tokens: check the chat template")
     return turns
 
 
-def kept(message: Message, text: str) -> bool:
-    """Whether a message is in a rendering; templates may strip, and drop earlier reasoning."""
+def is_rendered(message: Message, text: str) -> bool:
+    """Whether a rendering says a message; templates may strip it, and drop earlier reasoning."""
     content = message.get("content") or ""
     if message["role"] == "assistant":
         content = content.rpartition(REASONING[0][1])[2]
     return content.strip() in text
 
 
-def documents(turns: Sequence[Turn]) -> list[Rendered]:
+def documents(turns: Sequence[Turn]) -> list[Document]:
     """As few documents as hold every answer in the context in which it was given.
 
     One document, as long as each prompt goes on from the turn before. Where a template changed
@@ -138,32 +132,38 @@ def documents(turns: Sequence[Turn]) -> list[Rendered]:
             found.append((ids, mask))
         mask += [False] * (len(turn.prompt) - len(ids)) + [True] * len(turn.answer)
         ids += turn.prompt[len(ids) :] + turn.answer
-    return [Rendered(torch.tensor(ids), torch.tensor(mask)) for ids, mask in found]
+    return [Document(torch.tensor(ids), torch.tensor(mask)) for ids, mask in found]
 
 
-def fitting(turns: Sequence[Turn], max_tokens: int) -> list[Turn]:
-    """The first turns, as many as fit whole."""
-    lengths = [len(turn.prompt) + len(turn.answer) for turn in turns]
-    count = next((i for i, n in enumerate(lengths) if n > max_tokens), len(turns))
-    return list(turns[:count])
-
-
-def without_reasoning(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+def mask_reasoning(document: Document, tokenizer: Tokenizer) -> Document:
     """The same document with the assistant's reasoning left out of the loss."""
-    ids, mask = rendered.input_ids.tolist(), rendered.loss_mask.clone()
+    ids, mask = document.input_ids.tolist(), document.loss_mask.clone()
     for marks in REASONING:
-        begin, end = (tokenizer(mark, add_special_tokens=False)["input_ids"] for mark in marks)
-        start = position(ids, begin, 0)
+        begin, end = (tokenizer.encode(mark, add_special_tokens=False) for mark in marks)
+        start = find_sequence(ids, begin, 0)
         while start is not None:
-            stop = position(ids, end, start + len(begin))
+            stop = find_sequence(ids, end, start + len(begin))
             stop = len(ids) if stop is None else stop + len(end)
             mask[start:stop] = False
-            start = position(ids, begin, stop)
-    return rendered._replace(loss_mask=mask)
+            start = find_sequence(ids, begin, stop)
+    return document._replace(loss_mask=mask)
 
 
-def position(ids: list[int], part: list[int], start: int) -> int | None:
-    """Where ``part`` begins in ``ids``, at ``start`` or later."""
-    width = len(part)
+def find_sequence(ids: list[int], wanted: list[int], start: int) -> int | None:
+    """Where ``wanted`` begins in ``ids``, at ``start`` or later."""
+    width = len(wanted)
     places = range(start, len(ids) - width + 1)
-    return next((i for i in places if ids[i : i + width] == part), None)
+    return next((i for i in places if ids[i : i + width] == wanted), None)
+
+
+def answer_text(tokenizer: Tokenizer, answer: list[int]) -> str:
+    """What an answer says, as the history of the next turn holds it: without reasoning."""
+    raw = text = tokenizer.decode(answer, skip_special_tokens=False)
+    for begin, end in REASONING:
+        text = re.sub(f"{re.escape(begin)}.*?({re.escape(end)}|$)", "", text, flags=re.DOTALL)
+    text = text.rpartition("<|message|>")[2]  # harmony: the last channel is the final one
+    if text == raw:
+        return tokenizer.decode(answer, skip_special_tokens=True)
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    return text.lstrip("\n")

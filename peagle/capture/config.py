@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from peagle.capture.prompts import PromptSource, digest_of, refuse_equal_names
+from peagle.capture.prompts import PromptSource, prompt_set_hash, refuse_equal_names
 
 DTYPES = ("float32", "bfloat16", "float16")
-SETTINGS = (
+IDENTITY_SETTINGS = (
     "max_new_tokens",
     "max_tokens",
     "greedy_share",
@@ -21,7 +21,7 @@ SETTINGS = (
     "dtype",
     "val_share",
     "start_layers",
-)  # of a CaptureConfig, without which a store would be another one
+)  # with another value of these a store would be another one
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,6 @@ class CaptureConfig:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not 0 < self.val_share < 1:
             raise ValueError(f"val_share must lie between 0 and 1, got {self.val_share}")
-        self.refuse_idle_engine()
-
-    def refuse_idle_engine(self) -> None:
-        """Raise ``ValueError`` for settings of an engine that would not be asked."""
         if self.engine == "vllm" and not (self.regenerate and self.speculators is None):
             raise ValueError(
                 "engine: vllm is for answers, and here the data have them: leave it out"
@@ -115,19 +111,28 @@ class CaptureConfig:
         equally likely sampled answers is drawn. So an interrupted capture may go on with another
         engine.
         """
-        own = {key: getattr(self, key) for key in SETTINGS}
+        own = {key: getattr(self, key) for key in IDENTITY_SETTINGS}
         if self.speculators is not None:
             kept = {key: own[key] for key in ("val_share", "start_layers")}
-            return {"speculators": data_set(Path(self.speculators)), **kept, "prompts": {}}
-        return {**own, "prompts": {source.name: digest_of(source) for source in self.prompts}}
+            data = dataset_fingerprint(Path(self.speculators))
+            return {"speculators": data, **kept, "prompts": {}}
+        return {**own, "prompts": {source.name: prompt_set_hash(source) for source in self.prompts}}
 
     def answers_hash(self) -> str:
         """Identity of ``made_with``."""
         made = json.dumps(self.made_with(), sort_keys=True)
         return hashlib.sha256(made.encode()).hexdigest()[:16]
 
+    def seed_for(self, name: str) -> int:
+        """A number below 2**32 that depends on the run's seed and on ``name`` alone."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed} {name}".encode()).digest()[:4])
 
-def data_set(folder: Path) -> str:
+    def is_greedy(self, prompt_id: str) -> bool:
+        """Whether a prompt is answered greedily; else its answer is sampled."""
+        return self.seed_for(prompt_id) < self.greedy_share * 2**32
+
+
+def dataset_fingerprint(folder: Path) -> str:
     """What ``datasets`` calls the contents of a saved data set; where it says nothing, the path."""
     state = folder / "state.json"
     known = json.loads(state.read_text()).get("_fingerprint") if state.is_file() else None

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from jaxtyping import BFloat16, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from peagle.capture.chat import Rendered
+from peagle.capture.chat import Document
 from peagle.capture.config import CaptureConfig
 from peagle.store.disk import require_disk
 from peagle.store.index import split_of
@@ -19,12 +22,14 @@ from peagle.store.writer import StoreWriter
 from peagle.target.hidden_states import hidden_states
 
 
-class Document(NamedTuple):
-    """What becomes one sample."""
-
+class NamedDocument(NamedTuple):
     name: str
     place: int  # in the store's order
-    content: Rendered
+    document: Document
+
+    @property
+    def tokens(self) -> int:
+        return len(self.document.input_ids)
 
 
 def sample_bytes_per_token(manifest: Manifest) -> int:
@@ -32,10 +37,21 @@ def sample_bytes_per_token(manifest: Manifest) -> int:
     return (len(manifest.layer_ids) + 1) * manifest.hidden_size * 2 + 9
 
 
-def read_hidden_states(
+def open_writer(
+    manifest: Manifest, config: CaptureConfig, folder: Path, first_shard: int
+) -> StoreWriter:
+    return StoreWriter(
+        folder,
+        shard_bytes=config.shard_mb * 1_000_000,
+        identity=manifest.identity(),
+        first_shard=first_shard,
+    )
+
+
+def extract(
     model: PreTrainedModel,
     manifest: Manifest,
-    units: list[list[Document]],
+    groups: list[list[NamedDocument]],
     config: CaptureConfig,
     folder: Path,
     *,
@@ -43,18 +59,13 @@ def read_hidden_states(
 ) -> None:
     """Run the target over every document once and store what the drafter will read.
 
-    Documents are batched within their unit, so that the states, which depend on the batch by
+    Documents are batched within their group, so that the states, which depend on the batch by
     rounding, do not depend on what was done before or elsewhere.
     """
-    writer = StoreWriter(
-        folder,
-        shard_bytes=config.shard_mb * 1_000_000,
-        identity=manifest.identity(),
-        first_shard=first_shard,
-    )
+    writer = open_writer(manifest, config, folder, first_shard)
     done = {entry.place for entry in writer.done}
-    missing = [document for unit in units for document in unit if document.place not in done]
-    tokens = sum(len(document.content.input_ids) for document in missing)
+    missing = [document for group in groups for document in group if document.place not in done]
+    tokens = sum(document.tokens for document in missing)
     needed = tokens * sample_bytes_per_token(manifest)
     require_disk(folder, needed)
     print(
@@ -62,24 +73,24 @@ def read_hidden_states(
         file=sys.stderr,
     )
     with tqdm(total=tokens, desc="hidden states", unit="tok", disable=None) as bar:
-        for batch in (b for unit in units for b in batches_by_tokens(unit, config.batch_tokens)):
-            if all(document.place in done for document in batch):
+        for batch in (b for group in groups for b in batches_by_tokens(group, config.batch_tokens)):
+            if all(place in done for _, place, _ in batch):
                 continue
-            states = run_batch(model, manifest, [document.content for document in batch])
-            for document, sample in zip(batch, states, strict=True):
-                if document.place not in done:
-                    split = split_of(document.name, config.val_share)
-                    writer.append(document.name, split, sample, document.place)
-                    bar.update(len(sample.input_ids))
+            states = extract_batch(model, manifest, [d.input_ids for _, _, d in batch])
+            for (name, place, document), (aux, final) in zip(batch, states, strict=True):
+                if place not in done:
+                    sample = Sample(*document, aux, final)
+                    writer.append(name, split_of(name, config.val_share), sample, place)
+                    bar.update(len(aux))
     writer.flush()
 
 
-def batches_by_tokens(unit: list[Document], limit: int) -> Iterator[list[Document]]:
+def batches_by_tokens(group: list[NamedDocument], limit: int) -> Iterator[list[NamedDocument]]:
     """Documents of similar length together, ``limit`` padded tokens at most."""
-    batch: list[Document] = []
-    for document in sorted(unit, key=lambda document: len(document.content.input_ids)):
-        width = len(document.content.input_ids)  # ascending: the newest is the widest
-        if batch and width * (len(batch) + 1) > limit:
+    batch: list[NamedDocument] = []
+    for document in sorted(group, key=lambda document: document.tokens):
+        # Ascending: the newest is the widest.
+        if batch and document.tokens * (len(batch) + 1) > limit:
             yield batch
             batch = []
         batch.append(document)
@@ -88,24 +99,14 @@ def batches_by_tokens(unit: list[Document], limit: int) -> Iterator[list[Documen
 
 
 @torch.no_grad()
-def run_batch(
-    model: PreTrainedModel, manifest: Manifest, conversations: list[Rendered]
-) -> list[Sample]:
-    """Hidden states of a right-padded batch; causal attention never sees the padding."""
-    width = max(len(c.input_ids) for c in conversations)
-    ids = torch.zeros(len(conversations), width, dtype=torch.long)
-    for row, conversation in enumerate(conversations):
-        ids[row, : len(conversation.input_ids)] = conversation.input_ids
+def extract_batch(
+    model: PreTrainedModel, manifest: Manifest, documents: list[Int[Tensor, " _"]]
+) -> list[tuple[BFloat16[Tensor, "_ AD"], BFloat16[Tensor, "_ T"]]]:
+    """``aux`` and ``final`` of each document; causal attention never sees the padding."""
+    ids = pad_sequence(documents, batch_first=True)  # to the right
     with hidden_states(model, manifest.layer_ids) as seen:
         model.get_decoder()(input_ids=ids.to(model.device), use_cache=False)
     aux = seen.aux(manifest.layer_ids).to(torch.bfloat16).cpu()
     final = seen.entering[manifest.num_layers].to(torch.bfloat16).cpu()
-    return [
-        Sample(
-            conversation.input_ids,
-            conversation.loss_mask,
-            aux[row, : len(conversation.input_ids)].clone(),
-            final[row, : len(conversation.input_ids)].clone(),
-        )
-        for row, conversation in enumerate(conversations)
-    ]
+    lengths = map(len, documents)
+    return [(aux[row, :n].clone(), final[row, :n].clone()) for row, n in enumerate(lengths)]

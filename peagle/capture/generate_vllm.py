@@ -17,12 +17,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from threading import Lock
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from peagle.capture.answers import Answers
 from peagle.capture.config import CaptureConfig
-from peagle.capture.conversation import Answer, Talk
-from peagle.capture.generate import Answers, Unit, number_of
+from peagle.capture.conversation import Answer, Conversation
 from peagle.capture.prompts import Prompt
+from peagle.capture.work_split import PromptBatch
 from peagle.serve.http import posted
 from peagle.serve.vllm import (
     MODEL_NAME,
@@ -40,8 +41,8 @@ START_TIMEOUT_S = 3600.0  # it may have to fetch the weights
 ANSWER_TIMEOUT_S = 6 * 3600.0  # of a long answer, with all that waits before it
 
 
-def by_engine(
-    target: TargetSource, config: CaptureConfig, units: list[Unit], known: Collection[str]
+def generate_vllm(
+    target: TargetSource, config: CaptureConfig, batches: list[PromptBatch], known: Collection[str]
 ) -> Answers:
     """Answers to the prompts that are not known, as conversations end; an engine lives meanwhile.
 
@@ -49,7 +50,7 @@ def by_engine(
         ValueError: if there is no vLLM that can serve the target, or it refuses a prompt.
         EngineError: if the engine does not come up, or dies; with its last lines.
     """
-    missing = [(p, unit.greedy) for unit in units for p in unit.prompts if p.id not in known]
+    missing = [(p, batch.greedy) for batch in batches for p in batch.prompts if p.id not in known]
     if not missing:
         return
     vllm = find_vllm(config.vllm_python, option="--capture.vllm_python")
@@ -63,7 +64,7 @@ def by_engine(
     tokenizer, ends = target.tokenizer(), target.end_tokens()
     print(f"{vllm.name}: starting the engine for {len(missing)} prompts", file=sys.stderr)
     with serve(vllm, serving(target, config, vllm), timeout_s=START_TIMEOUT_S) as server:
-        yield from all_talks(Partner(server.port, tokenizer, ends, config), missing)
+        yield from converse_with_all(Client(server.port, tokenizer, ends, config), missing)
 
 
 def serving(target: TargetSource, config: CaptureConfig, vllm: Vllm) -> Serving:
@@ -85,51 +86,46 @@ def serving(target: TargetSource, config: CaptureConfig, vllm: Vllm) -> Serving:
     )
 
 
-class Partner:
-    """The served target, as one that conversations are had with: several at once, in threads."""
+class Client:
+    """Has conversations with the served target: several at once, in threads."""
 
-    def __init__(
-        self, port: int, tokenizer: PreTrainedTokenizerBase, ends: set[int], config: CaptureConfig
-    ):
+    def __init__(self, port: int, tokenizer: Tokenizer, ends: set[int], config: CaptureConfig):
         self.port, self.tokenizer, self.ends, self.config = port, tokenizer, ends, config
-        self.alone = Lock()  # tokenizers are not made for several threads
+        self.tokenizer_lock = Lock()  # tokenizers are not made for several threads
 
-    def talk(self, prompt: Prompt, greedy: bool) -> Answer:
-        talk = Talk(self.tokenizer, prompt, self.config)
-        while self.asks(talk):
-            tokens = self.say(talk, greedy)
-            with self.alone:
-                talk.hear(tokens, tokens[-1] in self.ends)
-        return talk.answer(greedy)
-
-    def asks(self, talk: Talk) -> bool:
-        with self.alone:
-            return talk.ask()
-
-    def say(self, talk: Talk, greedy: bool) -> list[int]:
-        """The next answer; not beyond the room that is left, where it would be cut anyway."""
-        name, config = talk.prompt.id, self.config
-        try:
-            return complete(
-                self.port,
-                talk.pending,
-                max_new_tokens=min(config.max_new_tokens, config.max_tokens - len(talk.pending)),
-                temperature=0.0 if greedy else config.temperature,
-                seed=number_of(f"{config.seed} {name} turn {len(talk.turns)}"),
-                ends=self.ends,
-            )
-        except ValueError as error:
-            raise ValueError(f"prompt {name}: {error}") from error
+    def converse(self, prompt: Prompt, greedy: bool) -> Answer:
+        """Raises ``ValueError`` with the prompt's name if the engine refuses it."""
+        config = self.config
+        conversation = Conversation(self.tokenizer, prompt, config)
+        while True:
+            with self.tokenizer_lock:
+                asked = conversation.next_prompt()
+            if not asked:
+                return conversation.to_answer(greedy)
+            try:
+                answer = request_completion(
+                    self.port,
+                    asked,
+                    # Not beyond the room that is left, where the answer would be cut anyway.
+                    max_new_tokens=min(config.max_new_tokens, config.max_tokens - len(asked)),
+                    temperature=0.0 if greedy else config.temperature,
+                    seed=config.seed_for(f"{prompt.id} turn {len(conversation.turns)}"),
+                    ends=self.ends,
+                )
+            except ValueError as error:
+                raise ValueError(f"prompt {prompt.id}: {error}") from error
+            with self.tokenizer_lock:
+                conversation.add_answer(answer, answer[-1] in self.ends)
 
 
-def all_talks(partner: Partner, missing: list[tuple[Prompt, bool]]) -> Answers:
+def converse_with_all(client: Client, missing: list[tuple[Prompt, bool]]) -> Answers:
     """Conversations as they end, in no order."""
     waiting, under_way = iter(missing), set[Future[Answer]]()
-    clients = ThreadPoolExecutor(IN_FLIGHT)
+    pool = ThreadPoolExecutor(IN_FLIGHT)
     try:
         while True:
             room = IN_FLIGHT - len(under_way)
-            under_way |= {clients.submit(partner.talk, *item) for item in islice(waiting, room)}
+            under_way |= {pool.submit(client.converse, *item) for item in islice(waiting, room)}
             if not under_way:
                 return
             done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
@@ -138,10 +134,10 @@ def all_talks(partner: Partner, missing: list[tuple[Prompt, bool]]) -> Answers:
                 future.result()  # raises what went wrong
     finally:
         # After an error nobody waits for the answers under way: they end with the engine.
-        clients.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def complete(
+def request_completion(
     port: int,
     prompt: list[int],
     *,
@@ -174,13 +170,13 @@ def complete(
     }
     with posted(port, "/v1/completions", body, timeout_s=ANSWER_TIMEOUT_S) as response:
         content = response.read()
-    tokens = tokens_of(content)
+    tokens = read_token_ids(content)
     if not tokens or (tokens[-1] not in ends and len(tokens) != max_new_tokens):
         raise OSError(f"the engine broke off an answer after {len(tokens)} tokens")
     return tokens
 
 
-def tokens_of(content: bytes) -> list[int]:
+def read_token_ids(content: bytes) -> list[int]:
     try:
         tokens = json.loads(content)["choices"][0].get("token_ids")
     except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -9,41 +9,42 @@ target says itself.
 
 import hashlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from peagle.capture.chat import Rendered
 from peagle.capture.config import CaptureConfig
-from peagle.capture.extract import run_batch, sample_bytes_per_token
-from peagle.capture.work_split import Part
+from peagle.capture.extract import extract_batch, open_writer, sample_bytes_per_token
+from peagle.capture.work_split import WorkSplit
 from peagle.store.disk import require_disk
 from peagle.store.index import split_of
 from peagle.store.manifest import Manifest
 from peagle.store.sample import Sample
-from peagle.store.writer import StoreWriter
 
 TOLERANCE = 0.1  # engines round otherwise; another layer differs by more than its own size
 
 
-def convert(
-    model: PreTrainedModel, manifest: Manifest, config: CaptureConfig, folder: Path, part: Part
-) -> Rendered:
-    """Write this part's samples; returns a document of them.
+def import_speculators(
+    model: PreTrainedModel,
+    manifest: Manifest,
+    config: CaptureConfig,
+    folder: Path,
+    split: WorkSplit,
+) -> Int[Tensor, " n"]:
+    """Write this process's samples; returns the tokens of one.
 
     Raises:
         ValueError: naming the file, where a sample is not what the store needs.
     """
     source = Path(config.speculators)
-    rows = opened(source)
+    rows = load_rows(source)
     files = {i: source / "hidden_states" / f"hs_{i}.safetensors" for i in range(len(rows))}
     there = [i for i, path in files.items() if path.exists()]
     if not there:
@@ -51,32 +52,29 @@ def convert(
     if len(there) < len(rows):
         missing = len(rows) - len(there)
         print(f"{missing} of {len(rows)} rows have no hidden states and are left out")
-    first = sample_of(files[there[0]], rows[there[0]], manifest)
-    compare(model, manifest, first, files[there[0]])
-    # By row, not by place in the list: a file that appears between two parts belongs to one.
-    mine = [i for i in there if i % part.count == part.index]
+    first = read_sample(files[there[0]], rows[there[0]], manifest)
+    refuse_other_states(model, manifest, first, files[there[0]])
+    # By row, not by place in the list: a file that appears between two shares belongs to one.
+    mine = [i for i in there if i % split.count == split.index]
     tokens = sum(len(rows[i]["input_ids"]) for i in mine)
     require_disk(folder, tokens * sample_bytes_per_token(manifest))
-    writer = StoreWriter(
-        folder,
-        shard_bytes=config.shard_mb * 1_000_000,
-        identity=manifest.identity(),
-        first_shard=part.first_shard,
-    )
-    done, silent = {entry.place for entry in writer.done}, 0
+    writer = open_writer(manifest, config, folder, split.first_shard)
+    done, unsupervised = {entry.place for entry in writer.done}, 0
     for i in tqdm([i for i in mine if i not in done], desc="converting", disable=None):
-        sample = sample_of(files[i], rows[i], manifest)
-        silent += not sample.loss_mask.any()
+        sample = read_sample(files[i], rows[i], manifest)
         if sample.loss_mask.any():
             name = hashlib.sha256(sample.input_ids.numpy().tobytes()).hexdigest()[:16]
             writer.append(name, split_of(name, config.val_share), sample, place=i)
+        else:
+            unsupervised += 1
     writer.flush()
-    if silent:
-        print(f"{silent} rows have nothing to train on and were left out", file=sys.stderr)
-    return Rendered(first.input_ids, first.loss_mask)
+    if unsupervised:
+        print(f"{unsupervised} rows have nothing to train on and were left out", file=sys.stderr)
+    return first.input_ids
 
 
-def opened(source: Path) -> Any:
+def load_rows(source: Path) -> Any:
+    """The data set. Raises ``ValueError`` where it is none that speculators prepared."""
     from datasets import load_from_disk  # takes seconds to import
 
     try:
@@ -92,7 +90,7 @@ def opened(source: Path) -> Any:
     return rows
 
 
-def sample_of(path: Path, row: dict[str, Any], manifest: Manifest) -> Sample:
+def read_sample(path: Path, row: dict[str, Any], manifest: Manifest) -> Sample:
     """One row's sample; raises ``ValueError`` with the file's name for what does not fit."""
     try:
         tensors = load_file(path)
@@ -103,45 +101,37 @@ def sample_of(path: Path, row: dict[str, Any], manifest: Manifest) -> Sample:
     ids, states = tensors["token_ids"].long(), tensors["hidden_states"]
     if not torch.equal(ids, row["input_ids"].long()):
         raise ValueError(f"{path} has other tokens than its row of the data set")
-    layers = (*manifest.layer_ids, manifest.num_layers)
-    wanted = (len(ids), len(layers), manifest.hidden_size)
+    wanted = (len(ids), len(manifest.layer_ids) + 1, manifest.hidden_size)
     if tuple(states.shape) != wanted or states.dtype.itemsize < 2:
         raise ValueError(
             f"{path} holds {list(states.shape)} {states.dtype}, not {list(wanted)} of 16 bits: "
             f"layers {manifest.layer_ids} (--capture.layer_ids says which) and the last one's "
             "output before the final norm"
         )
-    states = states.to(torch.bfloat16)
-    return Sample(
-        ids, row["loss_mask"].bool(), states[:, :-1].flatten(1), states[:, -1].contiguous()
-    )
+    states, mask = states.to(torch.bfloat16), row["loss_mask"].bool()
+    return Sample(ids, mask, states[:, :-1].flatten(1), states[:, -1].contiguous())
 
 
-def compare(model: PreTrainedModel, manifest: Manifest, sample: Sample, path: Path) -> None:
+def refuse_other_states(
+    model: PreTrainedModel, manifest: Manifest, sample: Sample, path: Path
+) -> None:
     """Raise ``ValueError`` unless the states are this target's, of these layers."""
-    [own] = run_batch(model, manifest, [Rendered(sample.input_ids, sample.loss_mask)])
-    norm = model.get_decoder().norm
-    for layer, theirs, ours in layers_of(manifest, sample, own):
-        error = difference(theirs, ours)
+    [own] = extract_batch(model, manifest, [sample.input_ids])
+    layers = (*manifest.layer_ids, manifest.num_layers)
+    stored = torch.cat([sample.aux, sample.final], -1).chunk(len(layers), -1)
+    computed = torch.cat(own, -1).chunk(len(layers), -1)
+    for layer, theirs, ours in zip(layers, stored, computed, strict=True):
+        error = relative_error(theirs, ours)
         if error < TOLERANCE:
             continue
         why = "are these the target and the layer_ids that were captured?"
-        normed = norm(ours.to(model.device, model.dtype)).cpu()
-        if layer == manifest.num_layers and difference(theirs, normed) < TOLERANCE:
+        normed = model.get_decoder().norm(ours.to(model.device, model.dtype)).cpu()
+        if layer == manifest.num_layers and relative_error(theirs, normed) < TOLERANCE:
             why = "it was taken after the final norm, from which it cannot be rebuilt"
         raise ValueError(f"{path}: layer {layer} is off by {error:.2g} of its size: {why}")
 
 
-def layers_of(
-    manifest: Manifest, theirs: Sample, ours: Sample
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    count = len(manifest.layer_ids)
-    pairs = zip(theirs.aux.chunk(count, -1), ours.aux.chunk(count, -1), strict=True)
-    yield from ((layer, *pair) for layer, pair in zip(manifest.layer_ids, pairs, strict=True))
-    yield manifest.num_layers, theirs.final, ours.final
-
-
-def difference(a: Float[Tensor, "n D"], b: Float[Tensor, "n D"]) -> float:
-    """Relative, of the median position: the first one may be larger than all others together."""
+def relative_error(a: Float[Tensor, "n D"], b: Float[Tensor, "n D"]) -> float:
+    """Of the median position: the first one may be larger than all others together."""
     a, b = a.float(), b.float()
     return float(((a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-9)).median())

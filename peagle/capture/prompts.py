@@ -7,15 +7,16 @@ its target would not write.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+Message = dict[str, Any]
+
 BUILT_IN = "stdlib"
-COLUMNS = ("messages", "conversations", "turns", "prompt", "question", "instruction")
 ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -26,7 +27,7 @@ ROLES = {
 WITHHELD = "FULL BENCHMARK DATA SHOULD BE FETCHED"  # SPEED-Bench's, where it may not publish
 
 
-class Address(NamedTuple):
+class HubDataset(NamedTuple):
     """Where a data set lies on the Hub."""
 
     repository: str
@@ -35,13 +36,13 @@ class Address(NamedTuple):
     subset: str | None = None
 
 
-KNOWN = {
-    "gsm8k": Address("openai/gsm8k", "train", "question", "main"),
-    "humaneval": Address("openai/openai_humaneval", "test", "prompt"),
-    "mt_bench": Address("HuggingFaceH4/mt_bench_prompts", "train", "prompt"),
-    "speed_bench": Address("nvidia/SPEED-Bench", "test", "turns", "qualitative"),
-    "ultrachat": Address("HuggingFaceH4/ultrachat_200k", "train_sft", "messages"),
-    "opencodeinstruct": Address("nvidia/OpenCodeInstruct", "train", "input"),
+SHORT_NAMES = {
+    "gsm8k": HubDataset("openai/gsm8k", "train", "question", "main"),
+    "humaneval": HubDataset("openai/openai_humaneval", "test", "prompt"),
+    "mt_bench": HubDataset("HuggingFaceH4/mt_bench_prompts", "train", "prompt"),
+    "speed_bench": HubDataset("nvidia/SPEED-Bench", "test", "turns", "qualitative"),
+    "ultrachat": HubDataset("HuggingFaceH4/ultrachat_200k", "train_sft", "messages"),
+    "opencodeinstruct": HubDataset("nvidia/OpenCodeInstruct", "train", "input"),
 }
 
 
@@ -106,15 +107,11 @@ class PromptSource:
     def on_hub(self) -> bool:
         return self.source != BUILT_IN and not self.source.endswith(".jsonl")
 
-    def address(self) -> Address:
+    def address(self) -> HubDataset:
         """Where a set of the Hub is; what the source says goes before what its name stands for."""
-        known = KNOWN.get(self.source, Address(self.source))
-        return Address(
-            known.repository,
-            self.split or known.split,
-            self.column or known.column,
-            self.subset or known.subset,
-        )
+        named = SHORT_NAMES.get(self.source, HubDataset(self.source))
+        given = {"split": self.split, "column": self.column, "subset": self.subset}
+        return named._replace(**{key: value for key, value in given.items() if value})
 
 
 def refuse_equal_names(sources: Sequence[PromptSource]) -> None:
@@ -127,7 +124,7 @@ def refuse_equal_names(sources: Sequence[PromptSource]) -> None:
             )
 
 
-def digest_of(source: PromptSource) -> str:
+def prompt_set_hash(source: PromptSource) -> str:
     """Hash of all that a prompt set says; of a Hub set, of where and which it is.
 
     So a finished store is known again without network; ``revision`` pins what lies at the address.
@@ -145,81 +142,79 @@ def load_prompts(source: PromptSource) -> list[Prompt]:
     Raises:
         ValueError: if the set is missing, empty, damaged, or has no column with prompts.
     """
-    rows = islice(rows_of(source), source.limit)
-    prompts = [prompt_of(row, source, number) for number, row in enumerate(rows)]
+    rows = islice(read_rows(source), source.limit)
+    prompts = [read_prompt(row, source, number) for number, row in enumerate(rows)]
     if not prompts:
         raise ValueError(f"prompt set {source.source!r} is empty")
     return prompts
 
 
-def rows_of(source: PromptSource) -> Iterable[dict[str, Any]]:
+def read_rows(source: PromptSource) -> Iterable[dict[str, Any]]:
+    if source.on_hub:
+        return stream_from_hub(source)
     if source.source == BUILT_IN:
         split = source.split or "train"
         if split not in ("train", "test"):
             raise ValueError(f"{BUILT_IN} has the splits train and test, not {split!r}")
-        return json_rows(
-            Path(str(resources.files("peagle.tiny_target"))) / f"prompts_{split}.jsonl"
+        return read_jsonl(
+            Path(str(resources.files("peagle.tiny_target") / f"prompts_{split}.jsonl"))
         )
-    if source.source.endswith(".jsonl"):
-        path = Path(source.source)
-        if not path.is_file():
-            raise ValueError(f"prompt file {path} does not exist")
-        return json_rows(path)
-    return hub_rows(source)
+    path = Path(source.source)
+    if not path.is_file():
+        raise ValueError(f"prompt file {path} does not exist")
+    return read_jsonl(path)
 
 
-def json_rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Raises ``ValueError`` with file and line for what is not an object in JSON."""
     with open(path, "rb") as file:  # bytes end a line at \n only; a text may hold other line ends
         for number, line in enumerate(file, 1):
-            if line.strip():
-                yield json_row(line, f"{path}, line {number}")
+            if not line.strip():
+                continue
+            name = f"{path}, line {number}"
+            try:
+                row = json.loads(line.strip().decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{name} is not UTF-8 text") from error
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{name} is not JSON ({error.msg} column {error.colno})"
+                ) from error
+            if not isinstance(row, dict):
+                what = 'must be an object as {"prompt": "..."} is'
+                raise ValueError(f"{name} {what}, not {short_json(row)}")
+            yield row
 
 
-def json_row(line: bytes, name: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.strip().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is not JSON ({error.msg} column {error.colno})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f'{name} must be an object as {{"prompt": "..."}} is, not {short(row)}')
-    return row
-
-
-def short(value: Any) -> str:
+def short_json(value: Any) -> str:
     """A value as JSON, to be named in a sentence."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def hub_rows(source: PromptSource) -> Iterable[dict[str, Any]]:
+def stream_from_hub(source: PromptSource) -> Iterable[dict[str, Any]]:
     from datasets import load_dataset  # takes seconds to import
 
-    place = source.address()
+    repository, split, _, subset = source.address()
     try:
         return load_dataset(
-            place.repository,
-            place.subset,
-            split=place.split,
-            revision=source.revision,
-            streaming=True,
+            repository, subset, split=split, revision=source.revision, streaming=True
         )
     except Exception as error:  # the client raises many kinds; all mean the set cannot be had
-        raise ValueError(f"data set {place.repository!r} cannot be loaded: {error}") from error
+        raise ValueError(f"data set {repository!r} cannot be loaded: {error}") from error
 
 
-def prompt_of(row: dict[str, Any], source: PromptSource, number: int) -> Prompt:
+def read_prompt(row: dict[str, Any], source: PromptSource, number: int) -> Prompt:
+    """One row's prompt. Raises ``ValueError`` with the row's number for what is none."""
     wanted = source.address().column if source.on_hub else source.column
     column = wanted or next((c for c in COLUMNS if c in row), None)
     name = f"row {number} of {source.source!r}"
     if column is None or column not in row:
         raise ValueError(f"{name} has no column {wanted or 'any of ' + ', '.join(COLUMNS)}")
-    messages = messages_of(row[column], name)
+    messages = COLUMNS.get(column, read_messages)(row[column], name)
     # Past a tool's result nobody could go on: it answers a call that the target may not make.
-    open_ended = list(takewhile(lambda message: message["role"] != "tool", messages))
-    turns = tuple(m["content"] for m in open_ended if m["role"] == "user")
+    before_tools = list(takewhile(lambda message: message["role"] != "tool", messages))
+    turns = tuple(m["content"] for m in before_tools if m["role"] == "user")
     system = next((m["content"] for m in messages if m["role"] in ("system", "developer")), None)
     if not turns or not all(turns):
         raise ValueError(f"{name} has an empty prompt")
@@ -229,36 +224,49 @@ def prompt_of(row: dict[str, Any], source: PromptSource, number: int) -> Prompt:
             "text; run it, and give the .jsonl file that it writes"
         )
     whole = messages if any(m["role"] == "assistant" for m in messages) else ()
-    return Prompt(f"{source.name}/{number}", system, turns, tools_of(row, name), tuple(whole))
+    return Prompt(f"{source.name}/{number}", system, turns, read_tools(row, name), tuple(whole))
 
 
-def messages_of(value: Any, name: str) -> list[dict[str, Any]]:
-    """A prompt, the turns of a user, or a conversation, as messages."""
-    said = [value] if isinstance(value, str) else value or []
-    if isinstance(said, list) and all(isinstance(turn, str) for turn in said):
-        return [{"role": "user", "content": text} for text in said]
-    if isinstance(said, list) and all(isinstance(turn, dict) for turn in said):
-        return [message_of(turn, name) for turn in said]
-    raise ValueError(f"{name} must hold a text, texts, or messages, not {short(value)}")
+def read_messages(value: Any, name: str) -> list[Message]:
+    """A text, a user's texts turn by turn, or a conversation of OpenAI's or ShareGPT's form."""
+    items = [value] if isinstance(value, str) else value or []
+    if isinstance(items, list) and all(isinstance(item, str) for item in items):
+        return [{"role": "user", "content": text} for text in items]
+    if isinstance(items, list) and all(isinstance(item, dict) for item in items):
+        return [read_message(item, name) for item in items]
+    raise ValueError(f"{name} must hold a text, texts, or messages, not {short_json(value)}")
 
 
-def message_of(said: dict[str, Any], name: str) -> dict[str, Any]:
+# Where a row may have its prompt: the first of these columns that it has. To accept another column
+# add a line: its name, and the function that makes messages of its value. That function gets the
+# row's name too, for its errors.
+COLUMNS: dict[str, Callable[[Any, str], list[Message]]] = {
+    "messages": read_messages,  # OpenAI's form
+    "conversations": read_messages,  # ShareGPT's
+    "turns": read_messages,  # the user's texts alone
+    "prompt": read_messages,
+    "question": read_messages,
+    "instruction": read_messages,
+}
+
+
+def read_message(item: dict[str, Any], name: str) -> Message:
     """A message of OpenAI's or ShareGPT's form, in OpenAI's."""
-    role = said.get("role") or said.get("from")
-    content = said["content"] if "content" in said else said.get("value")
+    role = item.get("role") or item.get("from")
+    content = item["content"] if "content" in item else item.get("value")
     if isinstance(content, list):
         if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
             raise ValueError(f"{name} holds images or sound: only text can be drafted")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str | None):
-        raise ValueError(f"{name} has a message whose content is {short(content)}, not text")
-    if not isinstance(role, str) or (content is None and not said.get("tool_calls")):
+        raise ValueError(f"{name} has a message whose content is {short_json(content)}, not text")
+    if not isinstance(role, str) or (content is None and not item.get("tool_calls")):
         raise ValueError(f"{name} has a message without role or content")
-    rest = {k: v for k, v in said.items() if k not in ("from", "value") and v is not None}
+    rest = {k: v for k, v in item.items() if k not in ("from", "value") and v is not None}
     return {**rest, "role": ROLES.get(role, role), "content": content or ""}
 
 
-def tools_of(row: dict[str, Any], name: str) -> tuple[dict[str, Any], ...]:
+def read_tools(row: dict[str, Any], name: str) -> tuple[dict[str, Any], ...]:
     """The tools that a row offers, as a list or as JSON."""
     tools = row.get("tools") or []
     try:
@@ -266,5 +274,5 @@ def tools_of(row: dict[str, Any], name: str) -> tuple[dict[str, Any], ...]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}: its tools are not JSON ({error})") from error
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{name}: its tools must be a list of objects, not {short(tools)}")
+        raise ValueError(f"{name}: its tools must be a list of objects, not {short_json(tools)}")
     return tuple(tools)

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from peagle.capture.chat import prompt_ids
+from peagle.capture.chat import answer_text, prompt_ids
 from peagle.capture.config import DTYPES
-from peagle.capture.conversation import words
 from peagle.capture.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
 from peagle.decode.decoder import Decoded, Decoder
 from peagle.model.checkpoint import check_address
@@ -140,7 +139,7 @@ def turn_prompt(
     """The user's next turn after the answers so far, as the chat template renders it."""
     messages = prompt.opening()
     for answer, question in zip(history, prompt.turns[1:], strict=False):
-        messages.append({"role": "assistant", "content": words(tokenizer, answer)})
+        messages.append({"role": "assistant", "content": answer_text(tokenizer, answer)})
         messages.append({"role": "user", "content": question})
     return prompt_ids(tokenizer, messages, prompt.options(template_options))
 

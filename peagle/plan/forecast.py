@@ -13,13 +13,15 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from peagle.capture.chat import documents
+from peagle.capture.answers import answers_in_data, drop_too_long, require_answers
+from peagle.capture.chat import documents, prompt_ids
 from peagle.capture.config import CaptureConfig
-from peagle.capture.conversation import Answer, answer_batch, first_prompt
+from peagle.capture.conversation import Answer
 from peagle.capture.extract import sample_bytes_per_token
-from peagle.capture.generate import different, given, is_greedy, too_small
-from peagle.capture.import_speculators import opened
+from peagle.capture.generate import answer_batch
+from peagle.capture.import_speculators import load_rows
 from peagle.capture.prompts import Prompt, load_prompts
+from peagle.capture.work_split import make_batches, unique_prompts
 from peagle.kernels.device import pick_device
 from peagle.store.hub import FoundStore
 from peagle.store.manifest import Manifest
@@ -83,7 +85,10 @@ def forecast(
     text, tokenizer = target.config(), tokenizer_of(target)
     if tokenizer is None or not prompts:
         prompts, unknown = [], unknown + len(prompts)
-    openings = [first_prompt(tokenizer, p, config) for p in prompts] if tokenizer else []
+    openings = [
+        prompt_ids(tokenizer, prompt.opening(), prompt.options(config.template_options))
+        for prompt in prompts
+    ]
     fits = [i for i, ids in enumerate(openings) if len(ids) < config.max_tokens - 1]
     lengths, basis = measured(target, tokenizer, [prompts[i] for i in fits], config, answers)
     sizes = [
@@ -140,7 +145,7 @@ def counted(store: Store, size: int) -> Forecast:
 
 def to_convert(target: TargetSource, config: CaptureConfig, manifest: Manifest) -> Forecast:
     """What speculators' data set holds."""
-    rows = opened(Path(config.speculators))
+    rows = load_rows(Path(config.speculators))
     sizes = [Size(len(row["input_ids"]), int(row["loss_mask"].sum())) for row in rows]
     basis = f"counted in {config.speculators}"
     ids = frozenset(token for row in rows for token in row["input_ids"].tolist())
@@ -159,7 +164,7 @@ def readable(config: CaptureConfig) -> tuple[list[Prompt], int, list[str]]:
                 raise
             unread.append(f"{source.source}: {str(error).splitlines()[0]}")
             unknown += source.limit or 0
-    return different(prompts, config), unknown, unread
+    return unique_prompts(prompts, config), unknown, unread
 
 
 def tokenizer_of(target: TargetSource) -> PreTrainedTokenizerBase | None:
@@ -181,21 +186,17 @@ def measured(
     weights = Path(target.path).is_dir() and any(Path(target.path).glob("*.safetensors"))
     if prompts and not config.regenerate:
         ends = {tokenizer.eos_token_id}
-        answered = list(given(tokenizer, prompts, config, ends).values())
-        if not answered:
-            raise too_small(config)
-        return lengths_of(answered), "all read"
+        answered = drop_too_long(answers_in_data(tokenizer, prompts, config, ends), config)
+        require_answers(answered, config)
+        return lengths_of(list(answered.values())), "all read"
     if not prompts or not weights or not answers:
         most = min(config.max_new_tokens, config.max_tokens)
         return Lengths(most, most, 0.0, frozenset()), "upper bound: every answer as long as allowed"
     chosen = evenly(prompts, answers)
     model = target.model(dtype=getattr(torch, config.dtype), device=pick_device(config.device))
     begin, answered = time.perf_counter(), []
-    for greedy in (True, False):
-        group = [p for p in chosen if is_greedy(p, config) == greedy]
-        for start in range(0, len(group), config.batch_size):
-            batch = group[start : start + config.batch_size]
-            answered += answer_batch(model, tokenizer, batch, greedy, config)
+    for batch in make_batches(chosen, config):
+        answered += answer_batch(model, tokenizer, batch, config)
     seconds = (time.perf_counter() - begin) / len(chosen)
     lengths = lengths_of(answered)._replace(seconds=seconds)
     return lengths, f"answers measured on {len(chosen)} prompts"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peagle.capture.capture import shape_of
 from peagle.capture.config import CaptureConfig
+from peagle.capture.identity import manifest_fields
 from peagle.cod.sampling import Cod
 from peagle.decode.evaluation import EvaluationConfig
 from peagle.kernels.device import has_own_memory
@@ -65,7 +65,7 @@ def plan(
         seconds: how long this machine's speed is measured.
     """
     program, text = program_bytes(), target.config()
-    shape = shape_of(text, capture)
+    shape = manifest_fields(text, capture)
     manifest = Manifest(target.name, target.revision, "", tokenizer="", answers="", **shape)
     data = forecast(target, capture, manifest, place, answers=answers)
     config = PEagleConfig(

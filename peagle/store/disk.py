@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 
-def publish(temporary: Path, path: Path) -> None:
-    """Make a finished temporary file visible under its name, durably."""
+def rename_durably(temporary: Path, path: Path) -> None:
+    """Make a finished temporary file visible under its name, on the disk by the return."""
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
@@ -25,7 +25,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
-    publish(temporary, path)
+    rename_durably(temporary, path)
 
 
 def require_disk(folder: Path, needed: int) -> None:

@@ -3,25 +3,22 @@
 from pathlib import Path
 
 
-class DamageError(ValueError):
-    """A file of a store is not as captured. ``problem`` is what is wrong, without where."""
-
-    def __init__(self, place: Path | str, problem: str, remedy: str = "capture again"):
-        super().__init__(f"{place}: {problem}: {remedy}")
-        self.problem = problem
-
-
-class BadSample(ValueError):  # noqa: N818 (what it is, not that it is one)
-    """One sample cannot be used as it was captured; the message names it and its shard.
+class StoreError(ValueError):
+    """Something of a store is not as captured.
 
     Args:
-        problem: all of the message but what to do.
+        place: where: a folder, an address, a sample.
+        problem: what is wrong there.
         remedy: what to do.
     """
 
-    def __init__(self, problem: str, remedy: str = "capture again"):
-        super().__init__(f"{problem}: {remedy}")
-        self.problem = problem
+    def __init__(self, place: Path | str, problem: str, remedy: str = "capture again"):
+        super().__init__(f"{place}: {problem}: {remedy}")
+        self.place, self.problem = place, problem
+
+
+class BadSample(StoreError):  # noqa: N818 (what it is, not that it is one)
+    """One sample cannot be used as it was captured; ``place`` names it and its shard."""
 
 
 def reason(error: Exception) -> str:

@@ -10,40 +10,36 @@ import re
 import shutil
 import sys
 import threading
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub import cached_assets_path, dataset_info
 from huggingface_hub.utils import disable_progress_bars
 from torch import Tensor
 
-from peagle.store.errors import BadSample, DamageError
+from peagle.store.errors import BadSample, StoreError
 from peagle.store.hub_address import HubAddress, parse_address
 from peagle.store.hub_files import (
     RemoteFile,
-    difference,
-    download,
-    listing,
-    patiently,
-    refuse_other_content,
+    content_problem,
+    fetch_file,
+    list_files,
+    retry,
 )
 from peagle.store.locks import locked
-from peagle.store.reader import HEADERS, Store
+from peagle.store.reader import Store
 from peagle.store.sample import Sample
-from peagle.store.shard import Span
 from peagle.store.shard_cache import ShardCache
 
-NEEDED = ("manifest.json", "capture.json", "target.safetensors", "target_layers.safetensors")
+REQUIRED = ("manifest.json", "capture.json", "target.safetensors", "target_layers.safetensors")
 SHARD = re.compile(r"shard-\d{5,}\.safetensors")
-INDEX = re.compile(r"shard-\d{5,}\.parquet")
+INDEX_FILE = re.compile(r"shard-\d{5,}\.parquet")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REMEDY = "put the store on the Hub again"
-TOGETHER = 8  # small files that are fetched at a time
+PARALLEL_DOWNLOADS = 8  # small files that are fetched at a time
 
 
 @dataclass(frozen=True)
@@ -63,67 +59,48 @@ class FoundStore:
         return {name: f.size for name, f in self.files.items() if SHARD.fullmatch(name)}
 
     def fetch(self, shard: str, folder: Path) -> Path:
-        """Download a shard into an empty folder.
-
-        Raises:
-            FetchError: naming the shard, when it does not come whole.
-        """
-
-        def attempt() -> Path:
-            path = download(self.address, shard, folder)
-            refuse_other_content(path, self.files[shard])
-            return path
-
-        return patiently(f"{shard} of {self.address}", attempt)
+        """Download a shard. Raises ``FetchError`` with its name, when it does not come whole."""
+        return fetch_file(self.address, shard, self.files[shard], folder)
 
 
 class HubStore(Store):
     """A damaged sample is read once more from a fresh copy: only what is so on the Hub is bad."""
 
     def __init__(self, found: FoundStore, cache: ShardCache, *, allow_missing: bool):
-        with damage_named(found.address):
+        with reraise_with_address(found.address):
             super().__init__(found.folder, allow_missing=allow_missing, shards=cache)
         self.address, self.cache = found.address, cache
-        self.renewing = threading.Lock()
-        self.renewals: Counter[str] = Counter()  # of a shard; raised when the old copy is gone
-        self.headers = lru_cache(HEADERS)(self.header_of)
+        self.refetch_lock = threading.Lock()
 
     def read(self, index: int, states: tuple[Tensor, Tensor] | None = None) -> Sample:
         shard = self.entries[index].shard
-        fresh = self.renewals[shard] > 0 or not self.cache.has(shard)
+        fresh = self.refetched[shard] > 0 or not self.cache.has(shard)
         try:
             return super().read(index, states)
         except BadSample as error:
             if fresh:
                 remedy = f"{REMEDY} (it is so at {self.address})"
-                raise BadSample(error.problem, remedy) from error
-        self.renew(shard)
+                raise BadSample(error.place, error.problem, remedy) from error
+        self.refetch(shard)
         return self.read(index, states)
 
-    def renew(self, shard: str) -> None:
+    def refetch(self, shard: str) -> None:
         """Drop the copy, unless another thread that has read it too was faster."""
-        with self.renewing:
-            if not self.renewals[shard]:
+        with self.refetch_lock:
+            if not self.refetched[shard]:
                 self.cache.drop(shard)
-                self.renewals[shard] += 1
-
-    def header(self, shard: str) -> dict[str, Span]:
-        return self.headers(shard, self.renewals[shard])
-
-    def header_of(self, shard: str, renewals: int) -> dict[str, Span]:
-        """Of a copy after so many renewals: that of an older one is never taken for it."""
-        return self.read_spans(shard)
+                self.refetched[shard] += 1
 
 
 @contextmanager
-def damage_named(address: HubAddress | None) -> Iterator[None]:
+def reraise_with_address(address: HubAddress | None) -> Iterator[None]:
     """What is wrong with a file of a store on the Hub is said of its address, not of the cache."""
     try:
         yield
-    except DamageError as error:
+    except StoreError as error:
         if address is None:  # a folder
             raise
-        raise DamageError(str(address), error.problem, REMEDY) from error
+        raise StoreError(str(address), error.problem, REMEDY) from error
 
 
 def store_address(store: str) -> HubAddress | None:
@@ -151,21 +128,19 @@ def find_store(address: HubAddress) -> FoundStore:
         ValueError: if there is no whole store, or the Hub cannot be asked.
     """
     if not COMMIT.fullmatch(address.revision):
-        info = patiently(
-            str(address), lambda: dataset_info(address.repo, revision=address.revision)
-        )
+        info = retry(str(address), lambda: dataset_info(address.repo, revision=address.revision))
         address = address._replace(revision=info.sha)
         print(f"store {address}", file=sys.stderr)
-    files = patiently(str(address), lambda: listing(address))
+    files = retry(str(address), lambda: list_files(address))
     if "manifest.json" not in files:
         raise ValueError(
             f"there is no store at {address}, and none is captured there: capture into a folder "
             "(--store FOLDER), and put that on the Hub with `hf upload`"
         )
-    missing = [name for name in NEEDED if name not in files]
+    missing = [name for name in REQUIRED if name not in files]
     if missing:
         raise ValueError(f"{address} is no whole store, it has no {missing[0]}: upload it again")
-    return FoundStore(address, files, fetch_small(address, files))
+    return FoundStore(address, files, fetch_small_files(address, files))
 
 
 def open_store(found: FoundStore, *, cache_gb: float, allow_missing: bool) -> HubStore:
@@ -177,8 +152,8 @@ def open_store(found: FoundStore, *, cache_gb: float, allow_missing: bool) -> Hu
             f"data.cache_gb = {cache_gb:g} does not hold two shards of {found.address}: give "
             f"{math.ceil(least / 1e7) / 100:g} or more"
         )
-    cache = ShardCache(root, name_of(found.address), sizes, limit=limit, fetch=found.fetch)
-    held, free = cache.held(), shutil.disk_usage(root).free
+    cache = ShardCache(root, cache_name(found.address), sizes, limit=limit, fetch=found.fetch)
+    held, free = cache.used_bytes(), shutil.disk_usage(root).free
     if min(limit, sum(sizes.values())) > held + free:
         raise ValueError(
             f"data.cache_gb = {cache_gb:g} is more than {root} has room for: {free / 1e9:.3g} GB "
@@ -193,37 +168,31 @@ def cache_root() -> Path:
     return cached_assets_path("peagle", "hub", "stores")
 
 
-def name_of(address: HubAddress) -> str:
+def cache_name(address: HubAddress) -> str:
     """Of a store's folder in the cache."""
     parts = (*address.repo.split("/"), *address.path.split("/"), address.revision)
     return "--".join(part for part in parts if part)
 
 
-def fetch_small(address: HubAddress, files: dict[str, RemoteFile]) -> Path:
+def fetch_small_files(address: HubAddress, files: dict[str, RemoteFile]) -> Path:
     """Bring everything but the shards into the cache, each file as the Hub lists it.
 
     Returns its folder. Whoever finds all in order there waits for nobody.
     """
     for kind in ("http_get", "xet_get"):  # a bar per shard would drown that of training
         disable_progress_bars(f"huggingface_hub.{kind}")
-    root = cache_root() / "small" / name_of(address)
+    root = cache_root() / "small" / cache_name(address)
     folder = root / address.path
 
     def differing(names: Iterable[str]) -> list[str]:
-        return [name for name in names if difference(folder / name, files[name])]
+        return [name for name in names if content_problem(folder / name, files[name])]
 
-    def fetch(name: str) -> None:
-        def attempt() -> None:
-            (folder / name).unlink(missing_ok=True)  # the client takes what is there for whole
-            refuse_other_content(download(address, name, root), files[name])
-
-        patiently(f"{name} of {address}", attempt)
-
-    wanted = differing(name for name in files if name in NEEDED or INDEX.fullmatch(name))
+    wanted = differing(name for name in files if name in REQUIRED or INDEX_FILE.fullmatch(name))
     if wanted:
         with locked(root.with_name(root.name + ".lock")):
             for leftover in root.glob(".cache/huggingface/download/**/*.incomplete"):
                 leftover.unlink()
-            with ThreadPoolExecutor(TOGETHER) as pool:
-                list(pool.map(fetch, differing(wanted)))
+            with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
+                still = differing(wanted)  # another process may have fetched some meanwhile
+                list(pool.map(lambda name: fetch_file(address, name, files[name], root), still))
     return folder

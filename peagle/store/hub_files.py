@@ -25,17 +25,11 @@ class RemoteFile(NamedTuple):
     blob: str | None  # git's name of the content, where git keeps it
 
 
-def listing(address: HubAddress) -> dict[str, RemoteFile]:
+def list_files(address: HubAddress) -> dict[str, RemoteFile]:
     """The files of the store's folder."""
+    where = {"repo_type": address.kind, "revision": address.revision}
     try:
-        entries = list(
-            list_repo_tree(
-                address.repo,
-                address.path or None,
-                repo_type=address.kind,
-                revision=address.revision,
-            )
-        )
+        entries = list(list_repo_tree(address.repo, address.path or None, **where))
     except EntryNotFoundError:  # no such folder
         return {}
     return {
@@ -49,48 +43,47 @@ def listing(address: HubAddress) -> dict[str, RemoteFile]:
     }
 
 
-def download(address: HubAddress, name: str, folder: Path) -> Path:
-    path = hf_hub_download(
-        address.repo,
-        address.inside(name),
-        repo_type=address.kind,
-        revision=address.revision,
-        local_dir=folder,
-    )
-    return Path(path)
+def fetch_file(address: HubAddress, name: str, listed: RemoteFile, folder: Path) -> Path:
+    """Download a file of the store's folder into ``folder``, under its path in the repository.
+
+    Raises:
+        FetchError: naming the file, when it does not come as the Hub lists it.
+    """
+
+    def attempt() -> Path:
+        path = folder / address.inside(name)
+        path.unlink(missing_ok=True)  # the client takes what is there for whole
+        where = {"repo_type": address.kind, "revision": address.revision, "local_dir": folder}
+        hf_hub_download(address.repo, address.inside(name), **where)
+        problem = content_problem(path, listed)
+        if problem:
+            path.unlink(missing_ok=True)
+            raise OSError(f"it came with {problem}")
+        return path
+
+    return retry(f"{name} of {address}", attempt)
 
 
-def refuse_other_content(path: Path, wanted: RemoteFile) -> None:
-    """Raise ``OSError`` and remove the file unless it is the one that the Hub lists."""
-    problem = difference(path, wanted)
-    if problem:
-        path.unlink(missing_ok=True)
-        raise OSError(f"it came with {problem}")
-
-
-def difference(path: Path, wanted: RemoteFile) -> str | None:
+def content_problem(path: Path, listed: RemoteFile) -> str | None:
     """What tells a file from the one that the Hub lists; ``None`` if it is that one."""
-    if size_of(path) != wanted.size:
-        return f"{size_of(path)} bytes instead of {wanted.size}"
-    if wanted.sha256:
-        name, listed, found = "sha256", wanted.sha256, hashlib.sha256()
-    elif wanted.blob:
-        name, listed, found = "git hash", wanted.blob, hashlib.sha1(usedforsecurity=False)
-        found.update(b"blob %d\0" % wanted.size)
+    size = path.stat().st_size if path.exists() else -1
+    if size != listed.size:
+        return f"{size} bytes instead of {listed.size}"
+    if listed.sha256:
+        name, hash_, found = "sha256", listed.sha256, hashlib.sha256()
+    elif listed.blob:
+        name, hash_, found = "git hash", listed.blob, hashlib.sha1(usedforsecurity=False)
+        found.update(b"blob %d\0" % listed.size)
     else:
         return None
     with open(path, "rb") as file:
         hashlib.file_digest(file, lambda: found)
-    if found.hexdigest() != listed:
+    if found.hexdigest() != hash_:
         return f"another content than the Hub says (its {name} differs)"
     return None
 
 
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
-
-
-def patiently(what: str, attempt: Callable[[], Result]) -> Result:
+def retry(what: str, attempt: Callable[[], Result]) -> Result:
     """Try again for a while what the network may have spoilt.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The index of a store: a Parquet part beside every shard, with a line for each sample."""
+"""The index of a store: a Parquet file beside every shard, with a line for each sample."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,11 +6,11 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from peagle.store.disk import publish
-from peagle.store.errors import DamageError
+from peagle.store.disk import rename_durably
+from peagle.store.errors import StoreError
 
-SHARDS_PER_PART = 100_000  # a part's shards have numbers of its own
-IDENTITY = b"peagle.identity"  # in an index part: of the store that its shard was written for
+SHARDS_PER_PROCESS = 100_000  # processes that share a capture number their shards apart
+IDENTITY = b"peagle.identity"  # in an index file: of the store that its shard was written for
 
 
 class Entry(NamedTuple):
@@ -31,7 +31,7 @@ def split_of(sample_id: str, val_share: float) -> str:
     return "val" if int(sample_id[:8], 16) < val_share * 2**32 else "train"
 
 
-def in_order(entries: list[Entry]) -> list[Entry]:
+def sort_and_deduplicate(entries: list[Entry]) -> list[Entry]:
     """By place, and equal documents once: several processes may each have found one.
 
     Equal are those of one name, tokens and loss mask: a name does not know of tools or reasoning.
@@ -42,41 +42,41 @@ def in_order(entries: list[Entry]) -> list[Entry]:
     return list(once.values())
 
 
-def number_of_shard(path: Path) -> int:
-    """Of a shard's file or its index part. Raises ``ValueError`` for a file of another name."""
+def shard_number(path: Path) -> int:
+    """Of a shard's file or its index file. Raises ``ValueError`` for a file of another name."""
     digits = path.name.removeprefix("shard-").partition(".")[0]
     if not digits.isdecimal() or not path.name.startswith(f"shard-{int(digits):05d}."):
         raise ValueError(f"{path} is not a file of a store")
     return int(digits)
 
 
-def index_parts(folder: Path) -> list[Path]:
-    """The index in its order. Raises ``ValueError`` if a part is gone, and its samples with it."""
-    parts = {number_of_shard(path): path for path in folder.glob("shard-*.parquet")}
-    for number in sorted(parts):
-        if number % SHARDS_PER_PART and number - 1 not in parts:
-            raise DamageError(
+def index_files(folder: Path) -> list[Path]:
+    """The index in its order. Raises ``StoreError`` if a file is gone, and its samples with it."""
+    files = {shard_number(path): path for path in folder.glob("shard-*.parquet")}
+    for number in sorted(files):
+        if number % SHARDS_PER_PROCESS and number - 1 not in files:
+            raise StoreError(
                 folder,
-                f"there is {parts[number].name} but no shard-{number - 1:05d}.parquet: a part of "
+                f"there is {files[number].name} but no shard-{number - 1:05d}.parquet: a part of "
                 "the index is missing",
             )
-    return [parts[number] for number in sorted(parts)]
+    return [files[number] for number in sorted(files)]
 
 
-def read_index(part: Path, identity: str | None = None) -> list[Entry]:
-    """Raises ``ValueError`` for a damaged part, or one of a store with another ``identity``."""
+def read_index(path: Path, identity: str | None = None) -> list[Entry]:
+    """Raises ``StoreError`` for a damaged file, or one of a store with another ``identity``."""
     try:
-        table = pq.read_table(part, page_checksum_verification=True)
+        table = pq.read_table(path, page_checksum_verification=True)
         if "place" not in table.column_names:  # of an earlier version: the order of its shards
             table = table.append_column("place", [[0] * len(table)])
         columns = [table[key].to_pylist() for key in Entry._fields]
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise DamageError(part.parent, f"index part {part.name} is damaged ({error})") from error
+        raise StoreError(path.parent, f"index part {path.name} is damaged ({error})") from error
     owner = (table.schema.metadata or {}).get(IDENTITY, b"").decode()
     if identity and owner and owner != identity:
-        raise DamageError(
-            part.parent,
-            f"index part {part.name} belongs to a store of another target or with other settings "
+        raise StoreError(
+            path.parent,
+            f"index part {path.name} belongs to a store of another target or with other settings "
             "than manifest.json says",
         )
     found = [Entry(*values) for values in zip(*columns, strict=True)]
@@ -84,10 +84,10 @@ def read_index(part: Path, identity: str | None = None) -> list[Entry]:
 
 
 def write_index(folder: Path, name: str, entries: list[Entry], identity: str | None) -> None:
-    """The part of a shard that is on the disk, which exists from now on."""
-    part = folder / f"{name}.parquet.tmp"
+    """The index file of a shard that is on the disk; the shard exists from now on."""
+    temporary = folder / f"{name}.parquet.tmp"
     columns = {key: [entry[i] for entry in entries] for i, key in enumerate(Entry._fields)}
     metadata = {} if identity is None else {IDENTITY: identity}
     table = pa.table(columns).replace_schema_metadata(metadata)
-    pq.write_table(table, part, write_page_checksum=True)
-    publish(part, folder / f"{name}.parquet")
+    pq.write_table(table, temporary, write_page_checksum=True)
+    rename_durably(temporary, folder / f"{name}.parquet")

@@ -8,7 +8,7 @@ from typing import Any
 import xxhash
 
 from peagle.store.disk import write_atomically
-from peagle.store.errors import DamageError
+from peagle.store.errors import StoreError
 
 FORMAT = 1
 
@@ -41,10 +41,10 @@ class Manifest:
         try:
             found = json.loads(path.read_text())
         except ValueError as error:  # neither JSON nor, perhaps, text
-            raise DamageError(folder, f"{path.name} is damaged ({error})") from error
+            raise StoreError(folder, f"{path.name} is damaged ({error})") from error
         known = {field.name for field in fields(cls)}
         if not isinstance(found, dict) or set(found) != known or found["format"] != FORMAT:
-            raise DamageError(folder, f"{path.name} is not a manifest of format {FORMAT}")
+            raise StoreError(folder, f"{path.name} is not a manifest of format {FORMAT}")
         return cls(**{**found, "layer_ids": tuple(found["layer_ids"])})
 
     def identity(self) -> str:

@@ -5,9 +5,10 @@
     store/target_layers.safetensors   some of its layers, for a drafter to start from
     store/shard-00000.safetensors, shard-00000.parquet, ...
 
-Here it is read; ``store_writer.py`` writes it.
+Here it is read; ``writer.py`` writes it.
 """
 
+from collections import Counter
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
@@ -17,8 +18,8 @@ import torch
 from jaxtyping import BFloat16
 from torch import Tensor
 
-from peagle.store.errors import BadSample, DamageError
-from peagle.store.index import Entry, in_order, index_parts, read_index
+from peagle.store.errors import BadSample, StoreError
+from peagle.store.index import Entry, index_files, read_index, sort_and_deduplicate
 from peagle.store.manifest import Manifest
 from peagle.store.sample import TENSORS, Sample
 from peagle.store.shard import Span, read_into, read_spans
@@ -55,23 +56,21 @@ class Store:
         self.folder, self.shards = folder, shards or Shards(folder)
         self.manifest = Manifest.read(folder)
         found: list[Entry] = []
-        for part in index_parts(folder):
-            shard = part.with_suffix(".safetensors")
-            entries = read_index(part, self.manifest.identity())
+        for path in index_files(folder):
+            shard = path.with_suffix(".safetensors")
+            entries = read_index(path, self.manifest.identity())
             for name in {entry.shard for entry in entries}:
-                if name != shard.name or shard.is_symlink() or part.is_symlink():
-                    raise ValueError(f"{part.name} names {name!r}, not a file of this store")
+                if name != shard.name or shard.is_symlink() or path.is_symlink():
+                    raise ValueError(f"{path.name} names {name!r}, not a file of this store")
             if not self.shards.has(shard.name) and not allow_missing:
-                raise DamageError(folder, f"shard {shard.name} is missing")
+                raise StoreError(folder, f"shard {shard.name} is missing")
             found += entries
-        self.entries = in_order(found)
-        self.spans = lru_cache(HEADERS)(self.read_spans)
+        self.entries = sort_and_deduplicate(found)
+        self.refetched: Counter[str] = Counter()  # a shard; a header is read anew for each copy
+        self.headers = lru_cache(HEADERS)(lambda shard, refetched: self.read_spans(shard))
 
     def __len__(self) -> int:
         return len(self.entries)
-
-    def header(self, shard: str) -> dict[str, Span]:
-        return self.spans(shard)
 
     def read_spans(self, shard: str) -> dict[str, Span]:
         with self.shards.open(shard) as file:
@@ -90,7 +89,7 @@ class Store:
         entry = self.entries[index]
         try:
             with self.shards.open(entry.shard) as file:
-                header = self.header(entry.shard)
+                header = self.headers(entry.shard, self.refetched[entry.shard])
                 spans = [header[f"{entry.slot}.{key}"] for key in TENSORS]
                 check_shapes(spans, entry, self.manifest)
                 places = states or [torch.empty(s.shape, dtype=torch.bfloat16) for s in spans[2:]]
@@ -101,13 +100,13 @@ class Store:
                 )
                 hashes = [read_into(t, file, s) for t, s in zip(sample, spans, strict=True)]
         except (OSError, KeyError) as error:
-            raise bad(entry, f"cannot be read ({error})") from error
+            raise bad_sample(entry, f"cannot be read ({error})") from error
         check_contents(sample, hashes, entry, self.manifest)
         return sample
 
 
-def bad(entry: Entry, problem: str) -> BadSample:
-    return BadSample(f"shard {entry.shard}, sample {entry.sample}: {problem}")
+def bad_sample(entry: Entry, problem: str) -> BadSample:
+    return BadSample(f"shard {entry.shard}, sample {entry.sample}", problem)
 
 
 def check_shapes(spans: list[Span], entry: Entry, manifest: Manifest) -> None:
@@ -121,22 +120,24 @@ def check_shapes(spans: list[Span], entry: Entry, manifest: Manifest) -> None:
     )
     for key, span, (dtype, shape) in zip(TENSORS, spans, wanted, strict=True):
         if (span.dtype, span.shape) != (dtype, shape):
-            raise bad(entry, f"{key} is {span.shape} {span.dtype}, not {shape} {dtype}")
+            raise bad_sample(entry, f"{key} is {span.shape} {span.dtype}, not {shape} {dtype}")
 
 
 def check_contents(sample: Sample, hashes: list[str], entry: Entry, manifest: Manifest) -> None:
     """Raise ``BadSample`` unless the tensors are the captured ones and can be trained on."""
     for key, found, written in zip(TENSORS, hashes, entry.hashes, strict=True):
         if found != written:
-            raise bad(entry, f"{key} is corrupt (its hash differs)")
-    if not (finite(sample.aux) and finite(sample.final)):
-        raise bad(entry, "its hidden states are not finite")
+            raise bad_sample(entry, f"{key} is corrupt (its hash differs)")
+    if not (all_finite(sample.aux) and all_finite(sample.final)):
+        raise bad_sample(entry, "its hidden states are not finite")
     low, high = sample.input_ids.aminmax()
     if low < 0 or high >= manifest.vocab_size:
-        raise bad(entry, f"token ids reach {low}..{high} of a vocabulary of {manifest.vocab_size}")
+        raise bad_sample(
+            entry, f"token ids reach {low}..{high} of a vocabulary of {manifest.vocab_size}"
+        )
 
 
-def finite(states: BFloat16[Tensor, "n D"]) -> bool:
+def all_finite(states: BFloat16[Tensor, "n D"]) -> bool:
     """Whether all bits stay below those of an infinity, for either sign.
 
     By numpy: torch would start threads of its own in every thread that reads.

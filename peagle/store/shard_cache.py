@@ -19,7 +19,7 @@ from pathlib import Path
 from peagle.store.locks import locked
 from peagle.store.reader import Shards
 
-POLL = 0.05  # seconds between looks for room that others' arrivals take
+POLL_S = 0.05  # seconds between looks for room that others' arrivals take
 
 
 class FetchError(ValueError):
@@ -53,7 +53,7 @@ class ShardCache(Shards):
             folder.mkdir(parents=True, exist_ok=True)
         refuse_without_locks(root / "locks" / "probe")
         with locked(root / "locks" / "all"):
-            self.arriving()
+            self.arriving_bytes()
 
     def has(self, shard: str) -> bool:
         """Whether it can be had."""
@@ -68,10 +68,10 @@ class ShardCache(Shards):
         """
         if shard not in self.sizes:
             raise FileNotFoundError(f"{shard} is not where the store is")
-        with self.own_trouble(shard):
-            return self.present(shard) or self.fetched(shard)
+        with self.as_fetch_error(shard):
+            return self.open_copy(shard) or self.fetch_and_open(shard)
 
-    def present(self, shard: str) -> FileIO | None:
+    def open_copy(self, shard: str) -> FileIO | None:
         """The copy if it is there; one that a crash of the machine has cut is not."""
         try:
             file = super().open(shard)
@@ -83,10 +83,10 @@ class ShardCache(Shards):
         os.utime(file.fileno())
         return file
 
-    def fetched(self, shard: str) -> FileIO:
+    def fetch_and_open(self, shard: str) -> FileIO:
         """The shard by way of the network, unless another process brings it meanwhile."""
         with locked(self.lock_of(f"{self.store}--{shard}")):
-            file = self.present(shard)
+            file = self.open_copy(shard)
             if file is not None:
                 return file
             arriving = self.reserve(shard)
@@ -103,11 +103,11 @@ class ShardCache(Shards):
 
     def drop(self, shard: str) -> None:
         """Raises ``FetchError`` where the disk does not allow it."""
-        with self.own_trouble(shard), locked(self.root / "locks" / "all"):
+        with self.as_fetch_error(shard), locked(self.root / "locks" / "all"):
             (self.folder / shard).unlink(missing_ok=True)
 
     @contextmanager
-    def own_trouble(self, shard: str) -> Iterator[None]:
+    def as_fetch_error(self, shard: str) -> Iterator[None]:
         """A full disk or too many open files say nothing of the samples in a shard."""
         try:
             yield
@@ -116,13 +116,13 @@ class ShardCache(Shards):
                 f"{shard} cannot be fetched into {self.root} or opened there: {error}"
             ) from error
 
-    def held(self) -> int:
+    def used_bytes(self) -> int:
         """Bytes of all copies."""
         with locked(self.root / "locks" / "all"):
             return sum(path.stat().st_size for path in self.root.glob("shards/*/*"))
 
-    def finished(self, shards: Iterable[str]) -> None:
-        """These are not needed for now: they go before any other."""
+    def release(self, shards: Iterable[str]) -> None:
+        """Let these, which are not needed for now, be removed before any other."""
         for shard in shards:
             with suppress(FileNotFoundError):
                 os.utime(self.folder / shard, (0, 0))
@@ -137,7 +137,7 @@ class ShardCache(Shards):
                     arriving.mkdir()
                     (arriving / "bytes").write_text(str(self.sizes[shard]))
                     return arriving
-            time.sleep(POLL)
+            time.sleep(POLL_S)
 
     def make_room(self, size: int) -> bool:
         """Remove copies, the longest unused first, until ``size`` more bytes fit.
@@ -145,7 +145,7 @@ class ShardCache(Shards):
         Copies come and go under the lock of all, which the caller holds.
         """
         copies = [(path.stat(), path) for path in self.root.glob("shards/*/*")]
-        used = self.arriving() + sum(stat.st_size for stat, _ in copies)
+        used = self.arriving_bytes() + sum(stat.st_size for stat, _ in copies)
         for stat, path in sorted(copies, key=lambda copy: copy[0].st_mtime_ns):
             if used + size <= self.limit:
                 break
@@ -153,7 +153,7 @@ class ShardCache(Shards):
             used -= stat.st_size
         return used + size <= self.limit
 
-    def arriving(self) -> int:
+    def arriving_bytes(self) -> int:
         """Bytes reserved by living processes; what killed ones left is removed."""
         taken = 0
         for folder in list((self.root / "arriving").iterdir()):

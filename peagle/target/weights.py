@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peagle.store.errors import DamageError
+from peagle.store.errors import StoreError
 from peagle.store.index import IDENTITY
 from peagle.store.sample import digest
 
@@ -52,11 +52,11 @@ def read_weights(
             hashes = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in names or file.keys()}
     except (SafetensorError, OSError) as error:
-        raise DamageError(path.parent, f"{path.name} cannot be read ({error})") from error
+        raise StoreError(path.parent, f"{path.name} cannot be read ({error})") from error
     owner = hashes.pop(IDENTITY.decode(), None)
     if identity and owner and owner != identity:
-        raise DamageError(path.parent, f"{path.name} belongs to a store of another target")
+        raise StoreError(path.parent, f"{path.name} belongs to a store of another target")
     for name, hash_ in hashes.items():
         if name not in tensors or digest(tensors[name]) != hash_:
-            raise DamageError(path.parent, f"{path.name}: {name} is corrupt (its hash differs)")
+            raise StoreError(path.parent, f"{path.name}: {name} is corrupt (its hash differs)")
     return tensors

@@ -32,7 +32,7 @@ from peagle.model.restore import (
 )
 from peagle.model.saved_drafter import load_drafter
 from peagle.serve.contract import as_served
-from peagle.store.hub import damage_named
+from peagle.store.hub import reraise_with_address
 from peagle.store.manifest import Manifest
 from peagle.target.end_tokens import end_tokens
 from peagle.target.head import TargetHead
@@ -151,7 +151,7 @@ class PEagleModule(L.LightningModule):
             return
         # Lightning makes the GPU the default here, and moves the module there afterwards. What a
         # store holds is read on the CPU, and random weights are the same on every device.
-        with torch.device("cpu"), damage_named(self.trainer.datamodule.address):
+        with torch.device("cpu"), reraise_with_address(self.trainer.datamodule.address):
             self.build()
 
     def build(self) -> None:

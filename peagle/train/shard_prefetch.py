@@ -45,7 +45,7 @@ class FetchAhead:
             threading.Thread(target=self.fetch, args=arguments, daemon=True).start()
         try:
             for number, pack in enumerate(packs):
-                self.shards.finished(window.leave(number - self.lag))
+                self.shards.release(window.leave(number - self.lag))
                 for shard in window.extend(number):
                     coming.put(shard)
                 yield pack

@@ -9,12 +9,14 @@ import pytest
 import torch
 from random_parts import make_target
 
-from peagle.capture import extract as states_module
-from peagle.capture.capture import capture, wanted_manifest
+from peagle.capture import extract as extract_module
+from peagle.capture.answers import read_answers, refuse_other_prompts
+from peagle.capture.capture import capture
 from peagle.capture.chat import prompt_ids
 from peagle.capture.config import CaptureConfig
-from peagle.capture.conversation import Answer, generate
-from peagle.capture.generate import read_answers, refuse_other_prompts
+from peagle.capture.conversation import Answer
+from peagle.capture.generate import generate
+from peagle.capture.identity import wanted_manifest
 from peagle.capture.prompts import Prompt, PromptSource
 from peagle.store.reader import Store
 from peagle.target.head import TargetHead, target_head_of
@@ -72,7 +74,7 @@ def test_an_interrupted_capture_goes_on_and_ends_with_the_same_store(folder, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(states_module, "run_batch", killed)
+        patch.setattr(extract_module, "extract_batch", killed)
         with pytest.raises(KeyboardInterrupt):
             capture(TARGET, CONFIG, tmp_path)
     with open(tmp_path / "answers.jsonl", "a") as file:
@@ -138,7 +140,7 @@ def test_prompts_edited_while_their_capture_was_interrupted_are_refused(tmp_path
 
     config = own_prompts(tmp_path / "mine.jsonl", "def a():", "def b():")
     with monkeypatch.context() as patch:
-        patch.setattr(states_module, "run_batch", killed)
+        patch.setattr(extract_module, "extract_batch", killed)
         with pytest.raises(KeyboardInterrupt):
             capture(TARGET, config, tmp_path / "store")
     edited = own_prompts(tmp_path / "mine.jsonl", "def b():", "def a():")

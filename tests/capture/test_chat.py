@@ -4,14 +4,14 @@ import pytest
 import torch
 from chat_templates import HARMONY, QWEN3, TEMPLATES, tokenizer_with
 
+from peagle.capture.answers import turns_within
 from peagle.capture.chat import (
     Turn,
     conversation_id,
     documents,
-    fitting,
+    mask_reasoning,
     prompt_ids,
-    turns_of,
-    without_reasoning,
+    turns_from_messages,
 )
 from peagle.target.target import TargetSource
 
@@ -30,9 +30,9 @@ def tokenizer():
     return TargetSource("tiny").tokenizer()
 
 
-def rendered(tokenizer, messages, finished=True, **options):
+def rendered(tokenizer, messages, **options):
     ends = {tokenizer.eos_token_id}
-    return documents(turns_of(tokenizer, messages, ends=ends, options=options, finished=finished))
+    return documents(turns_from_messages(tokenizer, messages, ends=ends, options=options))
 
 
 def supervised(tokenizer, found):
@@ -51,12 +51,6 @@ def test_an_answer_never_merges_with_its_prompt(tokenizer):
     whole = tokenizer(tokenizer.decode(document.input_ids), add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(whole) == tokenizer.decode(document.input_ids)
     assert len(whole) == len(document.input_ids) - 1
-
-
-def test_an_answer_that_was_cut_off_has_no_end_token(tokenizer):
-    [document] = rendered(tokenizer, TALK[:2], finished=False)
-    assert supervised(tokenizer, [document]) == ["    return x"]
-    assert document.input_ids[-1] != tokenizer.eos_token_id
 
 
 def test_the_prompt_ends_where_the_answer_begins(tokenizer):
@@ -83,7 +77,7 @@ def test_every_familys_answers_are_supervised_with_their_end_and_nothing_else(fa
 def test_a_history_that_stays_makes_one_document_of_all_turns(family):
     tokenizer = tokenizer_with(TEMPLATES[family])
     talk = [{**m, "content": m["content"].strip()} for m in [SYSTEM, *TALK]]
-    turns = turns_of(tokenizer, talk, ends={tokenizer.eos_token_id})
+    turns = turns_from_messages(tokenizer, talk, ends={tokenizer.eos_token_id})
     assert len(turns) == 2
     # The embedded tokenizer may merge across a turn's end; the families' cannot.
     said = "".join(supervised(tokenizer, documents(turns)))
@@ -137,7 +131,7 @@ def test_reasoning_can_be_left_out_of_the_loss(template, answer, left):
     tokenizer = tokenizer_with(template)
     talk = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", **answer}]
     [document] = rendered(tokenizer, talk)
-    masked = without_reasoning(document, tokenizer)
+    masked = mask_reasoning(document, tokenizer)
     assert supervised(tokenizer, [masked]) == [left]
     assert torch.equal(masked.input_ids, document.input_ids)
 
@@ -168,9 +162,9 @@ def test_tools_their_calls_and_their_results_are_in_the_context():
 
 def test_turns_that_do_not_fit_are_left_out_whole():
     turns = [Turn([1] * 4, [2] * 3), Turn([1] * 9, [2] * 4), Turn([1] * 15, [2])]
-    assert fitting(turns, 13) == turns[:2]
-    assert fitting(turns, 12) == turns[:1]
-    assert fitting(turns, 6) == []
+    assert turns_within(turns, 13) == turns[:2]
+    assert turns_within(turns, 12) == turns[:1]
+    assert turns_within(turns, 6) == []
 
 
 @pytest.mark.parametrize(

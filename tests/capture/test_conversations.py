@@ -6,8 +6,9 @@ import pytest
 from chat_templates import HARMONY, QWEN3, tokenizer_with
 
 from peagle.capture.capture import capture
+from peagle.capture.chat import answer_text
 from peagle.capture.config import CaptureConfig
-from peagle.capture.conversation import Talk, words
+from peagle.capture.conversation import Conversation
 from peagle.capture.prompts import Prompt, PromptSource, load_prompts
 from peagle.store.reader import Store
 from peagle.target.target import TargetSource
@@ -74,47 +75,47 @@ def test_a_conversation_that_does_not_fit_is_cut_at_a_turn_and_counted(tmp_path,
     assert sorted(said for _, said in found) == ["    return 1<|im_end|>", "    return 3<|im_end|>"]
 
 
-def talk(turns, max_tokens):
+def conversation(turns, max_tokens):
     config = CaptureConfig(prompts=[PromptSource("stdlib")], max_tokens=max_tokens)
-    return Talk(TARGET.tokenizer(), Prompt("p", None, turns), config)
+    return Conversation(TARGET.tokenizer(), Prompt("p", None, turns), config)
 
 
-def test_a_talk_ends_before_the_prompt_that_leaves_no_room():
-    cut = talk((ASKED[0], "x = 1\n" * 200), max_tokens=120)
-    assert cut.ask()
-    cut.hear([40, 41, TARGET.tokenizer().eos_token_id], True)
-    assert not cut.ask()
-    answer = cut.answer(greedy=True)
+def test_a_conversation_ends_before_the_prompt_that_leaves_no_room():
+    cut = conversation((ASKED[0], "x = 1\n" * 200), max_tokens=120)
+    assert cut.next_prompt()
+    cut.add_answer([40, 41, TARGET.tokenizer().eos_token_id], True)
+    assert not cut.next_prompt()
+    answer = cut.to_answer(greedy=True)
     assert answer.cut and answer.finished and len(answer.turns) == 1
     assert [m["role"] for m in answer.messages] == ["user", "assistant"]
 
 
 def test_an_answer_that_leaves_the_room_cuts_its_turn_or_the_first_answer_itself():
-    again = talk((ASKED[0], ASKED[1]), max_tokens=100)
-    assert again.ask()
-    again.hear([40, TARGET.tokenizer().eos_token_id], True)
-    assert again.ask()
-    again.hear([40] * 100, True)
-    assert again.answer(greedy=True).cut and len(again.turns) == 1 and len(again.messages) == 2
-    first = talk((ASKED[0],), max_tokens=40)
-    assert first.ask()
-    first.hear([40] * 100, True)
-    answer = first.answer(greedy=True)
+    again = conversation((ASKED[0], ASKED[1]), max_tokens=100)
+    assert again.next_prompt()
+    again.add_answer([40, TARGET.tokenizer().eos_token_id], True)
+    assert again.next_prompt()
+    again.add_answer([40] * 100, True)
+    assert again.to_answer(greedy=True).cut and len(again.turns) == 1 and len(again.messages) == 2
+    first = conversation((ASKED[0],), max_tokens=40)
+    assert first.next_prompt()
+    first.add_answer([40] * 100, True)
+    answer = first.to_answer(greedy=True)
     assert not answer.finished and sum(map(len, answer.turns[0])) == 40
 
 
 def test_an_answer_for_which_an_engine_had_no_more_room_cuts_its_turn_as_a_longer_one_does():
-    again = talk((ASKED[0], ASKED[1]), max_tokens=100)
-    assert again.ask()
-    again.hear([40, TARGET.tokenizer().eos_token_id], True)
-    assert again.ask()
-    again.hear([40] * (100 - len(again.pending)), False)
-    assert again.answer(greedy=True).cut and len(again.turns) == 1 and len(again.messages) == 2
-    first = talk((ASKED[0], ASKED[1]), max_tokens=40)
-    assert first.ask()
-    first.hear([40] * (40 - len(first.pending)), False)
-    answer = first.answer(greedy=True)
-    assert not answer.finished and sum(map(len, answer.turns[0])) == 40 and not first.ask()
+    again = conversation((ASKED[0], ASKED[1]), max_tokens=100)
+    assert again.next_prompt()
+    again.add_answer([40, TARGET.tokenizer().eos_token_id], True)
+    assert again.next_prompt()
+    again.add_answer([40] * (100 - len(again.asked)), False)
+    assert again.to_answer(greedy=True).cut and len(again.turns) == 1 and len(again.messages) == 2
+    first = conversation((ASKED[0], ASKED[1]), max_tokens=40)
+    assert first.next_prompt()
+    first.add_answer([40] * (40 - len(first.asked)), False)
+    answer = first.to_answer(greedy=True)
+    assert not answer.finished and sum(map(len, answer.turns[0])) == 40 and not first.next_prompt()
 
 
 def test_a_first_turn_that_does_not_fit_is_left_out_and_counted(tmp_path, capsys):
@@ -169,4 +170,6 @@ def test_a_message_that_is_none_is_refused_by_row(tmp_path, message, problem):
 )  # fmt: skip
 def test_the_history_holds_what_was_said_without_the_reasoning(template, said):
     tokenizer = tokenizer_with(template)
-    assert words(tokenizer, tokenizer(said, add_special_tokens=False)["input_ids"]) == "It is 4"
+    assert (
+        answer_text(tokenizer, tokenizer(said, add_special_tokens=False)["input_ids"]) == "It is 4"
+    )

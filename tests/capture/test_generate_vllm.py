@@ -19,7 +19,7 @@ import torch
 
 from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
-from peagle.capture.generate_vllm import Partner, complete
+from peagle.capture.generate_vllm import Client, request_completion
 from peagle.capture.prompts import Prompt, PromptSource
 from peagle.serve.server import EngineError
 from peagle.store.reader import Store
@@ -226,7 +226,9 @@ def answering(status: int, content: bytes) -> Iterator[int]:
 
 def asked(status: int, **choice) -> list[int]:
     with answering(status, json.dumps({"choices": [choice]}).encode()) as port:
-        return complete(port, [5, 6], max_new_tokens=3, temperature=0.0, seed=1, ends={2, 9})
+        return request_completion(
+            port, [5, 6], max_new_tokens=3, temperature=0.0, seed=1, ends={2, 9}
+        )
 
 
 def test_an_answer_is_whole_when_it_ends_or_is_as_long_as_allowed():
@@ -251,7 +253,7 @@ def test_an_answer_that_is_not_whole_is_none(choice, kind, words):
 @pytest.mark.parametrize("content", [b"<html>", b"[]", b'{"choices": []}', b'{"choices": [1]}'])
 def test_what_is_no_completion_is_said_to_be_none(content):
     with answering(200, content) as port, pytest.raises(OSError, match="and not a completion"):
-        complete(port, [5], max_new_tokens=3, temperature=0.0, seed=1, ends={2})
+        request_completion(port, [5], max_new_tokens=3, temperature=0.0, seed=1, ends={2})
 
 
 @pytest.mark.parametrize(
@@ -264,14 +266,14 @@ def test_what_is_no_completion_is_said_to_be_none(content):
 def test_what_the_engine_says_about_a_request_is_passed_on(status, kind, words):
     content = json.dumps({"error": {"message": "too long"}}).encode()
     with answering(status, content) as port, pytest.raises(kind, match=words):
-        complete(port, [5], max_new_tokens=3, temperature=0.0, seed=1, ends={2})
+        request_completion(port, [5], max_new_tokens=3, temperature=0.0, seed=1, ends={2})
 
 
 def test_a_prompt_that_the_engine_refuses_is_named():
     content = json.dumps({"error": {"message": "no such token"}}).encode()
     with answering(400, content) as port:
-        partner = Partner(port, TARGET.tokenizer(), {2}, CONFIG)
+        client = Client(port, TARGET.tokenizer(), {2}, CONFIG)
         with pytest.raises(
             ValueError, match=r"prompt mine/7: the engine refuses .*: no such token"
         ):
-            partner.talk(Prompt("mine/7", None, ("def a():",)), greedy=True)
+            client.converse(Prompt("mine/7", None, ("def a():",)), greedy=True)

@@ -7,8 +7,9 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from peagle.capture.capture import capture, wanted_manifest
+from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
+from peagle.capture.identity import wanted_manifest
 from peagle.capture.prompts import PromptSource
 from peagle.plan.forecast import forecast
 from peagle.store.reader import Store

@@ -3,8 +3,9 @@ from dataclasses import replace
 
 import pytest
 
+from peagle.capture import prompts
 from peagle.capture.config import CaptureConfig
-from peagle.capture.prompts import PromptSource, digest_of, load_prompts
+from peagle.capture.prompts import PromptSource, load_prompts, prompt_set_hash
 from peagle.decode.evaluation import EvaluationConfig
 
 
@@ -32,6 +33,17 @@ def write(tmp_path, *rows):
 )  # fmt: skip
 def test_only_the_users_turns_are_kept(tmp_path, row, turns):
     assert load_prompts(PromptSource(write(tmp_path, row)))[0].turns == turns
+
+
+def test_another_column_is_one_line_of_the_table(tmp_path, monkeypatch):
+    def read_lines(value, name):
+        return [{"role": "user", "content": line} for line in value.splitlines()]
+
+    path = write(tmp_path, {"queries": "First?\nSecond?"})
+    with pytest.raises(ValueError, match=r"row 0 .* has no column any of messages, conversations"):
+        load_prompts(PromptSource(path))
+    monkeypatch.setitem(prompts.COLUMNS, "queries", read_lines)
+    assert load_prompts(PromptSource(path))[0].turns == ("First?", "Second?")
 
 
 def test_a_system_message_opens_the_conversation(tmp_path):
@@ -126,22 +138,24 @@ def test_a_short_name_stands_for_a_set_on_the_hub_and_can_be_overruled():
 
 def test_a_set_on_the_hub_is_known_by_its_address_alone():
     """No network is needed, and none is there in tests."""
-    found = {digest_of(PromptSource("org/set", **{key: value})) for key, value in [
+    found = {prompt_set_hash(PromptSource("org/set", **{key: value})) for key, value in [
         ("split", "test"), ("subset", "main"), ("column", "text"), ("limit", 5), ("revision", "v1"),
         ("split", "train"),
     ]}  # fmt: skip
     assert len(found) == 6
-    assert digest_of(PromptSource("org/set")) == digest_of(PromptSource("org/set", "train"))
+    assert prompt_set_hash(PromptSource("org/set")) == prompt_set_hash(
+        PromptSource("org/set", "train")
+    )
 
 
 def test_a_local_set_is_known_by_what_it_says(tmp_path):
     path = write(tmp_path, {"prompt": "a", "note": "x"}, {"prompt": "b"})
-    first = digest_of(PromptSource(path))
+    first = prompt_set_hash(PromptSource(path))
     write(tmp_path, {"prompt": "a", "note": "y"}, {"prompt": "b"})
-    assert digest_of(PromptSource(path)) == first
-    assert digest_of(PromptSource(path, limit=1)) != first
+    assert prompt_set_hash(PromptSource(path)) == first
+    assert prompt_set_hash(PromptSource(path, limit=1)) != first
     write(tmp_path, {"prompt": "b"}, {"prompt": "a"})
-    assert digest_of(PromptSource(path)) != first
+    assert prompt_set_hash(PromptSource(path)) != first
 
 
 def test_a_limit_below_one_is_refused():

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from peagle.capture import extract as states_module
-from peagle.capture import generate as answers_module
+from peagle.capture import extract as extract_module
+from peagle.capture import generate as generate_module
 from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
 from peagle.capture.prompts import PromptSource, load_prompts
-from peagle.capture.work_split import Part, alone
-from peagle.store.index import SHARDS_PER_PART, index_parts
+from peagle.capture.work_split import WorkSplit
+from peagle.store.index import SHARDS_PER_PROCESS, index_files
 from peagle.store.reader import Store
 from peagle.store.writer import StoreWriter
 from peagle.target.target import TargetSource
@@ -66,7 +66,9 @@ def test_parts_make_the_store_that_one_process_makes(whole, tmp_path, order, cap
     assert not (tmp_path / "partial").exists() and not list(tmp_path.glob("*.tmp"))
     store = Store(tmp_path)
     assert len({store.read(i).input_ids.numpy().tobytes() for i in range(len(store))}) == 14
-    shards = {int(path.stem.partition("-")[2]) // SHARDS_PER_PART for path in index_parts(tmp_path)}
+    shards = {
+        int(path.stem.partition("-")[2]) // SHARDS_PER_PROCESS for path in index_files(tmp_path)
+    }
     assert len(shards) == {"0/2 1/2": 2, "2/3 0/3 1/3": 3, "1/2": 2}[order]
 
 
@@ -95,8 +97,8 @@ def test_a_part_that_is_killed_goes_on_and_the_store_is_the_same(
     whole, tmp_path, monkeypatch, place, calls
 ):
     module, name = {
-        "answering": (answers_module, "answer_unit"),
-        "reading": (states_module, "run_batch"),
+        "answering": (generate_module, "answer_batch"),
+        "reading": (extract_module, "extract_batch"),
     }[place]
     with monkeypatch.context() as patch:
         patch.setattr(module, name, kill_after(calls, getattr(module, name)))
@@ -110,7 +112,7 @@ def test_a_part_that_is_killed_goes_on_and_the_store_is_the_same(
     assert contents(tmp_path) == contents(whole)
 
 
-def test_a_unit_whose_answers_were_torn_apart_is_answered_as_before(whole, tmp_path, monkeypatch):
+def test_a_batch_whose_answers_were_torn_apart_is_answered_as_before(whole, tmp_path, monkeypatch):
     """Sampled answers depend on all that are drawn together."""
     tmp_path.joinpath("partial").mkdir()
     for name in ("capture.json", "answers.jsonl"):
@@ -149,19 +151,20 @@ def test_equal_prompts_with_greedy_answers_make_one_sample(tmp_path):
 @pytest.mark.parametrize("running", ["0/2", "1/2", None])
 def test_two_processes_never_capture_the_same(tmp_path, running):
     """The lock is held by this process, on a file of its own opening."""
-    with alone(tmp_path / "partial", Part.parse(running)):
+    with WorkSplit.parse(running).lock(tmp_path / "partial"):
         same = part(running)
         with pytest.raises(ValueError, match="another process is capturing into"):
             capture(TARGET, same, tmp_path)
         with pytest.raises(ValueError, match="another process is capturing into"):
             capture(TARGET, CONFIG, tmp_path)
-    with alone(tmp_path / "partial", Part.parse("0/2")), alone(tmp_path / "partial", Part(1, 2)):
+    shares = [WorkSplit(index, 2).lock(tmp_path / "partial") for index in range(2)]
+    with shares[0], shares[1]:
         pass
 
 
 @pytest.mark.parametrize("text", ["0/2", "1/2"])
 def test_no_part_begins_while_all_are_captured(tmp_path, text):
-    with alone(tmp_path / "partial", Part.parse(None)):
+    with WorkSplit.parse(None).lock(tmp_path / "partial"):
         with pytest.raises(ValueError, match="another process is capturing into"):
             capture(TARGET, part(text), tmp_path)
 
@@ -169,24 +172,24 @@ def test_no_part_begins_while_all_are_captured(tmp_path, text):
 @pytest.mark.parametrize("text", ["2/2", "-1/2", "1", "a/b", "0/0", "1/2/3"])
 def test_a_part_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match=r"part must be I/N .* \(0/2, 1/2\), got"):
-        Part.parse(text)
+        WorkSplit.parse(text)
 
 
-def test_parts_share_the_units_and_leave_none_out():
-    units = list("abcdefg")
-    shares = [Part(i, 3).of(units) for i in range(3)]
+def test_processes_share_the_batches_and_leave_none_out():
+    batches = list("abcdefg")
+    shares = [WorkSplit(i, 3).share(batches) for i in range(3)]
     assert shares == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
-    assert Part.parse(None).of(units) == units
+    assert WorkSplit.parse(None).share(batches) == batches
 
 
 def test_parts_of_other_batches_complete_nothing(tmp_path):
-    assert not Part(0, 2).mark(tmp_path, 32)
-    assert not Part(1, 2).mark(tmp_path, 16)
-    assert Part(1, 2).mark(tmp_path, 32)
+    assert not WorkSplit(0, 2).mark_done(tmp_path, 32)
+    assert not WorkSplit(1, 2).mark_done(tmp_path, 16)
+    assert WorkSplit(1, 2).mark_done(tmp_path, 32)
 
 
 def test_a_writer_leaves_the_unfinished_shards_of_others_alone(tmp_path):
-    other = tmp_path / f"shard-{SHARDS_PER_PART}.safetensors.tmp"
+    other = tmp_path / f"shard-{SHARDS_PER_PROCESS}.safetensors.tmp"
     other.write_bytes(b"being written")
     own = tmp_path / "shard-00003.safetensors.tmp"
     own.write_bytes(b"left by a kill")

@@ -6,7 +6,7 @@ target itself says after one prompt.
 
 import torch
 
-from peagle.capture.capture import block_of
+from peagle.capture.identity import llama_block
 from peagle.cod.sampling import Cod, sample_rows
 from peagle.cod.segments import Segment
 from peagle.decode.decoder import Decoder
@@ -50,7 +50,7 @@ def trained_drafter(target, prompt: list[int], *, parallel_drafting: bool) -> Dr
     text = TargetSource("tiny").config()
     layer_ids = default_layer_ids(text.num_hidden_layers)
     config = PEagleConfig(
-        **block_of(text),
+        **llama_block(text),
         num_hidden_layers=LAYERS,
         vocab_size=text.vocab_size,
         mask_token_id=3,

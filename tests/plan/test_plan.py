@@ -11,8 +11,9 @@ import pytest
 from paths import ROOT
 from random_parts import make_drafter
 
-from peagle.capture.capture import capture, shape_of
+from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
+from peagle.capture.identity import manifest_fields
 from peagle.capture.prompts import PromptSource
 from peagle.cod.sampling import Cod
 from peagle.decode.evaluation import EvaluationConfig
@@ -56,7 +57,7 @@ DATA = Forecast(
 
 def manifest_of(target, config):
     return Manifest(target.name, None, "", tokenizer="", answers="",
-                    **shape_of(target.config(), config))  # fmt: skip
+                    **manifest_fields(target.config(), config))  # fmt: skip
 
 
 def test_the_disk_figure_is_what_the_store_then_takes(tmp_path):

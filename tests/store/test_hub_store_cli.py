@@ -13,8 +13,8 @@ from hub_server import TOKEN, Hub
 from hub_stores import ADDRESS, NAME, fetched, put_store
 from random_parts import make_manifest
 
-from peagle.capture.capture import wanted_manifest
 from peagle.capture.config import CaptureConfig
+from peagle.capture.identity import wanted_manifest
 from peagle.capture.prompts import PromptSource
 from peagle.cli import run
 from peagle.target.target import TargetSource

@@ -54,7 +54,7 @@ def test_a_fit_from_the_hub_is_the_one_from_the_folder_to_the_bit(
     theirs, others, data = train(tmp_path / "hub", ADDRESS, 30, **changes)
     assert len(data.train_dataloader()) < 30 and theirs == ours and len(ours) == 30
     assert equal(weights, others)
-    held = data.store.cache.held()
+    held = data.store.cache.used_bytes()
     assert 0 < held <= data.store.cache.limit
     assert set(fetched(own_hub)) == set(shards_of(store))
     if shards == 12:

@@ -34,7 +34,7 @@ def test_the_longest_unused_goes_first_and_what_is_finished_before_it(tmp_path):
     read(cache, NAMES[0])
     read(cache, NAMES[2])
     assert source.asked == [NAMES[n] for n in (0, 1, 2, 3)]
-    cache.finished([NAMES[2], NAMES[7]])
+    cache.release([NAMES[2], NAMES[7]])
     read(cache, NAMES[4])  # 2 goes, though it was read last
     assert {path.name for path in cache.folder.iterdir()} == {NAMES[0], NAMES[3], NAMES[4]}
 

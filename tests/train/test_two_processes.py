@@ -8,7 +8,7 @@ import sys
 import pytest
 from paths import ROOT
 
-from peagle.store.index import SHARDS_PER_PART, index_parts
+from peagle.store.index import SHARDS_PER_PROCESS, index_files
 from peagle.store.reader import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -60,8 +60,8 @@ def test_two_processes_capture_at_once_and_two_ranks_train_on_what_they_made(tmp
     both = [start("capture", tmp_path, **{"capture.part": part}) for part in ("0/2", "1/2")]
     said = [finish(process) for process in both]
     assert sum("is done; the others complete" in text for text in said) == 1
-    parts = index_parts(tmp_path / "store")
-    assert {int(part.stem.partition("-")[2]) // SHARDS_PER_PART for part in parts} == {0, 1}
+    parts = index_files(tmp_path / "store")
+    assert {int(part.stem.partition("-")[2]) // SHARDS_PER_PROCESS for part in parts} == {0, 1}
     ours, theirs = (Store(folder / "store").entries for folder in (tmp_path, alone))
     assert len(ours) == 40
     assert [(e.sample, e.hashes) for e in ours] == [(e.sample, e.hashes) for e in theirs]

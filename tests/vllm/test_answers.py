@@ -11,10 +11,10 @@ import pytest
 from http_server import lasting, living, parent
 from lab import ROOT, as_yaml
 
-from peagle.capture import extract as states_module
+from peagle.capture import extract as extract_module
+from peagle.capture.answers import read_answers
 from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
-from peagle.capture.generate import read_answers
 from peagle.capture.prompts import PromptSource
 from peagle.serve.server import Server
 from peagle.store.reader import Store
@@ -67,7 +67,7 @@ def answers_in(store):
 @pytest.fixture(scope="module")
 def served(folder, vllm_python, environment):
     """Answers of the engine, and which of its processes lived when states were read."""
-    groups, left, read, enter = [], [], states_module.run_batch, Server.__enter__
+    groups, left, read, enter = [], [], extract_module.extract_batch, Server.__enter__
 
     def entering(server):
         entered = enter(server)
@@ -83,7 +83,7 @@ def served(folder, vllm_python, environment):
         for name, value in environment.items():
             patch.setenv(name, value)
         patch.setattr(Server, "__enter__", entering)
-        patch.setattr(states_module, "run_batch", reading)
+        patch.setattr(extract_module, "extract_batch", reading)
         config = config_of(folder, engine="vllm", vllm_python=vllm_python, **WAITING)
         capture(TARGET, config, folder / "served")
     return answers_in(folder / "served"), left

@@ -1,0 +1,137 @@
+"""The conversations that become samples: generated once and kept, or taken from the data.
+
+Generated answers are appended to ``answers.jsonl`` as they come, so that a killed capture goes on
+where it was. Who generates them is transformers (``generate.py``) or vLLM (``generate_vllm.py``).
+"""
+
+import json
+import os
+from collections.abc import Callable, Collection, Generator, Iterable
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from peagle.capture.chat import Turn, turns_from_messages
+from peagle.capture.config import CaptureConfig
+from peagle.capture.conversation import Answer
+from peagle.capture.prompts import Prompt
+from peagle.capture.work_split import PromptBatch
+
+Answers = Generator[list[Answer], None, None]
+# Answers the prompts of batches as far as they are not among the ids that are known.
+Generate = Callable[[list[PromptBatch], Collection[str]], Answers]
+
+
+def generate_missing(
+    generate: Generate, batches: list[PromptBatch], path: Path
+) -> dict[str, Answer]:
+    """Append the answers that are missing in ``path`` as they come; returns all, by prompt.
+
+    What other processes wrote into the same folder is not asked again.
+
+    Raises:
+        ValueError: if a prompt that was answered has changed.
+    """
+    prompts = [prompt for batch in batches for prompt in batch.prompts]
+    cut_torn_line(path)
+    known = {a.id: a for other in path.parent.glob("answers*.jsonl") for a in read_answers(other)}
+    refuse_other_prompts(known.values(), prompts, path.parent)
+    missing = [batch for batch in batches if any(p.id not in known for p in batch.prompts)]
+    if missing:
+        done = sum(prompt.id in known for prompt in prompts)
+        with (
+            open(path, "a", encoding="utf-8") as file,
+            tqdm(total=len(prompts), initial=done, desc="answers", disable=None) as bar,
+            closing(generate(missing, frozenset(known))) as generated,
+        ):
+            for answers in generated:
+                fresh = [answer for answer in answers if answer.id not in known]
+                file.writelines(json.dumps(asdict(answer)) + "\n" for answer in fresh)
+                file.flush()
+                os.fsync(file.fileno())
+                known |= {answer.id: answer for answer in fresh}
+                bar.update(len(fresh))
+    return {prompt.id: known[prompt.id] for prompt in prompts}
+
+
+def refuse_other_prompts(answers: Iterable[Answer], prompts: list[Prompt], folder: Path) -> None:
+    """Raise ``ValueError`` when a row that was answered now asks something else.
+
+    A data set on the Hub may change under its name.
+    """
+    asked = {prompt.id: prompt.opening() for prompt in prompts}
+    for answer in answers:
+        opening = asked.get(answer.id, answer.messages)
+        if answer.messages[: len(opening)] != opening:
+            raise ValueError(
+                f"{folder} has answers to other prompts: {answer.id} has changed since; capture "
+                "into another --store, or delete this one"
+            )
+
+
+def answers_in_data(
+    tokenizer: Tokenizer, prompts: list[Prompt], config: CaptureConfig, ends: set[int]
+) -> dict[str, Answer]:
+    """The conversations as the data hold them, by their prompts' ids; as many turns as fit.
+
+    Raises:
+        ValueError: if a row has no answers, or the template drops or rewrites what it says.
+    """
+    answers = {}
+    for prompt in prompts:
+        if not prompt.messages:
+            raise ValueError(
+                f"prompt {prompt.id} has no answers in the data: set regenerate: true, or name "
+                "the column with whole conversations"
+            )
+        last = max(i for i, m in enumerate(prompt.messages) if m["role"] == "assistant")
+        messages = list(prompt.messages[: last + 1])
+        options = prompt.options(config.template_options)
+        turns = turns_from_messages(tokenizer, messages, ends=ends, options=options)
+        fit = turns_within(turns, config.max_tokens)
+        answers[prompt.id] = Answer(prompt.id, messages, True, False, fit, len(fit) < len(turns))
+    return answers
+
+
+def turns_within(turns: list[Turn], max_tokens: int) -> list[Turn]:
+    """The first turns, as many as fit whole."""
+    lengths = [len(turn.prompt) + len(turn.answer) for turn in turns]
+    return turns[: next((i for i, n in enumerate(lengths) if n > max_tokens), len(turns))]
+
+
+def drop_too_long(answers: dict[str, Answer], config: CaptureConfig) -> dict[str, Answer]:
+    """Leave out conversations without a turn that fits; counts them, and those cut at a turn."""
+    fit = {name: answer for name, answer in answers.items() if answer.turns}
+    if len(fit) < len(answers):
+        what = "prompts" if config.regenerate else "first turns"
+        count = f"{len(answers) - len(fit)} of {len(answers)}"
+        print(f"{count} {what} are longer than max_tokens and were left out")
+    cut = sum(answer.cut for answer in fit.values())
+    if cut:
+        print(f"{cut} of {len(fit)} conversations do not fit max_tokens: cut at a turn")
+    return fit
+
+
+def require_answers(answers: Collection[str], config: CaptureConfig) -> None:
+    """Raise ``ValueError`` if no prompt left room for an answer."""
+    if not answers:
+        raise ValueError(f"max_tokens = {config.max_tokens} is smaller than every prompt: raise it")
+
+
+def cut_torn_line(path: Path) -> None:
+    """Take off what a kill left of a line, so that the next one begins well."""
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """Finished lines; the last may be torn, or be written this moment by another process."""
+    content = path.read_bytes()
+    found = [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+    return [
+        Answer(**{**fields, "turns": [Turn(*turn) for turn in fields["turns"]]}) for fields in found
+    ]
