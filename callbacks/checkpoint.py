@@ -103,26 +103,17 @@ class Checkpoint(BaseCheckpoint):
             for leftover in folder_of(trainer).glob("*.tmp"):
                 leftover.unlink()
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.saved_step = self.finished_step = trainer.global_step
         self.saved_time = time.monotonic()
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, *_: Any) -> None:
         self.stepping = True
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == self.finished_step:  # gradients are still being accumulated
             return
-        self.note_step(trainer, pl_module)
+        self.note_step(trainer, module)
         late = False
         if self.minutes is not None:
             passed = time.monotonic() - self.saved_time
@@ -131,26 +122,24 @@ class Checkpoint(BaseCheckpoint):
             self.save(trainer)
             trainer.strategy.barrier("checkpoint")
 
-    def note_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def note_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.stepping, self.finished_step = False, trainer.global_step
         self.finished = {
             "fit_loop": trainer.fit_loop.state_dict(),
-            "progress": pl_module.progress(),
+            "progress": module.progress(),
         }
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         """Save what is finished. No collective: the other ranks may be gone, or be waiting."""
         batches = trainer.fit_loop.epoch_loop.batch_progress.current
         if self.stepping and batches.processed == batches.ready:
-            self.note_step(trainer, pl_module)  # another callback failed after the step
+            self.note_step(trainer, module)  # another callback failed after the step
         if self.stepping:
             print("the optimizer was interrupted: its weights are not saved", file=sys.stderr)
         elif self.finished_step > self.saved_step:
             self.save(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
         if self.finished_step > self.saved_step:
             self.save(trainer)
             trainer.strategy.barrier("checkpoint")
@@ -166,10 +155,10 @@ class Checkpoint(BaseCheckpoint):
         last = folder_of(trainer) / "last.ckpt"
         trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, last)
         if self.keep_all:
-            keep(last, last.with_name(f"step-{self.saved_step}.ckpt"))
+            link_or_copy(last, last.with_name(f"step-{self.saved_step}.ckpt"))
 
 
-def keep(source: Path, name: Path) -> None:
+def link_or_copy(source: Path, name: Path) -> None:
     """Give a finished file a second name; a copy where the file system has no links."""
     temporary = name.with_name(name.name + ".tmp")
     try:
