@@ -33,15 +33,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         temporary = path.with_name(path.name + ".tmp")
         have = shutil.disk_usage(path.parent).free  # later the torn file takes its room
         try:
-            if size_of(checkpoint) > have:
+            if tensor_bytes(checkpoint) > have:
                 raise OSError("no space left on device")
             torch.save(checkpoint, temporary)
             publish(temporary, path)
         except (OSError, RuntimeError) as error:
-            # What is no tensor is not in size_of: it needs at least what fitted.
+            # What is no tensor is not in tensor_bytes: it needs at least what fitted.
             written = temporary.stat().st_size if temporary.exists() else 0
             temporary.unlink(missing_ok=True)
-            need = max(size_of(checkpoint), written)
+            need = max(tensor_bytes(checkpoint), written)
             raise OSError(
                 f"checkpoint {path} could not be written ({error}): it needs {need / 1e6:.1f} MB, "
                 f"{have / 1e6:.1f} MB are free; the previous checkpoint is untouched"
@@ -60,14 +60,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
-def size_of(checkpoint: Any) -> int:
+def tensor_bytes(checkpoint: Any) -> int:
     """Bytes of all tensors in a nested checkpoint."""
     if isinstance(checkpoint, torch.Tensor):
         return checkpoint.nbytes
     if isinstance(checkpoint, dict):
-        return sum(map(size_of, checkpoint.values()))
+        return sum(map(tensor_bytes, checkpoint.values()))
     if isinstance(checkpoint, list | tuple):
-        return sum(map(size_of, checkpoint))
+        return sum(map(tensor_bytes, checkpoint))
     return 0
 
 
@@ -100,7 +100,7 @@ class Checkpoint(BaseCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and stage == "fit":
-            for leftover in folder_of(trainer).glob("*.tmp"):
+            for leftover in checkpoint_folder(trainer).glob("*.tmp"):
                 leftover.unlink()
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -124,10 +124,7 @@ class Checkpoint(BaseCheckpoint):
 
     def note_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.stepping, self.finished_step = False, trainer.global_step
-        self.finished = {
-            "fit_loop": trainer.fit_loop.state_dict(),
-            "progress": module.progress(),
-        }
+        self.finished = {"fit_loop": trainer.fit_loop.state_dict(), "progress": module.progress()}
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         """Save what is finished. No collective: the other ranks may be gone, or be waiting."""
@@ -152,7 +149,7 @@ class Checkpoint(BaseCheckpoint):
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         checkpoint["loops"]["fit_loop"] = self.finished["fit_loop"]
         checkpoint |= {"progress": self.finished["progress"], "global_step": self.finished_step}
-        last = folder_of(trainer) / "last.ckpt"
+        last = checkpoint_folder(trainer) / "last.ckpt"
         trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, last)
         if self.keep_all:
             link_or_copy(last, last.with_name(f"step-{self.saved_step}.ckpt"))
@@ -168,5 +165,5 @@ def link_or_copy(source: Path, name: Path) -> None:
     publish(temporary, name)
 
 
-def folder_of(trainer: L.Trainer) -> Path:
+def checkpoint_folder(trainer: L.Trainer) -> Path:
     return Path(trainer.default_root_dir) / "checkpoints"

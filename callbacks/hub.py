@@ -127,7 +127,7 @@ class HubPublisher(L.Callback):
             self._enqueue_checkpoint()
         if self._checker is not None and not self._checker.running():
             if self._checker.problem is not None:
-                _say(f"{self._checker.problem}; training goes on. {self._later()}")
+                _say(f"{self._checker.problem}; training goes on. {self._later_command()}")
             self._checker = None
 
     def on_exception(self, *_: Any) -> None:
@@ -161,7 +161,7 @@ class HubPublisher(L.Callback):
             for line in result.lines(self.destination.repo_id):
                 _say(line)
             if result.waiting:
-                _say(f"{result.problem}; {len(result.waiting)} not sent. {self._later()}")
+                _say(f"{result.problem}; {len(result.waiting)} not sent. {self._later_command()}")
 
     def _prepare(self) -> None:
         """Ask the Hub, without waiting for its answer, and send what an earlier start has left."""
@@ -173,7 +173,7 @@ class HubPublisher(L.Callback):
             _say(f"checkpoints, with the optimizer's state, go to the branch {CHECKPOINTS}")
         problem = offline_reason()
         if problem is not None:
-            _say(f"{problem}; training goes on. {self._later()}")
+            _say(f"{problem}; training goes on. {self._later_command()}")
             return
         self._checker = Sender(self.sender.queue, self.destination)
         self._checker.start(CHECK_S, check=True)
@@ -229,7 +229,7 @@ class HubPublisher(L.Callback):
             )  # fmt: skip
             self._send()
 
-    def _later(self) -> str:
+    def _later_command(self) -> str:
         repo = self.destination.repo_id
         return f"To publish later: python -m peagle publish --run {self.run_dir} --repo_id {repo}"
 

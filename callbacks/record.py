@@ -44,7 +44,7 @@ class RunRecord(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.started = time.monotonic()
-        self.hours_before = recorded(trainer).get("training", {}).get("hours", 0.0)
+        self.hours_before = earlier_record(trainer).get("training", {}).get("hours", 0.0)
         if trainer.is_global_zero:
             target = trainer.datamodule.target
             self.target_license = license_of(target.name, target.path, target.revision)
@@ -66,7 +66,7 @@ class RunRecord(L.Callback):
         data = trainer.datamodule
         hours = self.hours_before + (time.monotonic() - self.started) / 3600
         record = {
-            "run_id": recorded(trainer).get("run_id", uuid.uuid4().hex[:12]),
+            "run_id": earlier_record(trainer).get("run_id", uuid.uuid4().hex[:12]),
             "target": target_section(data.target, data.store, self.target_license),
             "training": training_section(trainer, pl_module, hours),
             "data": data_section(data.store),
@@ -76,7 +76,7 @@ class RunRecord(L.Callback):
         write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
-def recorded(trainer: L.Trainer) -> dict[str, Any]:
+def earlier_record(trainer: L.Trainer) -> dict[str, Any]:
     """The record that this run goes on with; a run at step 0 is new, whatever its folder holds."""
     path = Path(trainer.default_root_dir) / "provenance.json"
     return read_json(path) if trainer.global_step else {}

@@ -6,6 +6,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
+from peagle.store.errors import reason
+
 
 def license_of(name: str, path: str, revision: str | None) -> str | None:
     """What the front matter of the target's README names; None where it names nothing.
@@ -17,9 +19,8 @@ def license_of(name: str, path: str, revision: str | None) -> str | None:
         # The client complains about a page without front matter, which is no fault here.
         named = ModelCard(readme, ignore_metadata_errors=True).data if readme[:3] == "---" else {}
     except Exception as error:  # the client raises whatever its transport or a page brings
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"licence of {name}: not known ({first}); give RunRecord a `license`",
-              file=sys.stderr)  # fmt: skip
+        why = f"not known ({reason(error)}); give RunRecord a `license`"
+        print(f"licence of {name}: {why}", file=sys.stderr)
         return None
     license = named.get("license")
     if license == "other":

@@ -33,6 +33,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from peagle.publish.allowed_files import SECRET, WEIGHTS
 from peagle.publish.queue import CHECKPOINTS, MAIN, Entry, remove_entry, waiting_entries
+from peagle.store.errors import reason
 
 RETRY_STATUSES = frozenset({404, 408, 409, 412, 425, 429})  # of the 4xx
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
@@ -116,7 +117,7 @@ def send_until(api: HfApi, entry: Entry, destination: Destination, deadline: flo
             _raise_if_hopeless(error, f"step {entry.step} was rejected", destination)
             wait = max(pause, _retry_after(error))
             if time.monotonic() + wait >= deadline:
-                late = f"the Hub did not take step {entry.step} in time: {_first_line(error)}"
+                late = f"the Hub did not take step {entry.step} in time: {_safe_reason(error)}"
                 raise UnsentError(late) from error
             time.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -192,7 +193,7 @@ def access_problem(destination: Destination) -> str | None:
         return None  # it will be made
     except Exception as error:  # a check must not be what fails
         status = _status(error)
-        return _refusal(status, repo) if status in (401, 403) else _first_line(error)
+        return _refusal(status, repo) if status in (401, 403) else _safe_reason(error)
     return None
 
 
@@ -206,7 +207,7 @@ def _raise_if_hopeless(error: Exception, rejected: str, destination: Destination
     else:
         hopeless = 400 <= status < 500 and status not in RETRY_STATUSES
     if hopeless:
-        raise RejectedError(f"{rejected}: {_first_line(error)}") from error
+        raise RejectedError(f"{rejected}: {_safe_reason(error)}") from error
 
 
 def _refusal(status: int, repo: str) -> str:
@@ -235,9 +236,8 @@ def _retry_after(error: Exception) -> float:
     return float(value) if value.isdigit() else 0.0
 
 
-def _first_line(error: Exception) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return SECRET.sub("***", text.replace(get_token() or "\n", "***"))[:200]
+def _safe_reason(error: Exception) -> str:
+    return SECRET.sub("***", reason(error).replace(get_token() or "\n", "***"))[:200]
 
 
 def _watch(parent: int, deadline: float) -> None:
