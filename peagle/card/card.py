@@ -193,7 +193,7 @@ def _eval_results(run: RunFiles) -> list[EvalResult]:
         prompt_set = markdown.one_line(row.get("prompt_set"))
         conditions = [
             f"K = {row.get('k')}",
-            f"temperature {markdown.fact(markdown.as_number(row.get('temperature')))}",
+            f"temperature {markdown.as_text(markdown.as_number(row.get('temperature')))}",
         ]
         conditions += [markdown.one_line(row[key]) for key in ("engine", "dtype") if row.get(key)]
         results.append(
@@ -224,10 +224,9 @@ def _template() -> Template:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        text=markdown.escape,
-        code=markdown.inline_code,
-        fact=markdown.fact,
-        measurement=markdown.measurement,
+        text=markdown.as_text,
+        code=markdown.as_code,
+        measured=markdown.as_measurement,
         without_folders=markdown.without_folders,
         json=partial(json.dumps, indent=2, ensure_ascii=False),
         quote=shlex.quote,

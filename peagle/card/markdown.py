@@ -21,12 +21,7 @@ def one_line(value: Any) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
 
 
-def escape(value: Any) -> str:
-    """``value`` as prose, every character that Markdown reads escaped."""
-    return re.sub(r"([\\`*_\[\]<>#~&!|])", r"\\\1", one_line(value))
-
-
-def inline_code(value: Any) -> str:
+def as_code(value: Any) -> str:
     """``value`` as inline code, fenced by more backticks than it holds; absent, it says so."""
     if value is None or value == "":
         return NOT_RECORDED
@@ -36,8 +31,8 @@ def inline_code(value: Any) -> str:
     return f"{fence}{pad}{content}{pad}{fence}"
 
 
-def fact(value: Any, digits: int | None = None) -> str:
-    """What a run recorded, as prose; what is absent says so."""
+def as_text(value: Any, digits: int | None = None) -> str:
+    """``value`` as prose, all that Markdown reads escaped; absent, it says so."""
     if value is None or value == "" or value == []:
         return NOT_RECORDED
     if isinstance(value, bool):
@@ -47,12 +42,12 @@ def fact(value: Any, digits: int | None = None) -> str:
     if isinstance(value, float):
         return f"{value:g}" if digits is None else f"{value:,.{digits}f}"
     if isinstance(value, list | tuple):
-        return ", ".join(fact(item) for item in value)
-    return escape(value)
+        return ", ".join(as_text(item) for item in value)
+    return re.sub(r"([\\`*_\[\]<>#~&!|])", r"\\\1", one_line(value))
 
 
-def measurement(value: Any, digits: int) -> str:
-    """What a run measured, as prose; what is absent says so."""
+def as_measurement(value: Any, digits: int) -> str:
+    """``value`` with so many digits; what is no finite number was not measured."""
     return NOT_MEASURED if as_number(value) is None else f"{value:,.{digits}f}"
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 
-from peagle.card.markdown import NOT_MEASURED, NOT_RECORDED, as_number, escape, fact, measurement
+from peagle.card.markdown import NOT_MEASURED, NOT_RECORDED, as_measurement, as_number, as_text
 from peagle.card.run_files import Metrics, Row, RunFiles, Section
 
 NOTHING = "-"  # a cell with no meaning: a position beyond K, the K of no drafter
@@ -11,26 +11,26 @@ NOTHING = "-"  # a cell with no meaning: a position beyond K, the K of no drafte
 Columns = dict[str, Callable[[Row], str]]
 
 
-def _fact(key: str) -> Callable[[Row], str]:
-    return lambda row: fact(row.get(key))
+def _text(key: str) -> Callable[[Row], str]:
+    return lambda row: as_text(row.get(key))
 
 
-def _measurement(key: str, digits: int) -> Callable[[Row], str]:
-    return lambda row: measurement(row.get(key), digits)
+def _measured(key: str, digits: int) -> Callable[[Row], str]:
+    return lambda row: as_measurement(row.get(key), digits)
 
 
 def acceptance_table(run: RunFiles) -> str:
     """Acceptance length, one table for each engine, dtype and temperature."""
     columns = {
-        "Prompt set": _fact("prompt_set"),
-        "K": _fact("k"),
-        "Acceptance length": _measurement("acceptance_length", 2),
+        "Prompt set": _text("prompt_set"),
+        "K": _text("k"),
+        "Acceptance length": _measured("acceptance_length", 2),
         "95% interval": _interval,
-        "Prompts": _measurement("prompts", 0),
-        "Tokens": _measurement("tokens", 0),
+        "Prompts": _measured("prompts", 0),
+        "Tokens": _measured("tokens", 0),
         "Identical to target": _lossless,
-        "Tokens/s": _measurement("tokens_per_second", 1),
-        "Tokens/s without drafter": _measurement("baseline_tokens_per_second", 1),
+        "Tokens/s": _measured("tokens_per_second", 1),
+        "Tokens/s without drafter": _measured("baseline_tokens_per_second", 1),
     }
     return _tables_by_conditions(run.acceptance, columns, left=("Prompt set",))
 
@@ -44,11 +44,11 @@ def acceptance_per_position_table(run: RunFiles) -> str:
     def share(position: int) -> Callable[[Row], str]:
         def cell(row: Row) -> str:
             shares = row.get("per_position") or [None] * min(row.get("k") or last, last)
-            return measurement(shares[position], 3) if position < len(shares) else NOTHING
+            return as_measurement(shares[position], 3) if position < len(shares) else NOTHING
 
         return cell
 
-    columns = {"Prompt set": _fact("prompt_set"), "K": _fact("k")}
+    columns = {"Prompt set": _text("prompt_set"), "K": _text("k")}
     columns |= {str(position + 1): share(position) for position in range(last)}
     return _tables_by_conditions(run.acceptance, columns, left=("Prompt set",))
 
@@ -56,10 +56,10 @@ def acceptance_per_position_table(run: RunFiles) -> str:
 def accuracy_table(run: RunFiles) -> str:
     """Teacher-forced accuracy per depth, with the number of rows behind each figure."""
     columns = {
-        "Depth": _fact("depth"),
-        "Accuracy": _measurement("accuracy", 3),
-        "Accuracy if all before are right": _measurement("conditional_accuracy", 3),
-        "Rows": _measurement("count", 0),
+        "Depth": _text("depth"),
+        "Accuracy": _measured("accuracy", 3),
+        "Accuracy if all before are right": _measured("conditional_accuracy", 3),
+        "Rows": _measured("count", 0),
     }
     return _table(columns, run.validate.rows) if run.validate.rows else f"*{NOT_MEASURED}*"
 
@@ -71,17 +71,17 @@ def throughput_table(run: RunFiles) -> str:
         return lambda row: NOTHING if row.get("drafter") is None else cell(row)
 
     columns = {
-        "Prompt set": _fact("prompt_set"),
-        "Requests": _fact("concurrency"),
+        "Prompt set": _text("prompt_set"),
+        "Requests": _text("concurrency"),
         "Drafter": _drafter,
-        "K": drafted(_fact("k")),
-        "Tokens/s": _measurement("tokens_per_second", 1),
-        "Speed-up": drafted(_measurement("speedup", 2)),
-        "Latency p50": _measurement("latency_p50_s", 3),
-        "p95": _measurement("latency_p95_s", 3),
-        "p99": _measurement("latency_p99_s", 3),
-        "First token p50": _measurement("ttft_p50_s", 3),
-        "Acceptance length": drafted(_measurement("acceptance_length", 2)),
+        "K": drafted(_text("k")),
+        "Tokens/s": _measured("tokens_per_second", 1),
+        "Speed-up": drafted(_measured("speedup", 2)),
+        "Latency p50": _measured("latency_p50_s", 3),
+        "p95": _measured("latency_p95_s", 3),
+        "p99": _measured("latency_p99_s", 3),
+        "First token p50": _measured("ttft_p50_s", 3),
+        "Acceptance length": drafted(_measured("acceptance_length", 2)),
     }
     return _tables_by_conditions(run.bench, columns, left=("Prompt set", "Drafter"))
 
@@ -95,11 +95,11 @@ def headline(run: RunFiles) -> str:
     depths = [row["k"] for row in rows]
     k = run.num_depths if run.num_depths in depths else max(depths)
     lengths = ", ".join(
-        f"**{measurement(row['acceptance_length'], 2)}** on {fact(row.get('prompt_set'))}"
+        f"**{as_measurement(row['acceptance_length'], 2)}** on {as_text(row.get('prompt_set'))}"
         for row in rows
         if row["k"] == k
     )
-    conditions = f"{fact(rows[0].get('engine'))}, temperature {_temperature(rows[0])}"
+    conditions = f"{as_text(rows[0].get('engine'))}, temperature {_temperature(rows[0])}"
     return f"{lengths}: tokens per verification at K = {k}, {conditions}"
 
 
@@ -118,9 +118,9 @@ def hardware(environment: Section) -> str:
     parts = []
     if environment["cpu"] or environment["cores"]:
         cores = "" if environment["cores"] is None else f", {environment['cores']} cores"
-        parts.append(f"{fact(environment['cpu'])}{cores}")
+        parts.append(f"{as_text(environment['cpu'])}{cores}")
     if "gpu" in environment:  # null: the run had none
-        parts.append(escape(environment["gpu"] or "no GPU"))
+        parts.append(as_text(environment["gpu"] or "no GPU"))
     return " · ".join(parts) or NOT_RECORDED
 
 
@@ -136,7 +136,7 @@ def _tables_by_conditions(metrics: Metrics, columns: Columns, left: Sequence[str
     blocks = []
     for (engine, dtype, _), rows in _by_conditions(metrics).items():
         blocks.append(
-            f"*Engine {fact(engine)} · {fact(dtype)} · temperature {_temperature(rows[0])} · "
+            f"*Engine {as_text(engine)} · {as_text(dtype)} · temperature {_temperature(rows[0])} · "
             f"hardware: {hardware(metrics.environment)}*"
         )
         blocks.append(_table(columns, rows, left))
@@ -160,20 +160,20 @@ def _by_conditions(metrics: Metrics) -> dict[tuple, list[Row]]:
 
 def _temperature(row: Row) -> str:
     value = as_number(row.get("temperature"))
-    return "0 (greedy)" if value == 0 else fact(value)
+    return "0 (greedy)" if value == 0 else as_text(value)
 
 
 def _interval(row: Row) -> str:
     if not row.get("acceptance_length_ci95"):
         return NOT_MEASURED
     low, high = row["acceptance_length_ci95"]
-    return f"{measurement(low, 2)}\u00a0to\u00a0{measurement(high, 2)}"
+    return f"{as_measurement(low, 2)}\u00a0to\u00a0{as_measurement(high, 2)}"
 
 
 def _lossless(row: Row) -> str:
     """Greedy outputs can be compared with the target's own; sampled ones cannot."""
     if as_number(row.get("lossless_prompts")) is not None:
-        return f"{row['lossless_prompts']:,}\u00a0of\u00a0{measurement(row.get('prompts'), 0)}"
+        return f"{row['lossless_prompts']:,}\u00a0of\u00a0{as_measurement(row.get('prompts'), 0)}"
     return "sampled" if as_number(row.get("temperature")) else NOT_MEASURED
 
 
@@ -181,4 +181,4 @@ def _drafter(row: Row) -> str:
     if row.get("drafter") is None:
         return "none"
     method = f" ({row['method']})" if row.get("method") else ""
-    return escape(PurePath(str(row["drafter"])).name + method)
+    return as_text(PurePath(str(row["drafter"])).name + method)
