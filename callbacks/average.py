@@ -47,38 +47,29 @@ class AveragedWeights(EMAWeightAveraging):
             trained, trainer.strategy.root_device, use_buffers=False, **self._kwargs
         )
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        super().on_train_batch_end(trainer, self.trained, outputs, batch, batch_idx)
+    def on_train_batch_end(self, trainer: L.Trainer, _: L.LightningModule, *batch: Any) -> None:
+        super().on_train_batch_end(trainer, self.trained, *batch)
         if not self._average_model.n_averaged:  # not begun: nobody may save the weights of step 0
             pairs = zip(self.average.parameters(), self.trained.parameters(), strict=True)
             for average, own in pairs:
                 average.data.copy_(own.data)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         """Not yet: the last checkpoint is to hold the average and the weights in training too."""
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, *_: Any) -> None:
         """Also when a finished run is fitted again, which trains nothing."""
         self._copy_average_to_current(self.trained)
 
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn == "fit":  # afterwards the module itself holds the average
             super().on_validation_epoch_start(trainer, self.trained)
             self.swapped = True
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, *_: Any) -> None:
         self.swap_back()
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
         """Before ``Checkpoint``, which Lightning calls last, saves what is finished."""
         self.swap_back()
 
@@ -87,8 +78,6 @@ class AveragedWeights(EMAWeightAveraging):
             self._swap_models(self.trained)
             self.swapped = False
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, *args: Any) -> None:
         if self._average_model is not None:  # validate and test need the average only
-            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+            super().on_load_checkpoint(*args)

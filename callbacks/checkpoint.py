@@ -33,15 +33,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         temporary = path.with_name(path.name + ".tmp")
         have = shutil.disk_usage(path.parent).free  # later the torn file takes its room
         try:
-            if size_of(checkpoint) > have:
+            if tensor_bytes(checkpoint) > have:
                 raise OSError("no space left on device")
             torch.save(checkpoint, temporary)
             rename_durably(temporary, path)
         except (OSError, RuntimeError) as error:
-            # What is no tensor is not in size_of: it needs at least what fitted.
+            # What is no tensor is not in tensor_bytes: it needs at least what fitted.
             written = temporary.stat().st_size if temporary.exists() else 0
             temporary.unlink(missing_ok=True)
-            need = max(size_of(checkpoint), written)
+            need = max(tensor_bytes(checkpoint), written)
             raise OSError(
                 f"checkpoint {path} could not be written ({error}): it needs {need / 1e6:.1f} MB, "
                 f"{have / 1e6:.1f} MB are free; the previous checkpoint is untouched"
@@ -60,14 +60,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
-def size_of(checkpoint: Any) -> int:
+def tensor_bytes(checkpoint: Any) -> int:
     """Bytes of all tensors in a nested checkpoint."""
     if isinstance(checkpoint, torch.Tensor):
         return checkpoint.nbytes
     if isinstance(checkpoint, dict):
-        return sum(map(size_of, checkpoint.values()))
+        return sum(map(tensor_bytes, checkpoint.values()))
     if isinstance(checkpoint, list | tuple):
-        return sum(map(size_of, checkpoint))
+        return sum(map(tensor_bytes, checkpoint))
     return 0
 
 
@@ -100,29 +100,20 @@ class Checkpoint(BaseCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and stage == "fit":
-            for leftover in folder_of(trainer).glob("*.tmp"):
+            for leftover in checkpoint_folder(trainer).glob("*.tmp"):
                 leftover.unlink()
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.saved_step = self.finished_step = trainer.global_step
         self.saved_time = time.monotonic()
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, *_: Any) -> None:
         self.stepping = True
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == self.finished_step:  # gradients are still being accumulated
             return
-        self.note_step(trainer, pl_module)
+        self.note_step(trainer, module)
         late = False
         if self.minutes is not None:
             passed = time.monotonic() - self.saved_time
@@ -131,26 +122,21 @@ class Checkpoint(BaseCheckpoint):
             self.save(trainer)
             trainer.strategy.barrier("checkpoint")
 
-    def note_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def note_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.stepping, self.finished_step = False, trainer.global_step
-        self.finished = {
-            "fit_loop": trainer.fit_loop.state_dict(),
-            "progress": pl_module.progress(),
-        }
+        self.finished = {"fit_loop": trainer.fit_loop.state_dict(), "progress": module.progress()}
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         """Save what is finished. No collective: the other ranks may be gone, or be waiting."""
         batches = trainer.fit_loop.epoch_loop.batch_progress.current
         if self.stepping and batches.processed == batches.ready:
-            self.note_step(trainer, pl_module)  # another callback failed after the step
+            self.note_step(trainer, module)  # another callback failed after the step
         if self.stepping:
             print("the optimizer was interrupted: its weights are not saved", file=sys.stderr)
         elif self.finished_step > self.saved_step:
             self.save(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
         if self.finished_step > self.saved_step:
             self.save(trainer)
             trainer.strategy.barrier("checkpoint")
@@ -163,13 +149,13 @@ class Checkpoint(BaseCheckpoint):
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         checkpoint["loops"]["fit_loop"] = self.finished["fit_loop"]
         checkpoint |= {"progress": self.finished["progress"], "global_step": self.finished_step}
-        last = folder_of(trainer) / "last.ckpt"
+        last = checkpoint_folder(trainer) / "last.ckpt"
         trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, last)
         if self.keep_all:
-            keep(last, last.with_name(f"step-{self.saved_step}.ckpt"))
+            link_or_copy(last, last.with_name(f"step-{self.saved_step}.ckpt"))
 
 
-def keep(source: Path, name: Path) -> None:
+def link_or_copy(source: Path, name: Path) -> None:
     """Give a finished file a second name; a copy where the file system has no links."""
     temporary = name.with_name(name.name + ".tmp")
     try:
@@ -179,5 +165,5 @@ def keep(source: Path, name: Path) -> None:
     rename_durably(temporary, name)
 
 
-def folder_of(trainer: L.Trainer) -> Path:
+def checkpoint_folder(trainer: L.Trainer) -> Path:
     return Path(trainer.default_root_dir) / "checkpoints"

@@ -20,49 +20,35 @@ class Evaluate(L.Callback):
     def __init__(self) -> None:
         self.runs: list[Run] = []
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn != "validate" or not trainer.is_global_zero:
             return  # during fit the logger and the progress bar show it
-        report: DepthReport = pl_module.depths.compute()
+        report: DepthReport = module.depths.compute()
         loss = float(trainer.callback_metrics["val/loss"])
         print(f"\nPer-depth accuracy, teacher-forced, all positions; loss {loss:.3f}")
         print(format_depths(report))
+        figures = zip(report.accuracy, report.conditional_accuracy, report.count, strict=True)
         rows = [
-            {"depth": d, "accuracy": a, "conditional_accuracy": c, "count": n}
-            for d, (a, c, n) in enumerate(
-                zip(report.accuracy, report.conditional_accuracy, report.count, strict=True)
-            )
+            {"depth": depth, "accuracy": accuracy, "conditional_accuracy": conditional, "count": n}
+            for depth, (accuracy, conditional, n) in enumerate(figures)
         ]
-        self.write(
-            trainer,
-            "validate.json",
-            {
-                "teacher_forced_acceptance_length": report.acceptance_length,
-                "loss": loss,
-                "rows": rows,
-            },
-        )
+        totals = {"teacher_forced_acceptance_length": report.acceptance_length, "loss": loss}
+        self.write(trainer, "validate.json", totals | {"rows": rows})
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_start(self, *_: Any) -> None:
         self.runs = []
 
     def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: list[Run],
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: list[Run], *_: Any
     ) -> None:
         self.runs += outputs
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_end(self, trainer: L.Trainer, *_: Any) -> None:
         runs = self.runs
         if trainer.world_size > 1:
-            parts: list[list[Run]] = [[] for _ in range(trainer.world_size)]
-            dist.all_gather_object(parts, runs)
-            runs = [run for part in parts for run in part]
+            by_rank: list[list[Run]] = [[] for _ in range(trainer.world_size)]
+            dist.all_gather_object(by_rank, runs)
+            runs = [run for runs_of_rank in by_rank for run in runs_of_rank]
         if trainer.is_global_zero:
             config = trainer.datamodule.evaluation
             rows = acceptance_rows(runs, engine="peagle reference loop", dtype=config.dtype)
@@ -81,12 +67,6 @@ class Evaluate(L.Callback):
         write_atomically(Path(trainer.default_root_dir) / "metrics" / name, text.encode())
 
 
-def asked(row: dict[str, Any]) -> str:
-    """How many prompts, and turns where there are more."""
-    more = row["turns"] > row["prompts"]
-    return f"{row['prompts']}, {row['turns']} turns" if more else str(row["prompts"])
-
-
 def format_acceptance(rows: list[dict[str, Any]]) -> str:
     """The acceptance table that ``test`` prints."""
     header = ["prompts", "drafter", "K", "T", "acceptance length (95%)", "by position"]
@@ -95,9 +75,10 @@ def format_acceptance(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         low, high = row["acceptance_length_ci95"]
         lossless, milliseconds = row["lossless_prompts"], row["draft_ms_per_round"]
+        turns = f", {row['turns']} turns" if row["turns"] > row["prompts"] else ""
         lines.append(
             [
-                f"{row['prompt_set']} ({asked(row)})",
+                f"{row['prompt_set']} ({row['prompts']}{turns})",
                 row["method"],
                 str(row["k"]),
                 f"{row['temperature']:g}",

@@ -7,7 +7,6 @@ of the run sends it, or ``python -m peagle publish``.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -20,36 +19,24 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from peagle.callbacks.average import AveragedWeights
-from peagle.callbacks.checkpoint import keep
+from peagle.callbacks.checkpoint import link_or_copy
 from peagle.callbacks.record import RunRecord
 from peagle.card.card import CardOptions, write_card
-from peagle.publish.publish import (
-    DRY_RUN,
-    SPOOL,
-    PublishResult,
-    Sender,
-    deliver,
-    obstacle,
-    publish_run,
-    read_json,
-    rehearse,
-    run_id,
-    spool_run,
-)
+from peagle.publish.allowed_files import files_to_publish
+from peagle.publish.publish import copy_record, describe_dry_run, enqueue_run, run_id_of
 from peagle.publish.queue import (
     CHECKPOINTS,
+    DRY_RUN,
     MAIN,
-    PROVENANCE,
-    collect,
-    pending,
-    staging,
-    sweep,
-    write_entry,
+    QUEUE,
+    add_entry,
+    remove_leftovers,
+    staging_folder,
+    waiting_entries,
 )
+from peagle.publish.sender import Sender, offline_reason
 from peagle.publish.upload import Destination
 from peagle.serve.export import export_drafter
-
-__all__ = ["HubPublisher", "PublishResult", "publish_run"]
 
 Strategy = Literal["end", "every_save", "checkpoint", "all_checkpoints"]
 FINISHED = ("drafter/config.json", "card/README.md")
@@ -101,7 +88,7 @@ class HubPublisher(L.Callback):
         self.sender: Sender | None = None  # stays None where nothing is to be published
         self._checker: Sender | None = None
         self._saved_step: int | None = None
-        self._before: dict[str, tuple[int, int]] = {}  # what lay there when fit started
+        self._published: dict[str, tuple[int, int]] = {}  # sent, or from before this fit
         self._awaited: tuple[int, float] | None = None  # step and time of a save under way
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -110,43 +97,40 @@ class HubPublisher(L.Callback):
             if isinstance(callback, RunRecord) and callback.options.repo_id is None:
                 callback.options = replace(callback.options, repo_id=self.destination.repo_id)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, *_: Any) -> None:
         if self.destination is None or not trainer.is_global_zero or trainer.fast_dev_run:
             return
         self.run_dir = Path(trainer.default_root_dir)
-        self._before = _state(self.run_dir)
-        self.sender = Sender(self.run_dir / (DRY_RUN if self.dry_run else SPOOL), self.destination)
+        self._published = _finished_files(self.run_dir)
+        self.sender = Sender(self.run_dir / (DRY_RUN if self.dry_run else QUEUE), self.destination)
         with _never_failing("publishing could not be prepared"):
             self._prepare()
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if self.sender is None or self.hub_strategy == "end" or trainer.interrupted:
             return
         with _never_failing(f"step {step} was not published"):
-            if step == self._saved_step or self._occupied():
+            if step == self._saved_step or self._earlier_save_waits():
                 return
             self._saved_step = step
             if self.hub_strategy != "every_save":
                 self._awaited = step, time.time()
-            if not _is_last(trainer):  # those weights come with the finished run and its whole card
-                self._spool_drafter(trainer, pl_module, step)
+            last = 0 < trainer.estimated_stepping_batches <= step
+            if not (last or trainer.should_stop):  # the last come with the finished run's card
+                self._enqueue_drafter(trainer, module, step)
             if self._awaited is None:
                 self._send()
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         if self._awaited is not None:
-            self._spool_checkpoint()
-        if self._checker is not None:
-            self._report_check()
+            self._enqueue_checkpoint()
+        if self._checker is not None and not self._checker.running():
+            if self._checker.problem is not None:
+                _say(f"{self._checker.problem}; training goes on. {self._later_command()}")
+            self._checker = None
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *_: Any) -> None:
         for sender in (self._checker, self.sender):
             if sender is not None:
                 sender.stop()
@@ -158,83 +142,78 @@ class HubPublisher(L.Callback):
             self._checker.stop()
             self._checker = None
         if self._awaited is not None:
-            self._spool_checkpoint()
-        now = _state(self.run_dir)
-        if now.keys() == set(FINISHED) and all(now[n] != self._before.get(n) for n in FINISHED):
-            self._before = now
-            self.publish_final(self.run_dir, step=trainer.global_step)
+            self._enqueue_checkpoint()
+        now = _finished_files(self.run_dir)
+        if all(name in now and now[name] != self._published.get(name) for name in FINISHED):
+            self._published = now
+            self._publish_finished_run(trainer.global_step)
         elif stage == "fit":
             _say("the drafter goes out once it is exported and its card is written")
 
-    def publish_final(self, run_dir: Path, *, step: int) -> PublishResult | None:
-        """Publish the finished folder, wait ``publish_timeout`` at most, say what came of it."""
-        assert self.sender is not None, "publish_final belongs to a fit on the first rank"
+    def _publish_finished_run(self, step: int) -> None:
+        """Publish the run's folder, wait ``publish_timeout`` at most, say what came of it."""
         with _never_failing("the finished run was not published"):
-            entry = spool_run(run_dir, self.sender.spool, step=step)
+            entry = enqueue_run(self.run_dir, self.sender.queue, step=step)
             if self.dry_run:
-                result = rehearse(entry, self.destination)
+                result = describe_dry_run(entry, self.destination)
             else:
-                result = deliver(self.sender, self.publish_timeout)
-            for line in result.planned:
+                result = self.sender.send_all(self.publish_timeout)
+            for line in result.lines(self.destination.repo_id):
                 _say(line)
-            for commit in result.sent:
-                _say(f"step {commit['step']} is on {self.destination.repo_id}@{commit['branch']}")
             if result.waiting:
-                _say(f"{result.problem}; {len(result.waiting)} not sent. {self._later()}")
-            return result
+                _say(f"{result.problem}; {len(result.waiting)} not sent. {self._later_command()}")
 
     def _prepare(self) -> None:
         """Ask the Hub, without waiting for its answer, and send what an earlier start has left."""
         if self.dry_run:
-            shutil.rmtree(self.sender.spool, ignore_errors=True)
+            shutil.rmtree(self.sender.queue, ignore_errors=True)
             return
-        sweep(self.sender.spool)
+        remove_leftovers(self.sender.queue)
         if self.hub_strategy in ("checkpoint", "all_checkpoints"):
             _say(f"checkpoints, with the optimizer's state, go to the branch {CHECKPOINTS}")
-        problem = obstacle()
+        problem = offline_reason()
         if problem is not None:
-            _say(f"{problem}; training goes on. {self._later()}")
+            _say(f"{problem}; training goes on. {self._later_command()}")
             return
-        self._checker = Sender(self.sender.spool, self.destination)
+        self._checker = Sender(self.sender.queue, self.destination)
         self._checker.start(CHECK_S, check=True)
         self._send()
 
     def _send(self) -> None:
-        if not self.dry_run and pending(self.sender.spool) and obstacle() is None:
+        if not self.dry_run and waiting_entries(self.sender.queue) and offline_reason() is None:
             self.sender.start(self.publish_timeout)
 
-    def _report_check(self) -> None:
-        if self._checker.running():
-            return
-        if self._checker.problem is not None:
-            _say(f"{self._checker.problem}; training goes on. {self._later()}")
-        self._checker = None
-
-    def _occupied(self) -> bool:
+    def _earlier_save_waits(self) -> bool:
         """Whether an earlier save is still on its way; if it got stuck, it is tried again."""
         if self.always_push or self.dry_run:
             return self.sender.refused
         if self.sender.running():
             return True
-        stuck = bool(pending(self.sender.spool))
+        stuck = bool(waiting_entries(self.sender.queue))
         self._send()
         return stuck
 
-    def _spool_drafter(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
+    def _enqueue_drafter(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         """Drafter and card of this moment. Figures measured on other weights stay out of both."""
-        spool = self.sender.spool
-        with staging(spool) as stage:
-            averages = (c.average for c in trainer.callbacks if isinstance(c, AveragedWeights))
-            weights = next(averages, None)
-            drafter = pl_module.drafter if weights is None else weights["drafter"]
+        queue = self.sender.queue
+        with staging_folder(queue) as stage:
+            averages = [c.average for c in trainer.callbacks if isinstance(c, AveragedWeights)]
+            drafter = averages[0]["drafter"] if averages else module.drafter
             export_drafter(drafter, stage / "drafter")
-            name = {"run_id": run_id(self.run_dir), "step": step}
-            _write_provenance(self.run_dir, stage, name)
-            options = _card_options(trainer, self.destination.repo_id)
+            run_id = run_id_of(self.run_dir)
+            copy_record(self.run_dir, stage, run_id=run_id, step=step)
+            # Licence and relation as on the finished card; the serving lines name the repository.
+            records = [c.options for c in trainer.callbacks if isinstance(c, RunRecord)]
+            options = records[0] if records else CardOptions()
+            options = replace(options, repo_id=self.destination.repo_id)
             write_card(stage, stage / "drafter", stage / "card", options=options)
-            write_entry(spool, collect(stage), **name, channel=MAIN, final=False, place=os.replace)
+            files = files_to_publish(stage)
+            add_entry(
+                queue, files, run_id=run_id, step=step,
+                channel=MAIN, final=False, transfer=os.replace,
+            )  # fmt: skip
 
-    def _spool_checkpoint(self) -> None:
+    def _enqueue_checkpoint(self) -> None:
         """Under a second name: a finished checkpoint is replaced, never written into."""
         (step, since), self._awaited = self._awaited, None
         with _never_failing(f"the checkpoint of step {step} was not published"):
@@ -244,51 +223,22 @@ class HubPublisher(L.Callback):
             if newest is None or times[newest] < since - 1:
                 raise FileNotFoundError("no new file in checkpoints/")
             name = "last.ckpt" if self.hub_strategy == "checkpoint" else f"step-{step}.ckpt"
-            write_entry(
-                self.sender.spool,
-                {name: newest},
-                run_id=run_id(self.run_dir),
-                step=step,
-                channel=CHECKPOINTS,
-                final=False,
-                place=keep,
-            )
+            add_entry(
+                self.sender.queue, {name: newest}, run_id=run_id_of(self.run_dir), step=step,
+                channel=CHECKPOINTS, final=False, transfer=link_or_copy,
+            )  # fmt: skip
             self._send()
 
-    def _later(self) -> str:
+    def _later_command(self) -> str:
         repo = self.destination.repo_id
         return f"To publish later: python -m peagle publish --run {self.run_dir} --repo_id {repo}"
 
 
-def _state(run_dir: Path) -> dict[str, tuple[int, int]]:
-    """Which files mark a finished run; no clock is compared, for a file server has its own."""
-    stats = {name: run_dir / name for name in FINISHED}
-    found = {name: path.stat() for name, path in stats.items() if path.is_file()}
-    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
-
-
-def _card_options(trainer: L.Trainer, repo_id: str) -> CardOptions:
-    """Licence and relation as on the finished card; the serving lines name the repository."""
-    records = [callback for callback in trainer.callbacks if isinstance(callback, RunRecord)]
-    options = records[0].options if records else CardOptions()
-    return replace(options, repo_id=repo_id)
-
-
-def _is_last(trainer: L.Trainer) -> bool:
-    return trainer.should_stop or 0 < trainer.estimated_stepping_batches <= trainer.global_step
-
-
-def _write_provenance(run_dir: Path, stage: Path, name: dict[str, Any]) -> None:
-    """Make ``stage`` a run folder of this step: its name, its curve, no totals of another step."""
-    provenance = read_json(run_dir / PROVENANCE) | name
-    if "training" in provenance:
-        totals = {"steps": name["step"], "tokens": None, "rows": None, "hours": None}
-        provenance["training"] = provenance["training"] | totals
-    (stage / PROVENANCE).write_text(json.dumps(provenance, indent=2))
-    curve = run_dir / "metrics/train.csv"
-    if curve.exists():
-        (stage / "metrics").mkdir()
-        shutil.copyfile(curve, stage / "metrics/train.csv")
+def _finished_files(run_dir: Path) -> dict[str, tuple[int, int]]:
+    """Version of each file that marks a finished run. No clock is compared: a file server has its
+    own."""
+    stats = {name: (run_dir / name).stat() for name in FINISHED if (run_dir / name).is_file()}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""SIGTERM and Ctrl-C: finish the step, leave a checkpoint, exit with 143 or 130.
+"""What a run does on a signal (``ON_SIGNAL``): it finishes the step, saves, exits with 143 or 130.
 
 Lightning answers SIGTERM with a broadcast from inside the signal handler. That hangs when one rank
 alone is signalled, and the exit code is 0. Here a signal is only noted; after each batch the ranks
-ask each other whether one was.
+ask each other whether one was received.
 """
 
 import atexit
@@ -17,7 +17,14 @@ from typing import Any
 import lightning as L
 import torch
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+def stop(number: int) -> None:
+    """End the run: on this exception ``Checkpoint`` saves the finished step."""
+    raise SystemExit(128 + number)
+
+
+# What every rank does after its batch once any of them has received the signal.
+ON_SIGNAL = {signal.SIGINT: stop, signal.SIGTERM: stop}
 GRACE_S = 10.0  # for the other processes of a run whose first has ended
 
 
@@ -25,8 +32,8 @@ class StopOnSignal(L.Callback):
     """End a run in order when it is told to; ``Checkpoint`` saves what is finished.
 
     A second signal ends it at once, even while the process waits in a collective: signals are
-    read by a thread of their own. Outside of ``fit`` there is nothing to save, and the first one
-    does.
+    read by a thread of their own. Outside ``fit`` the first signal exits at once: there is nothing
+    to save.
 
     It also keeps Lightning's launcher from killing the first rank, which may be writing the
     checkpoint, as soon as another rank has ended.
@@ -41,7 +48,7 @@ class StopOnSignal(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.trainer = trainer
-        trainer._signal_connector.register_signal_handlers = leave_to_us
+        trainer._signal_connector.register_signal_handlers = ignore
         if self.writer is None and threading.current_thread() is threading.main_thread():
             self.listen()
 
@@ -49,16 +56,17 @@ class StopOnSignal(L.Callback):
         reader, self.writer = socket.socketpair()
         self.writer.setblocking(False)
         signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
-        self.previous = {number: signal.signal(number, leave_to_us) for number in SIGNALS}
+        self.previous = {number: signal.signal(number, ignore) for number in ON_SIGNAL}
         threading.Thread(target=self.watch, args=(reader,), daemon=True).start()
 
     def watch(self, reader: socket.socket) -> None:
         with reader:
             while numbers := reader.recv(1):  # nothing once the other end is closed
-                if numbers[0] in SIGNALS:
-                    self.answer(numbers[0])
+                if numbers[0] in ON_SIGNAL:
+                    self.receive(numbers[0])
 
-    def answer(self, number: int) -> None:
+    def receive(self, number: int) -> None:
+        """Note a first signal of ``fit``; exit at once on any other."""
         if self.received or self.trainer.state.fn != "fit":
             for process in children_of(self.trainer):
                 process.kill()
@@ -67,46 +75,31 @@ class StopOnSignal(L.Callback):
         name = signal.Signals(number).name
         print(f"{name}: ending after this step; a second one ends at once", file=sys.stderr)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        self.stop_if_told(trainer)
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.act_on_signal(trainer)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn == "fit":
             sanity = trainer.sanity_checking
             batches = trainer.num_sanity_val_batches if sanity else trainer.num_val_batches
-            self.shared_batches = agreed(trainer, int(sum(batches)), "min")
+            self.shared_batches = over_ranks(trainer, int(sum(batches)), "min")
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if trainer.state.fn == "fit" and batch_idx < self.shared_batches:
-            self.stop_if_told(trainer)
+            self.act_on_signal(trainer)
 
-    def stop_if_told(self, trainer: L.Trainer) -> None:
+    def act_on_signal(self, trainer: L.Trainer) -> None:
         """Every rank must call this, and all then do the same."""
-        number = agreed(trainer, self.received, "max")
+        number = over_ranks(trainer, self.received, "max")
         if number:
-            raise SystemExit(128 + number)
+            ON_SIGNAL[number](number)
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
         children = list(children_of(trainer))
         children_of(trainer).clear()  # Lightning's observer looks at this list
-        atexit.register(end, children)
+        atexit.register(wait_or_kill, children)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.writer is not None:
@@ -116,14 +109,14 @@ class StopOnSignal(L.Callback):
             self.writer.close()
             self.writer = None
         if self.received:  # after the last step: everything is saved
-            raise SystemExit(128 + self.received)
+            stop(self.received)
 
 
-def leave_to_us(*_: Any) -> None:
-    """The thread of ``StopOnSignal`` hears of every signal; nothing else is to be done."""
+def ignore(*_: Any) -> None:
+    """As a signal's handler: the thread of ``StopOnSignal`` receives every signal."""
 
 
-def agreed(trainer: L.Trainer, value: int, how: str) -> int:
+def over_ranks(trainer: L.Trainer, value: int, how: str) -> int:
     """The largest or smallest value of all ranks."""
     if trainer.world_size == 1:
         return value
@@ -136,8 +129,8 @@ def children_of(trainer: L.Trainer) -> list[subprocess.Popen]:
     return getattr(trainer.strategy.launcher, "procs", [])
 
 
-def end(processes: list[subprocess.Popen]) -> None:
-    """Wait for processes that are ending, and end those that are not."""
+def wait_or_kill(processes: list[subprocess.Popen]) -> None:
+    """Wait for processes that are ending, and kill those that are not."""
     for process in processes:
         try:
             process.wait(GRACE_S)

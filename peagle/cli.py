@@ -344,7 +344,7 @@ def run(command: str, arguments: list[str]) -> None:
 
         bench(auto_cli(BenchConfig, args=underscored(arguments[1:]), as_positional=False))
     elif command == "publish":
-        from peagle.publish.command import publish
+        from peagle.publish.publish import publish
 
         auto_cli(publish, args=arguments[1:], as_positional=False)
     elif command in READERS:

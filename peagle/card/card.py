@@ -1,7 +1,7 @@
 """The drafter's card: README.md and plots, a pure function of the files of a run.
 
-    files of the run --Facts.read--> facts --render--> README.md
-                                       \\----draw_plots--> *.png
+    files of the run -> RunFiles -> model_cards/card.md.jinja with tables.py -> README.md
+                                 -> plots.py -> *.png
 
     python -m peagle.card.card RUN_DIR DRAFTER_DIR OUT [--options.repo_id OWNER/NAME]
 
@@ -15,7 +15,7 @@ import json
 import re
 import shlex
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -23,10 +23,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from jsonargparse import auto_cli
 
-from peagle.card import tables
-from peagle.card.plots import PLOTS, draw_plots, plotted
-from peagle.card.run_files import Facts, is_hub_id, number
-from peagle.card.tables import code, plain, public, recorded, text
+from peagle.card import markdown, tables
+from peagle.card.plots import PLOTS, draw_plots, measured_plots
+from peagle.card.run_files import RunFiles, is_hub_id
 from peagle.store.disk import write_atomically
 
 RELATIONS = ("adapter", "merge", "quantized", "finetune")  # all that the Hub knows
@@ -78,9 +77,9 @@ def write_card(
     Raises:
         ValueError: if a file of the run is not valid JSON.
     """
-    facts = Facts.read(Path(run_dir), Path(drafter_dir))
-    readme = render(facts, options)
-    plots = draw_plots(facts)
+    run = RunFiles.read(Path(run_dir), Path(drafter_dir))
+    readme = render(run, options)
+    plots = draw_plots(run)
     for name, png in plots.items():
         write_atomically(out / name, png)
     write_atomically(out / "README.md", readme.encode())
@@ -104,105 +103,76 @@ def write_page(
             (out / name).unlink(missing_ok=True)
 
 
-def render(facts: Facts, options: CardOptions | None = None) -> str:
+def render(run: RunFiles, options: CardOptions | None = None) -> str:
     """The whole README.md, front matter included; the Hub client reads it back unchanged."""
     options = options or CardOptions()
     body = _template().render(
-        facts=facts,
+        run=run,
         options=options,
         tables=tables,
-        target=target_name(facts),
-        license=_license(facts, options),
-        vllm_command=vllm_command(facts, options),
-        sagemaker_env=sagemaker_env(facts, options),
-        location=drafter_location(facts, options),
-        plots=plotted(facts),
-        command=public(facts.environment.command),
-        paper=PAPERS[facts.kind],
+        target=target_name(run),
+        license=_license(run, options),
+        location=drafter_location(run, options),
+        speculative_config=speculative_config(run, options),
+        plots=measured_plots(run),
+        paper=PAPERS[run.method],
     )
-    card = f"---\n{front_matter(facts, options).to_yaml()}\n---\n\n{body}"
+    card = f"---\n{front_matter(run, options).to_yaml()}\n---\n\n{body}"
     assert ModelCard(card).content == card, "the card's front matter does not survive the client"
     return card
 
 
-def front_matter(facts: Facts, options: CardOptions) -> ModelCardData:
+def front_matter(run: RunFiles, options: CardOptions) -> ModelCardData:
     """The metadata that the Hub indexes; a target that is not on the Hub is not named in it."""
-    base = facts.target.hub_id
-    datasets = [name for name in facts.data.datasets or () if is_hub_id(name)]
-    results = _eval_results(facts)
+    base = run.target_hub_id
+    datasets = [name for name in run.data["datasets"] or () if is_hub_id(name)]
+    results = _eval_results(run)
     return ModelCardData(
         base_model=base,
         base_model_relation=options.base_model_relation if base else None,
         datasets=datasets or None,
         library_name="peagle",
         pipeline_tag="text-generation",
-        tags=[*TAGS[facts.kind], f"arxiv:{PAPERS[facts.kind]}"],
-        model_name=f"{facts.kind} drafter for {target_name(facts)}" if results else None,
+        tags=[*TAGS[run.method], f"arxiv:{PAPERS[run.method]}"],
+        model_name=f"{run.method} drafter for {target_name(run)}" if results else None,
         eval_results=results or None,
-        **_license_fields(_license(facts, options)),
+        **_license_fields(_license(run, options)),
     )
 
 
-def target_name(facts: Facts) -> str:
+def target_name(run: RunFiles) -> str:
     """How the page calls the target: its Hub id, or the last part of its folder."""
-    if facts.target.name_or_path is None:
+    name = run.target["name_or_path"]
+    if name is None:
         return "a target that was not recorded"
-    if facts.target.embedded:
+    if run.target_is_embedded:
         return "the embedded target"
-    return plain(facts.target.hub_id or PurePath(facts.target.name_or_path).name)
+    return markdown.one_line(run.target_hub_id or PurePath(name).name)
 
 
-def drafter_location(facts: Facts, options: CardOptions) -> str:
-    return options.repo_id or f"./{plain(facts.drafter.folder)}"
+def drafter_location(run: RunFiles, options: CardOptions) -> str:
+    return options.repo_id or f"./{markdown.one_line(run.drafter['folder'])}"
 
 
-def speculative_config(facts: Facts, options: CardOptions) -> dict[str, Any] | None:
-    """vLLM's setting, None while the number of depths is unknown.
+def speculative_config(run: RunFiles, options: CardOptions) -> dict[str, Any] | None:
+    """vLLM's setting, None while the number of depths or the target is unknown.
 
     The method has to be named: vLLM finds it by itself only in a path that contains "eagle3".
     Nothing in the drafter's own config.json turns parallel drafting on.
     """
-    if facts.num_depths is None:
+    if run.num_depths is None or run.target["name_or_path"] is None:
         return None
     config = {
         "method": "eagle3",
-        "model": drafter_location(facts, options),
-        "num_speculative_tokens": facts.num_depths,
+        "model": drafter_location(run, options),
+        "num_speculative_tokens": run.num_depths,
     }
-    return config | ({"parallel_drafting": True} if facts.kind == "P-EAGLE" else {})
+    return config | ({"parallel_drafting": True} if run.method == "P-EAGLE" else {})
 
 
-def vllm_command(facts: Facts, options: CardOptions) -> str | None:
-    config = speculative_config(facts, options)
-    if config is None or facts.target.name_or_path is None:
-        return None
-    before, target = "", shlex.quote(facts.target.hub_id or f"./{target_name(facts)}")
-    if facts.target.embedded:
-        where = "import peagle.tiny_target as t; print(t.__path__[0])"
-        before, target = f"TARGET=\"$(python -c '{where}')\"\n", '"$TARGET"'
-    setting = shlex.quote(json.dumps(config, indent=2, ensure_ascii=False))
-    serve = f"VLLM_USE_V2_MODEL_RUNNER=0 vllm serve {target} --speculative-config {setting}"
-    return before + serve
-
-
-def sagemaker_env(facts: Facts, options: CardOptions) -> str | None:
-    """The container's environment as Python; a target without a Hub id is the mounted one."""
-    config = speculative_config(facts, options)
-    if config is None:
-        return None
-    target = facts.target.hub_id or "/opt/ml/model"
-    setting = "".join(f"        {name!r}: {value!r},\n" for name, value in config.items())
-    return (
-        "import json\n\nenv = {\n"
-        f"    'SM_VLLM_MODEL': {target!r},\n"
-        f"    'SM_VLLM_SPECULATIVE_CONFIG': json.dumps({{\n{setting}    }}),\n"
-        "    'VLLM_USE_V2_MODEL_RUNNER': '0',\n}"
-    )
-
-
-def _license(facts: Facts, options: CardOptions) -> str | None:
-    name = options.license or facts.target.license
-    return plain(name) if name else None
+def _license(run: RunFiles, options: CardOptions) -> str | None:
+    name = options.license or run.target["license"]
+    return markdown.one_line(name) if name else None
 
 
 def _license_fields(name: str | None) -> dict[str, str]:
@@ -214,18 +184,18 @@ def _license_fields(name: str | None) -> dict[str, str]:
     return {"license": "other", "license_name": _slug(name)}
 
 
-def _eval_results(facts: Facts) -> list[EvalResult]:
+def _eval_results(run: RunFiles) -> list[EvalResult]:
     """Measured acceptance lengths only: a teacher-forced figure must not pass for one."""
     results = []
-    for row in facts.acceptance.rows:
-        if number(row.get("acceptance_length")) is None:
+    for row in run.acceptance.rows:
+        if markdown.as_number(row.get("acceptance_length")) is None:
             continue
-        prompt_set = plain(row.get("prompt_set"))
+        prompt_set = markdown.one_line(row.get("prompt_set"))
         conditions = [
             f"K = {row.get('k')}",
-            f"temperature {tables.recorded(number(row.get('temperature')))}",
+            f"temperature {markdown.as_text(markdown.as_number(row.get('temperature')))}",
         ]
-        conditions += [plain(row[key]) for key in ("engine", "dtype") if row.get(key)]
+        conditions += [markdown.one_line(row[key]) for key in ("engine", "dtype") if row.get(key)]
         results.append(
             EvalResult(
                 task_type="text-generation",
@@ -253,7 +223,15 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(text=text, code=code, recorded=recorded)
+    environment.filters.update(
+        text=markdown.as_text,
+        code=markdown.as_code,
+        measured=markdown.as_measurement,
+        without_folders=markdown.without_folders,
+        json=partial(json.dumps, indent=2, ensure_ascii=False),
+        quote=shlex.quote,
+        repr=repr,
+    )
     return environment.get_template("card.md.jinja")
 
 

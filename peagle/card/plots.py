@@ -2,52 +2,74 @@
 
 A Hub page is shown on white or near-black, as its reader chose, and one PNG must do for both. Mid
 tones on a transparent ground reach neither page's text contrast, so every plot brings its own
-light panel with rounded corners. Figures are built without pyplot: a training process keeps its
-global state, and the same facts give the same bytes.
+light panel with rounded corners. Figures are built without pyplot, and their style holds only while
+they are drawn: a training process keeps its global state, and the same files give the same bytes.
 """
 
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib import cycler, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from peagle.card.run_files import Facts, Row, number
-
-ACCURACY_OVER_STEPS = "accuracy_over_steps.png"
-ACCEPTANCE_OVER_K = "acceptance_over_k.png"
-ACCEPTANCE_PER_POSITION = "acceptance_per_position.png"
-THROUGHPUT = "throughput_over_concurrency.png"
+from peagle.card.markdown import as_number
+from peagle.card.run_files import Row, RunFiles
 
 INK, SOFT, GRID, PANEL = "#1f2328", "#59636e", "#d8dee4", "#fbfbfa"
 # Okabe and Ito's colours: told apart by readers of every kind of colour vision.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MARKERS = "os^DvP"
+LOOKS = cycler(color=SERIES, marker=list(MARKERS))
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": SOFT,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": INK,
+    "axes.labelsize": 10,
+    "axes.prop_cycle": LOOKS,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": SOFT,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "savefig.facecolor": "none",
+    "text.parse_math": False,  # a name may hold a dollar sign
+    "xtick.color": SOFT,
+    "xtick.labelcolor": INK,
+    "xtick.labelsize": 9,
+    "ytick.color": SOFT,
+    "ytick.labelcolor": INK,
+    "ytick.labelsize": 9,
+}
 CONDITIONS = ("engine", "dtype", "temperature")
 
 
-def draw_plots(facts: Facts) -> dict[str, bytes]:
+@rc_context(STYLE)
+def draw_plots(run: RunFiles) -> dict[str, bytes]:
     """File name -> PNG of every plot that the metrics allow."""
-    return {name: png(PLOTS[name][1](rows)) for name, rows in _plot_data(facts).items()}
+    return {name: png(PLOTS[name][1](rows)) for name, rows in measured_plots(run).items()}
 
 
-def plotted(facts: Facts) -> list[str]:
-    """The names of those plots, without drawing them."""
-    return list(_plot_data(facts))
-
-
-def _plot_data(facts: Facts) -> dict[str, Any]:
-    data = {name: select(facts) for name, (select, _) in PLOTS.items()}
+def measured_plots(run: RunFiles) -> dict[str, Any]:
+    """File name -> the rows to draw, for every plot that has any."""
+    data = {name: select(run) for name, (select, _) in PLOTS.items()}
     return {name: rows for name, rows in data.items() if rows}
-
-
-def _rows_with(rows: Sequence[Row], *keys: str) -> list[Row]:
-    return [row for row in rows if all(number(row.get(key)) is not None for key in keys)]
 
 
 def _accuracy_over_steps(curve: dict[int, list[tuple[int, float]]]) -> Figure:
@@ -55,10 +77,9 @@ def _accuracy_over_steps(curve: dict[int, list[tuple[int, float]]]) -> Figure:
     shades = matplotlib.colormaps["viridis"]
     last = max(max(curve), 1)
     for depth, points in curve.items():
-        steps, accuracy = zip(*points, strict=True)
         # The far end of viridis is too pale for a light panel.
         colour = shades(0.82 * depth / last)
-        axes.plot(steps, accuracy, "o-", color=colour, ms=3.5, lw=1.8, label=f"depth {depth}")
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, ms=3.5, label=f"depth {depth}")
     axes.set(xlabel="optimizer step", ylabel="top-1 accuracy", xlim=(0, None), ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     legend(figure, axes)
@@ -66,35 +87,18 @@ def _accuracy_over_steps(curve: dict[int, list[tuple[int, float]]]) -> Figure:
 
 
 def _acceptance_over_k(rows: list[Row]) -> Figure:
-    bars = any(row.get("acceptance_length_ci95") for row in rows)
-    note = ", with 95% intervals" if bars else ""
+    intervals = any(row.get("acceptance_length_ci95") for row in rows)
+    note = ", with 95% intervals" if intervals else ""
     figure, (axes,) = panel(f"Measured acceptance length over K{note}")
-    for i, (label, series) in enumerate(_series(rows).items()):
+    for label, series in _series(rows).items():
         series = sorted(series, key=lambda row: row["k"])
         lengths = [row["acceptance_length"] for row in series]
         # Without an interval the error bar has no length.
-        bounds = [
-            row.get("acceptance_length_ci95") or [row["acceptance_length"]] * 2 for row in series
-        ]
-        spread = [
-            [abs(x - bound[side]) for x, bound in zip(lengths, bounds, strict=True)]
-            for side in (0, 1)
-        ]
-        style = {
-            "color": SERIES[i % len(SERIES)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "label": label,
-        }
-        axes.errorbar(
-            [row["k"] for row in series],
-            lengths,
-            spread,
-            capsize=3,
-            ms=5,
-            lw=1.8,
-            elinewidth=1.1,
-            **style,
-        )
+        bounds = [row.get("acceptance_length_ci95") or [row["acceptance_length"]] * 2
+                  for row in series]  # fmt: skip
+        spread = np.abs(np.transpose(bounds) - lengths)
+        depths = [row["k"] for row in series]
+        axes.errorbar(depths, lengths, spread, label=label, capsize=3, elinewidth=1.1)
     axes.set(xlabel="K, draft tokens per round", ylabel="tokens per verification")
     axes.set_ylim(1, None)  # 1 is the bonus token alone
     axes.set_xticks(sorted({row["k"] for row in rows}))
@@ -109,12 +113,10 @@ def _acceptance_per_position(rows: list[Row]) -> Figure:
     width = 0.82 / len(widest)
     depths = {row["k"] for row in widest.values()}
     for i, (label, row) in enumerate(widest.items()):
-        shares = [number(share) or 0.0 for share in row["per_position"]]
-        offset = (i - (len(widest) - 1) / 2) * width
-        at = [position + 1 + offset for position in range(len(shares))]
-        colour = SERIES[i % len(SERIES)]
+        shares = [as_number(share) or 0.0 for share in row["per_position"]]
+        places = np.arange(len(shares)) + 1 + (i - (len(widest) - 1) / 2) * width
         label = label if len(depths) == 1 else f"{label}, K = {row['k']}"
-        axes.bar(at, shares, 0.92 * width, color=colour, label=label)
+        axes.bar(places, shares, 0.92 * width, label=label)
     where = f" (K = {depths.pop()})" if len(depths) == 1 else ""
     axes.set(xlabel=f"position in the draft{where}", ylabel="share of rounds", ylim=(0, 1))
     axes.set_xticks(range(1, 1 + max(len(row["per_position"]) for row in widest.values())))
@@ -123,62 +125,58 @@ def _acceptance_per_position(rows: list[Row]) -> Figure:
 
 
 def _throughput(rows: list[Row]) -> Figure:
+    """One panel per prompt set; what runs without a drafter stays grey."""
     several = len({row.get("method") for row in rows if row.get("drafter") is not None}) > 1
-    series = _series([{**row, "panel": str(row.get("prompt_set")),
-                       "prompt_set": _drafted(row, several)} for row in rows])  # fmt: skip
-    sets = list(dict.fromkeys(str(row.get("prompt_set")) for row in rows))
-    figure, panels = panel("Output tokens per second over concurrent requests", len(sets))
+    lines = _series([{**row, "prompt_set": _drafter_label(row, several),
+                      "panel": str(row.get("prompt_set"))} for row in rows])  # fmt: skip
+    alone = {"color": SOFT, "ls": "--", "marker": "x"}
+    looks = [  # of a line, the same in every panel
+        alone if line[0].get("drafter") is None else look
+        for line, look in zip(lines.values(), LOOKS(), strict=False)
+    ]
+    prompt_sets = list(dict.fromkeys(str(row.get("prompt_set")) for row in rows))
+    figure, panels = panel("Output tokens per second over concurrent requests", len(prompt_sets))
     ticks = sorted({row["concurrency"] for row in rows})
-    for prompt_set, axes in zip(sets, panels, strict=True):
-        for (label, own), style in zip(series.items(), _throughput_styles(series), strict=True):
+    for prompt_set, axes in zip(prompt_sets, panels, strict=True):
+        for (label, line), look in zip(lines.items(), looks, strict=True):
             points = sorted(
                 (row["concurrency"], row["tokens_per_second"])
-                for row in own
+                for row in line
                 if row["panel"] == prompt_set
             )
             if points:
-                axes.plot(*zip(*points, strict=True), ms=5, lw=1.8, label=label, **style)
+                axes.plot(*zip(*points, strict=True), label=label, **look)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_ylim(0, None)
         axes.set_xlabel("concurrent requests")
-        axes.set_title(prompt_set, loc="left", fontsize=10, color=SOFT, parse_math=False)
+        axes.set_title(prompt_set)
     panels[0].set_ylabel("tokens per second")
     legend(figure, *panels)
     return figure
 
 
-def _throughput_styles(series: dict[str, list[Row]]) -> list[dict[str, str]]:
-    """One look per line, the same in every panel; what runs without a drafter stays grey."""
-    styles = []
-    for i, rows in enumerate(series.values()):
-        alone = {"color": SOFT, "ls": "--", "marker": "x"}
-        drafted = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
-        styles.append(alone if rows[0].get("drafter") is None else drafted)
-    return styles
-
-
-def _drafted(row: Row, several: bool) -> str:
-    """``several``: drafters of several kinds are compared."""
+def _drafter_label(row: Row, several: bool) -> str:
+    """``several``: drafters of several methods are compared."""
     if row.get("drafter") is None:
         return "no drafter"
     return f"{row.get('method')}, K = {row.get('k')}" if several else f"K = {row.get('k')}"
 
 
-def _series(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows by prompt set and conditions; the label names only the conditions that differ."""
-    rows = list(rows)
     varying = [key for key in CONDITIONS if len({str(row.get(key)) for row in rows}) > 1]
     series: dict[str, list[Row]] = {}
     for row in rows:
-        parts = [str(row.get("prompt_set"))]
+        label = [str(row.get("prompt_set"))]
         for key in varying:
-            value = number(row.get(key))
-            parts.append(str(row.get(key)) if value is None else f"T = {value:g}")
-        series.setdefault(", ".join(parts), []).append(row)
+            value = as_number(row.get(key))
+            label.append(str(row.get(key)) if value is None else f"T = {value:g}")
+        series.setdefault(", ".join(label), []).append(row)
     return series
 
 
+@rc_context(STYLE)
 def panel(title: str, count: int = 1) -> tuple[Figure, list[Axes]]:
     """An empty plot of the card's look: ``count`` axes, two to a line."""
     lines = math.ceil(count / 2)
@@ -202,18 +200,10 @@ def panel(title: str, count: int = 1) -> tuple[Figure, list[Axes]]:
     grid = figure.subplots(lines, min(count, 2), squeeze=False).flatten().tolist()
     for axes in grid[count:]:
         axes.remove()
-    for axes in grid[:count]:
-        axes.set_facecolor("none")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(SOFT)
-        axes.tick_params(colors=SOFT, labelcolor=INK, labelsize=9)
-        axes.grid(axis="y", color=GRID, lw=0.8)
-        axes.set_axisbelow(True)
-        axes.xaxis.label.set(color=INK, fontsize=10)
-        axes.yaxis.label.set(color=INK, fontsize=10)
     return figure, grid[:count]
 
 
+@rc_context(STYLE)
 def legend(figure: Figure, *panels: Axes) -> None:
     """One legend beside the axes: above it would meet the title, inside it would hide a line.
 
@@ -222,43 +212,37 @@ def legend(figure: Figure, *panels: Axes) -> None:
     named = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
-        named |= {label: handle for handle, label in zip(handles, labels, strict=True)}
+        named |= dict(zip(labels, handles, strict=True))
     if len(named) == 1:
-        (label,) = named
-        panels[0].set_title(label, loc="left", fontsize=10, color=SOFT, parse_math=False)
-        return
-    named_lines = figure.legend(
-        named.values(),
-        named,
-        loc="outside right center",
-        borderaxespad=2,
-        frameon=False,
-        fontsize=9,
-        labelcolor=INK,
-    )
-    for text in named_lines.get_texts():
-        text.set_parse_math(False)  # a name may hold a dollar sign
+        panels[0].set_title(*named)
+    else:
+        figure.legend(named.values(), named, loc="outside right center", borderaxespad=2)
 
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    # Without the version stamp equal facts give equal bytes.
+    # Without the version stamp equal files give equal bytes.
     figure.savefig(buffer, format="png", facecolor="none", metadata={"Software": None})
     return buffer.getvalue()
 
 
-PLOTS: dict[str, tuple[Callable[[Facts], Any], Callable[[Any], Figure]]] = {
-    ACCURACY_OVER_STEPS: (lambda facts: facts.accuracy_curve, _accuracy_over_steps),
-    ACCEPTANCE_OVER_K: (
-        lambda facts: _rows_with(facts.acceptance.rows, "k", "acceptance_length"),
+def _measured(rows: Sequence[Row], *keys: str) -> list[Row]:
+    return [row for row in rows if all(as_number(row.get(key)) is not None for key in keys)]
+
+
+# File name -> what of the run it shows, and how that is drawn.
+PLOTS: dict[str, tuple[Callable[[RunFiles], Any], Callable[[Any], Figure]]] = {
+    "accuracy_over_steps.png": (lambda run: run.accuracy_curve, _accuracy_over_steps),
+    "acceptance_over_k.png": (
+        lambda run: _measured(run.acceptance.rows, "k", "acceptance_length"),
         _acceptance_over_k,
     ),
-    ACCEPTANCE_PER_POSITION: (
-        lambda facts: [r for r in _rows_with(facts.acceptance.rows, "k") if r.get("per_position")],
+    "acceptance_per_position.png": (
+        lambda run: [r for r in _measured(run.acceptance.rows, "k") if r.get("per_position")],
         _acceptance_per_position,
     ),
-    THROUGHPUT: (
-        lambda facts: _rows_with(facts.bench.rows, "concurrency", "tokens_per_second"),
+    "throughput_over_concurrency.png": (
+        lambda run: _measured(run.bench.rows, "concurrency", "tokens_per_second"),
         _throughput,
     ),
 }

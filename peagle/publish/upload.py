@@ -1,15 +1,12 @@
-"""Send the entries of a spool to the Hub, each in at most one commit.
+"""The process that sends the entries of a queue to the Hub, each in at most one commit.
 
-Sending is a process of its own, in which ``publish.py`` starts ``main``: the client has no timeout
-and joins its upload threads at exit, so only the end of a process ends a request that hangs. That
-process imports neither Lightning nor torch, and ends by itself when its time is up or its parent is
-gone.
+``sender.py`` starts it. The client has no timeout and joins its upload threads at exit, so only the
+end of a process ends a request that hangs. This process imports neither Lightning nor torch, and
+ends by itself when its time is up or its parent is gone.
 """
 
-import contextlib
 import json
 import os
-import shutil
 import sys
 import threading
 import time
@@ -34,9 +31,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from peagle.publish.queue import CHECKPOINTS, MAIN, SECRET, WEIGHTS, Entry, pending
+from peagle.publish.allowed_files import SECRET, WEIGHTS
+from peagle.publish.queue import CHECKPOINTS, MAIN, Entry, remove_entry, waiting_entries
+from peagle.store.errors import reason
 
-PASSING = frozenset({404, 408, 409, 412, 425, 429})  # of the 4xx: worth another try
+RETRY_STATUSES = frozenset({404, 408, 409, 412, 425, 429})  # of the 4xx
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 TIME_IS_UP = 3  # exit code
 
@@ -84,13 +83,13 @@ class Destination:
         return CHECKPOINTS if channel == CHECKPOINTS else self.revision or MAIN
 
 
-def flush(
-    spool: Path, destination: Destination, *, deadline: float, report: Callable[[dict], None]
+def send_queue(
+    queue: Path, destination: Destination, *, deadline: float, report: Callable[[dict], None]
 ) -> None:
     """Send every entry, oldest first, until ``deadline`` (of ``time.monotonic``)."""
     api = HfApi(endpoint=destination.endpoint)
     tried: set[Path] = set()
-    while waiting := [entry for entry in pending(spool) if entry.folder not in tried]:
+    while waiting := [entry for entry in waiting_entries(queue) if entry.folder not in tried]:
         entry = waiting[0]
         tried.add(entry.folder)
         try:
@@ -103,10 +102,7 @@ def flush(
         except (RefusedError, UnsentError) as error:
             report({"problem": str(error), "refused": isinstance(error, RefusedError)})
             return
-        gone = entry.folder.with_name(f".sent-{entry.folder.name}")
-        with contextlib.suppress(FileNotFoundError):
-            entry.folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        remove_entry(entry)
 
 
 def send_until(api: HfApi, entry: Entry, destination: Destination, deadline: float) -> dict:
@@ -118,10 +114,10 @@ def send_until(api: HfApi, entry: Entry, destination: Destination, deadline: flo
         except Exception as error:  # the client raises whatever its transport raises
             if not (entry.folder / "entry.json").exists():
                 raise FileNotFoundError(entry.folder) from error
-            _raise_if_final(error, f"step {entry.step} was rejected", destination)
+            _raise_if_hopeless(error, f"step {entry.step} was rejected", destination)
             wait = max(pause, _retry_after(error))
             if time.monotonic() + wait >= deadline:
-                late = f"the Hub did not take step {entry.step} in time: {_first_line(error)}"
+                late = f"the Hub did not take step {entry.step} in time: {_safe_reason(error)}"
                 raise UnsentError(late) from error
             time.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -136,7 +132,7 @@ def send(api: HfApi, entry: Entry, destination: Destination, title: str) -> dict
     repo, branch = destination.repo_id, destination.branch(entry.channel)
     head = find_head(api, destination, branch)
     history = api.list_repo_commits(repo, revision=head)
-    known = (commit.commit_id for commit in history if entry.is_named(commit.title, title))
+    known = (commit.commit_id for commit in history if entry.is_in_commit(commit.title, title))
     oid = next(known, None)
     if oid is None:
         files = entry.files()
@@ -181,8 +177,8 @@ def set_tag(api: HfApi, repo: str, tag: str, oid: str) -> str:
     return tag
 
 
-def find_problem(destination: Destination) -> str | None:
-    """Whether publishing can work, from two cheap requests; None when nothing speaks against it."""
+def access_problem(destination: Destination) -> str | None:
+    """Why this login cannot publish, from two cheap requests; None if nothing speaks against it."""
     api, repo = HfApi(endpoint=destination.endpoint), destination.repo_id
     try:
         me = api.whoami()
@@ -197,21 +193,21 @@ def find_problem(destination: Destination) -> str | None:
         return None  # it will be made
     except Exception as error:  # a check must not be what fails
         status = _status(error)
-        return _refusal(status, repo) if status in (401, 403) else _first_line(error)
+        return _refusal(status, repo) if status in (401, 403) else _safe_reason(error)
     return None
 
 
-def _raise_if_final(error: Exception, rejected: str, destination: Destination) -> None:
-    """Sort out what no waiting mends; a network error or a broken answer is not among it."""
+def _raise_if_hopeless(error: Exception, rejected: str, destination: Destination) -> None:
+    """Raise for what no waiting mends: a network error or a broken answer may pass."""
     status = _status(error)
     if status in (401, 403):
         raise RefusedError(_refusal(status, destination.repo_id)) from error
     if status is None:
-        final = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
+        hopeless = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
     else:
-        final = 400 <= status < 500 and status not in PASSING
-    if final:
-        raise RejectedError(f"{rejected}: {_first_line(error)}") from error
+        hopeless = 400 <= status < 500 and status not in RETRY_STATUSES
+    if hopeless:
+        raise RejectedError(f"{rejected}: {_safe_reason(error)}") from error
 
 
 def _refusal(status: int, repo: str) -> str:
@@ -240,9 +236,8 @@ def _retry_after(error: Exception) -> float:
     return float(value) if value.isdigit() else 0.0
 
 
-def _first_line(error: Exception) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return SECRET.sub("***", text.replace(get_token() or "\n", "***"))[:200]
+def _safe_reason(error: Exception) -> str:
+    return SECRET.sub("***", reason(error).replace(get_token() or "\n", "***"))[:200]
 
 
 def _watch(parent: int, deadline: float) -> None:
@@ -269,8 +264,12 @@ def main() -> None:
     def report(event: dict) -> None:
         print(json.dumps(event), flush=True)
 
-    if task["spool"] is None:
-        report({"problem": find_problem(destination)})
+    if task["queue"] is None:
+        report({"problem": access_problem(destination)})
     else:
-        flush(Path(task["spool"]), destination, deadline=deadline, report=report)
+        send_queue(Path(task["queue"]), destination, deadline=deadline, report=report)
     os._exit(0)  # the client's threads would be waited for
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningCLI
 from paths import ROOT
 
 import peagle.cli
-from peagle.callbacks.checkpoint import AtomicCheckpointIO, size_of
+from peagle.callbacks.checkpoint import AtomicCheckpointIO, tensor_bytes
 from peagle.model.checkpoint import check_address, read_checkpoint
 
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
@@ -93,9 +93,9 @@ def test_a_save_that_stops_in_the_middle_says_how_much_it_needs_at_least(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_the_size_of_a_checkpoint_is_that_of_its_tensors():
+def test_the_tensor_bytes_a_checkpoint_is_that_of_its_tensors():
     nested = {"a": torch.zeros(3), "b": [torch.zeros(2, dtype=torch.float64), {"c": 7}]}
-    assert size_of(nested) == 3 * 4 + 2 * 8
+    assert tensor_bytes(nested) == 3 * 4 + 2 * 8
 
 
 def test_lightning_still_reads_hyper_parameters_by_the_hook_that_we_silence():

@@ -37,7 +37,7 @@ from card_runs import (
 from huggingface_hub import ModelCard
 
 from peagle.card.card import CardOptions, render, write_card
-from peagle.card.run_files import Facts
+from peagle.card.run_files import RunFiles
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -144,14 +144,14 @@ def test_a_fact_that_was_not_recorded_says_so():
 def test_answers_that_the_target_did_not_make_are_not_called_its_own(tmp_path):
     data = PROVENANCE["data"] | {"regenerated": False}
     run = make_run(tmp_path, provenance=PROVENANCE | {"data": data})
-    said = section(render(Facts.read(run, run / "drafter")), "Training")
+    said = section(render(RunFiles.read(run, run / "drafter")), "Training")
     assert "stood in the data sets" in said and "written by the target" not in said
 
 
 def test_the_folders_of_the_machine_stay_off_the_page(tmp_path):
     data = PROVENANCE["data"] | {"prompts": "stdlib, /home/someone/secret/own.jsonl"}
     run = make_run(tmp_path, provenance=PROVENANCE | {"data": data})
-    page = render(Facts.read(run, run / "drafter"))
+    page = render(RunFiles.read(run, run / "drafter"))
     assert "| Prompts | stdlib, own.jsonl |" in page and "/home" not in page
 
 
@@ -295,8 +295,8 @@ def test_no_name_can_leave_its_place(name, tmp_path):
 
     usual = make_run(tmp_path / "usual", **documents("usual"))
     weird = make_run(tmp_path / "weird", **documents(name))
-    page = render(Facts.read(weird, weird / "drafter"))
-    assert outline(page) == outline(render(Facts.read(usual, usual / "drafter")))
+    page = render(RunFiles.read(weird, weird / "drafter"))
+    assert outline(page) == outline(render(RunFiles.read(usual, usual / "drafter")))
     data = ModelCard(page).data
     assert "base_model" not in data.to_dict()
     assert data.license == "other"
@@ -354,9 +354,9 @@ def test_a_torn_metrics_file_is_named_and_leaves_the_old_card_alone(tmp_path):
     assert (tmp_path / "card/README.md").read_text() == before
 
 
-def test_rendering_reads_nothing_but_the_facts(tmp_path):
-    facts = Facts.read(full_run(tmp_path), tmp_path / "drafter")
+def test_rendering_reads_no_file(tmp_path):
+    run_files = RunFiles.read(full_run(tmp_path), tmp_path / "drafter")
     shutil.rmtree(tmp_path)
-    assert "**3.40** on human\\_eval" in render(facts)
-    other = dataclasses.replace(facts, run_id="run-0000")
-    assert render(other) == render(facts).replace("run-7f3a", "run-0000")
+    assert "**3.40** on human\\_eval" in render(run_files)
+    other = dataclasses.replace(run_files, run_id="run-0000")
+    assert render(other) == render(run_files).replace("run-7f3a", "run-0000")

@@ -14,7 +14,7 @@ from paths import ROOT
 from PIL import Image
 
 from peagle.card.card import render
-from peagle.card.run_files import Facts
+from peagle.card.run_files import RunFiles, Section
 
 PAGE = ROOT / "model_cards/quickstart"
 
@@ -30,14 +30,14 @@ def rows_of(page: str) -> list[dict[str, str]]:
 
 def test_the_shipped_card_is_what_its_files_give(page):
     """But for two facts of the weights, which are not shipped."""
-    facts = Facts.read(PAGE, PAGE)
-    assert facts.drafter.weights_sha256 is None and facts.drafter.parameters is None
-    again = render(facts)
+    run_files = RunFiles.read(PAGE, PAGE)
+    assert not {"weights_sha256", "parameters"} & run_files.drafter.keys()
+    again = render(run_files)
     assert outline(again) == outline(page)
     changed = [row for row in rows_of(again) if row not in rows_of(page)]
     assert [row["Fact"] for row in changed] == ["Drafter weights, sha256"]
-    drafter = dataclasses.replace(facts.drafter, weights_sha256="0" * 64, parameters=1)
-    again = render(dataclasses.replace(facts, drafter=drafter))
+    drafter = Section(run_files.drafter, weights_sha256="0" * 64, parameters=1)
+    again = render(dataclasses.replace(run_files, drafter=drafter))
     assert len(again.splitlines()) == len(page.splitlines())
 
 

@@ -9,7 +9,7 @@ from random_parts import make_drafter
 
 from peagle.callbacks.evaluate import Evaluate
 from peagle.capture.prompts import PromptSource
-from peagle.card.run_files import Facts
+from peagle.card.run_files import RunFiles
 from peagle.cod.sampling import Cod
 from peagle.decode.acceptance import acceptance_rows
 from peagle.decode.decoder import Decoded
@@ -116,5 +116,5 @@ def test_the_table_of_test_shows_a_baseline_beside_ours_and_the_card_does_not(
     assert all(row["draft_ms_per_round"] > 0 for row in rows)
     shown = capsys.readouterr().out
     assert all(f"{name}  2" in shown for name in names) and shown.count(" ms") == 2
-    facts = Facts.read(tmp_path, tmp_path / "drafter")
-    assert [row["method"] for row in facts.acceptance.rows] == names[:1]
+    run_files = RunFiles.read(tmp_path, tmp_path / "drafter")
+    assert [row["method"] for row in run_files.acceptance.rows] == names[:1]

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from peagle.card.card import render
-from peagle.card.run_files import Facts
+from peagle.card.run_files import RunFiles
 
 SHA = "9f2c" * 16
 
@@ -190,8 +190,8 @@ def card(run, options=None):
     """The README of one of RUNS; the folder it was made from is gone by the time it is read."""
     with tempfile.TemporaryDirectory() as folder:
         made = run(Path(folder))
-        facts = Facts.read(made, made / "drafter")
-    return render(facts, options)
+        run_files = RunFiles.read(made, made / "drafter")
+    return render(run_files, options)
 
 
 def section(card, title):

@@ -14,7 +14,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from peagle.publish.publish import publish_run
-from peagle.publish.queue import pending
+from peagle.publish.queue import waiting_entries
+from peagle.publish.upload import Destination
 
 REPO = "alice/drafter"
 PUBLISHED = {
@@ -44,13 +45,16 @@ def finish_run(run_dir: Path, *, step: int, run_id: str = "run-1") -> str:
     return sha
 
 
-def spooled(run_dir: Path) -> list[int]:
-    return [entry.step for entry in pending(run_dir / "hub_spool")]
+def queued(run_dir: Path) -> list[int]:
+    return [entry.step for entry in waiting_entries(run_dir / "hub_spool")]
 
 
 def publish(run_dir: Path, endpoint: str, *, publish_timeout: float = 90.0, **changed):
     options = {"private": True, "revision": None, "dry_run": False} | changed
-    return publish_run(run_dir, REPO, endpoint=endpoint, publish_timeout=publish_timeout, **options)
+    destination = Destination(REPO, options["private"], options["revision"], endpoint)
+    return publish_run(
+        run_dir, destination, dry_run=options["dry_run"], publish_timeout=publish_timeout
+    )
 
 
 def fit(

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 from card_runs import full_run
-from hub_runs import PUBLISHED, REPO, finish_run, publish, spooled
+from hub_runs import PUBLISHED, REPO, finish_run, publish, queued
 from hub_server import TOKEN
 from huggingface_hub import ModelCard, snapshot_download
 
 from peagle.callbacks.hub import HubPublisher
 from peagle.card.card import CardOptions, write_card
-from peagle.publish import command
-from peagle.publish.publish import Sender, deliver
-from peagle.publish.queue import MAIN, collect, write_entry
+from peagle.publish.allowed_files import files_to_publish
+from peagle.publish.publish import publish as publish_command
+from peagle.publish.queue import MAIN, add_entry
+from peagle.publish.sender import Sender
 from peagle.publish.upload import Destination
 
 
@@ -26,7 +27,7 @@ def test_a_published_run_comes_back_byte_for_byte(hub, tmp_path, part_size):
     hub.storage.part_size = part_size
     sha = finish_run(tmp_path / "run", step=40)
     result = publish(tmp_path / "run", hub.url)
-    assert result.complete and spooled(tmp_path / "run") == []
+    assert result.complete and queued(tmp_path / "run") == []
     (commit,) = hub.history(REPO)
     assert re.fullmatch(f"run-1 step 40 weights {sha[:12]} files [0-9a-f]{{12}}", commit.title)
     assert hub.repos[REPO].tags == {"step-40": commit.oid}
@@ -128,11 +129,11 @@ def test_a_save_that_a_killed_run_makes_again_is_not_published_again(hub, tmp_pa
         finish_run(tmp_path, step=2)
         (tmp_path / "metrics/validate.json").write_text(json.dumps({"rows": [], "date": date}))
         note = {"run_id": "run-1", "step": 2, "channel": MAIN, "final": False}
-        write_entry(sender.spool, collect(tmp_path), **note, place=shutil.copyfile)
-        assert deliver(sender, 60).complete
+        add_entry(sender.queue, files_to_publish(tmp_path), **note, transfer=shutil.copyfile)
+        assert sender.send_all(60).complete
     (commit,) = hub.history(REPO)
     assert b"before the kill" in hub.content(REPO)["metrics/validate.json"]
-    assert hub.repos[REPO].tags == {"step-2": commit.oid} and spooled(tmp_path) == []
+    assert hub.repos[REPO].tags == {"step-2": commit.oid} and queued(tmp_path) == []
 
 
 @pytest.mark.slow
@@ -151,7 +152,7 @@ def test_a_card_that_names_a_folder_names_the_repository_once_it_is_published(hu
     run = full_run(tmp_path)
     written = CardOptions(license="Our Own 1.0", base_model_relation="finetune")
     write_card(run, run / "drafter", run / "card", options=written)
-    command.publish(run, REPO, endpoint=hub.url)
+    publish_command(run, REPO, endpoint=hub.url)
     card = ModelCard(hub.content(REPO)["README.md"].decode())
     assert card.text.count(f'"model": "{REPO}"') == 1 and "./drafter" not in card.text
     assert (card.data.license, card.data["license_name"]) == ("other", "our-own-1.0")
@@ -159,7 +160,7 @@ def test_a_card_that_names_a_folder_names_the_repository_once_it_is_published(hu
     with (run / "drafter/model.safetensors").open("ab") as weights:
         weights.write(b"changed")
     with pytest.raises(ValueError, match="other weights"):
-        command.publish(run, REPO, endpoint=hub.url)
+        publish_command(run, REPO, endpoint=hub.url)
     assert len(hub.history(REPO)) == 1
 
 
@@ -178,7 +179,7 @@ def test_a_dry_run_writes_and_names_everything_and_sends_nothing(hub, tmp_path):
     written = {path.relative_to(folder / "files").as_posix() for path in folder.rglob("files/**/*")}
     assert {name for name in written if "." in name} == PUBLISHED
     assert all(any(name in line for line in result.planned) for name in PUBLISHED)
-    assert hub.requests == [] and spooled(tmp_path) == []
+    assert hub.requests == [] and queued(tmp_path) == []
 
 
 SPOILS = {
@@ -207,7 +208,7 @@ def test_a_run_that_must_not_be_published_is_refused_in_one_sentence(hub, tmp_pa
         (tmp_path / path).write_text(content)
     with pytest.raises(ValueError, match=said):
         publish(tmp_path, hub.url)
-    assert hub.requests == [] and spooled(tmp_path) == []
+    assert hub.requests == [] and queued(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hub_fault_cases import FAULTS, RARE_FAULTS
 from hub_fits import STEPS, peagle, write_config
-from hub_runs import REPO, spooled
+from hub_runs import REPO, queued
 from hub_server import TOKEN, Hub
 from huggingface_hub import ModelCard, snapshot_download
 
@@ -68,7 +68,7 @@ def test_a_fit_from_the_command_line_is_on_the_hub_when_it_ends(published):
     run_id = json.loads((published.run / "provenance.json").read_text())["run_id"]
     assert newest.title.startswith(f"{run_id} step {STEPS} weights ")
     assert published.hub.repos[REPO].tags[f"step-{STEPS}"] == newest.oid
-    assert published.hub.repos[REPO].private and spooled(published.run) == []
+    assert published.hub.repos[REPO].private and queued(published.run) == []
 
 
 SOURCES = {"config.json": "drafter", "model.safetensors": "drafter", "README.md": "card"}
@@ -208,7 +208,7 @@ def test_a_fit_ends_as_without_a_hub_whatever_the_hub_does(
     code, _ = finish(*flush, log=log, **environment(hub, tmp_path))
     assert code == 0, log.read_text()
     (commit,) = hub.history(REPO)
-    assert f" step {STEPS} " in commit.title and spooled(run) == []
+    assert f" step {STEPS} " in commit.title and queued(run) == []
     assert hub.content(REPO)["model.safetensors"] == (run / name).read_bytes()
 
 
@@ -239,9 +239,9 @@ def test_a_fit_that_is_killed_ten_times_publishes_every_save_once(hub, store, tm
         process.kill()
         process.join()
         ends.append(hub.requests[-1][0])
-        owed |= {step for step in spooled(run) if step}
+        owed |= {step for step in queued(run) if step}
     code, _ = finish(*arguments, log=log, **environment(hub, tmp_path))
-    assert code == 0 and spooled(run) == [], log.read_text()
+    assert code == 0 and queued(run) == [], log.read_text()
     assert len(set(ends)) > 2, "every kill came at the same moment"
     commits = hub.history(REPO)
     steps = [int(commit.title.split()[2]) for commit in commits]

@@ -16,10 +16,10 @@ from pathlib import Path
 import hub_runs
 import pytest
 from hub_fault_cases import FAULTS, RARE_FAULTS, Case
-from hub_runs import REPO, finish_run, publish, spooled
+from hub_runs import REPO, finish_run, publish, queued
 from hub_server import TOKEN, Hub
 
-from peagle.publish.publish import PublishResult
+from peagle.publish.sender import PublishResult
 
 
 @dataclass
@@ -41,11 +41,11 @@ def meet_fault(run_dir: Path, case: Case) -> Outcome:
         started = time.monotonic()
         result = publish(run_dir, hub.url, publish_timeout=case.patience)
         seconds = time.monotonic() - started
-        landed, waiting = len(hub.history(REPO)), spooled(run_dir)
+        landed, waiting = len(hub.history(REPO)), queued(run_dir)
         hub.faults.clear()
         publish(run_dir, hub.url)
         commits = (landed, len(hub.history(REPO)))
-        waiting = (waiting, spooled(run_dir))
+        waiting = (waiting, queued(run_dir))
         return Outcome(result, seconds, commits, waiting, [*hub.repos[REPO].tags], fault.met)
 
 
@@ -113,7 +113,7 @@ def test_kill_9_during_publish_mixes_duplicates_and_loses_nothing(hub, tmp_path)
         weights[step] = finish_run(tmp_path, step=step)
         process = run_script(do="publish", run_dir=str(tmp_path), endpoint=hub.url)
         while (
-            step not in spooled(tmp_path) and process.poll() is None
+            step not in queued(tmp_path) and process.poll() is None
         ):  # what is killed before is not yet being published
             time.sleep(0.001)
         expected = len(hub.requests) + draw.randint(1, 14)
@@ -122,10 +122,10 @@ def test_kill_9_during_publish_mixes_duplicates_and_loses_nothing(hub, tmp_path)
         if process.poll() is None:
             moments.append(hub.requests[-1][0])
         kill(process, sender_too=step % 2 == 0)
-        owed |= {step, *spooled(tmp_path)}
+        owed |= {step, *queued(tmp_path)}
     assert len(moments) > 7 and len(set(moments)) > 2, "the kills came too late, or all at once"
     assert publish(tmp_path, hub.url).complete
-    assert spooled(tmp_path) == []
+    assert queued(tmp_path) == []
     steps = [int(re.search(r"step (\d+)", commit.title)[1]) for commit in hub.history(REPO)]
     assert sorted(steps) == sorted(owed)  # each once
     for commit, step in zip(hub.history(REPO), steps, strict=True):

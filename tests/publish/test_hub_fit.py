@@ -14,7 +14,7 @@ import lightning as L
 import pytest
 import torch
 from hub_fault_cases import FAULTS, RARE_FAULTS, Case
-from hub_runs import REPO, finish_run, fit, publish, spooled
+from hub_runs import REPO, finish_run, fit, publish, queued
 from hub_server import READ_ONLY, TOKEN, Hub
 from hub_state import Repo
 from huggingface_hub import constants
@@ -77,7 +77,7 @@ def test_training_is_bit_identical_whatever_the_hub_does(hub, tmp_path, alone, s
     hub.faults.clear()
     publish(tmp_path, hub.url)
     (commit,) = hub.history(REPO)
-    assert f" step {STEPS} " in commit.title and spooled(tmp_path) == []
+    assert f" step {STEPS} " in commit.title and queued(tmp_path) == []
     assert hub.content(REPO)["model.safetensors"] == alone[1]
 
 
@@ -99,7 +99,7 @@ def test_a_run_that_a_later_test_finishes_goes_out_then_and_not_the_drafter_of_b
 def test_a_run_that_nothing_finishes_is_not_published(hub, tmp_path):
     finish_run(tmp_path, step=99)
     fit(tmp_path, STEPS, HubPublisher(REPO, endpoint=hub.url), finished_by="nobody")
-    assert hub.history(REPO) == [] and spooled(tmp_path) == []
+    assert hub.history(REPO) == [] and queued(tmp_path) == []
 
 
 def test_every_save_is_published_once_with_the_card_of_its_own_weights(hub, tmp_path, alone):
@@ -171,7 +171,7 @@ def test_the_next_start_sends_what_was_left(hub, tmp_path):
     finish_run(tmp_path, step=3)
     hub.fault("any", status=401)
     publish(tmp_path, hub.url)
-    assert spooled(tmp_path) == [3]
+    assert queued(tmp_path) == [3]
     hub.faults.clear()
     (tmp_path / "hub_spool/.stage-of-a-killed-process").mkdir()
     (tmp_path / "provenance.json").unlink()
@@ -180,7 +180,7 @@ def test_the_next_start_sends_what_was_left(hub, tmp_path):
     assert list((tmp_path / "hub_spool").iterdir()) == []
 
 
-def test_without_a_login_the_run_is_spooled_and_one_line_says_how_to_publish(
+def test_without_a_login_the_run_is_queued_and_one_line_says_how_to_publish(
     hub, tmp_path, monkeypatch, said, alone
 ):
     monkeypatch.delenv("HF_TOKEN")
@@ -188,13 +188,13 @@ def test_without_a_login_the_run_is_spooled_and_one_line_says_how_to_publish(
     losses = fit(tmp_path, STEPS, HubPublisher(REPO, endpoint=hub.url))
     assert losses == alone[0] and hub.requests == []
     assert f"peagle publish --run {tmp_path} --repo_id {REPO}" in about_hub(said).splitlines()[0]
-    assert spooled(tmp_path) == [STEPS]
+    assert queued(tmp_path) == [STEPS]
 
 
-def test_offline_spools_and_says_so(hub, tmp_path, monkeypatch, said):
+def test_offline_queues_and_says_so(hub, tmp_path, monkeypatch, said):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     fit(tmp_path, STEPS, HubPublisher(REPO, endpoint=hub.url))
-    assert spooled(tmp_path) == [STEPS] and hub.requests == []
+    assert queued(tmp_path) == [STEPS] and hub.requests == []
     assert "HF_HUB_OFFLINE is set" in about_hub(said)
 
 
@@ -284,7 +284,7 @@ def test_the_process_ends_in_time_while_the_hub_hangs(hub, tmp_path):
     assert hanging.leaving < alone.leaving + 5.0  # Python's own shutdown takes as long without
     assert "lingering []" in hanging.output
     assert losses_in(hanging.output) == losses_in(alone.output)
-    assert spooled(tmp_path / "hanging") == [STEPS]
+    assert queued(tmp_path / "hanging") == [STEPS]
     assert TOKEN not in hanging.output
 
 

@@ -8,10 +8,14 @@ from hub_state import Repo
 from huggingface_hub import constants, hf_hub_download
 from paths import ROOT
 
-from peagle.callbacks.record import license_of
+from peagle.card import target_license
 from peagle.target.target import TargetSource
 
 TARGET = "team/target"
+
+
+def license_of(target: TargetSource) -> str | None:
+    return target_license.license_of(target.name, target.path, target.revision)
 
 
 @pytest.fixture
