@@ -1,5 +1,7 @@
 """Fixtures: seeded tests, a store of random hidden states, a Hub, and an engine's stand-in."""
 
+import threading
+
 import pytest
 import torch
 from hub_server import TOKEN, Hub
@@ -13,6 +15,15 @@ from peagle.store import hub as hub_store
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_server_is_left():
+    """A server whose block was left by an error spins, and takes time from all later tests."""
+    before = set(threading.enumerate())
+    yield
+    left = [thread.name for thread in set(threading.enumerate()) - before]
+    assert not [name for name in left if "serve_forever" in name], left
 
 
 @pytest.fixture
