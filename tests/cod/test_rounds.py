@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 from short_fits import BASELINE, make_data, make_module, make_trainer
-from trained_drafters import COD, trained_drafter
+from trained_drafters import COD, embedded_target, token_ids, trained_drafter
 
 from peagle.cod.rounds import right_prefix, round_starts
 from peagle.cod.sampling import Cod, Rows, rows_of, sample_rows
@@ -62,10 +62,8 @@ def text_batch(target, layers, prompts, answers):
 
 @pytest.mark.parametrize("parallel", [True, False], ids=["p-eagle", "eagle3"])
 def test_the_rounds_of_a_text_are_those_that_decoding_it_makes(parallel):
-    source = TargetSource("tiny")
-    target, tokenizer = source.model(dtype=torch.float32, device="cpu"), source.tokenizer()
-    prompts = [[1, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in BEGINNINGS]
-    drafter = trained_drafter(target, prompts[0], parallel_drafting=parallel)
+    target, drafter = embedded_target(), trained_drafter(parallel_drafting=parallel)
+    prompts = [list(token_ids(text)) for text in BEGINNINGS]
     decoded = Decoder(target, drafter, eos_ids=set()).decode(
         prompts, k=COD.num_depths, temperature=0.0, max_new_tokens=24
     )
@@ -75,7 +73,7 @@ def test_the_rounds_of_a_text_are_those_that_decoding_it_makes(parallel):
     batch = text_batch(target, layers, prompts, decoded.tokens)
     rows = sample_rows(batch.supervised, batch.document, cod=COD, generator=None)
     with torch.no_grad():
-        head = target_head_of(target, source.config())
+        head = target_head_of(target, TargetSource("tiny").config())
         outcome = objective(drafter, head, batch, rows, mix={"kl": 1.0})
     starts = round_starts(rows, outcome.correct, batch.supervised, batch.document)
     first = 0
