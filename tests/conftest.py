@@ -1,23 +1,36 @@
-"""Fixtures: seeded tests, a store of random hidden states, a Hub, and an engine's stand-in."""
+"""Fixtures: seeded tests, a store of random hidden states, a Hub, and an engine's stand-in.
+
+They import what is slow to load themselves: the process of pytest-xdist that only shares the tests
+out reads this file too, and before the others start.
+"""
+
+import threading
 
 import pytest
-import torch
-from hub_server import TOKEN, Hub
-from huggingface_hub import constants, hf_api
-from random_parts import write_random_store
 from stand_in import make_stand_in
-
-from peagle.store import hub as hub_store
 
 
 @pytest.fixture(autouse=True)
 def _seed():
+    import torch
+
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_server_is_left():
+    """A server whose block was left by an error spins, and takes time from all later tests."""
+    before = set(threading.enumerate())
+    yield
+    left = [thread.name for thread in set(threading.enumerate()) - before]
+    assert not [name for name in left if "serve_forever" in name], left
 
 
 @pytest.fixture
 def random_store(tmp_path):
     """A complete store of 24 random conversations of 10 to 40 tokens, in three shards."""
+    from random_parts import write_random_store
+
     return write_random_store(tmp_path / "store", 24, per_shard=8)
 
 
@@ -36,6 +49,8 @@ def stand_in(tmp_path, monkeypatch):
 @pytest.fixture
 def hub(monkeypatch):
     """A Hub on loopback, and a login to it."""
+    from hub_server import TOKEN, Hub
+
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     with Hub() as hub:
@@ -45,6 +60,10 @@ def hub(monkeypatch):
 @pytest.fixture
 def own_hub(hub, monkeypatch, tmp_path):
     """The Hub that the client in this process asks, with caches of its own."""
+    from huggingface_hub import constants, hf_api
+
+    from peagle.store import hub as hub_store
+
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)

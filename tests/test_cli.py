@@ -5,12 +5,19 @@ import re
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
+import lightning  # noqa: F401  first loaded in a test, it would log to that test's stderr for ever
 import pytest
 from paths import ROOT
 
+from peagle.__main__ import main
 
-def peagle(*arguments, timeout=280):
+quiet = pytest.mark.filterwarnings("ignore")  # of Lightning and jsonargparse
+
+
+def process(*arguments, timeout=280):
+    """``python -m peagle`` as a user starts it; most of its seconds are imports."""
     return subprocess.run(
         [sys.executable, "-m", "peagle", *map(str, arguments)],
         cwd=ROOT,
@@ -21,9 +28,33 @@ def peagle(*arguments, timeout=280):
     )
 
 
+class Ended(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def peagle(monkeypatch, capsys):
+    """The same command line in this process, which has everything imported."""
+
+    def call(*arguments):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["peagle", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        return Ended(code, *capsys.readouterr())
+
+    return call
+
+
 def test_help_answers_at_once_and_lists_the_commands():
     begin = time.monotonic()
-    result = peagle("--help")
+    result = process("--help")
     assert time.monotonic() - begin < 3
     assert result.returncode == 0
     for command in ("fit", "validate", "test", "capture", "export", "bench"):
@@ -31,12 +62,14 @@ def test_help_answers_at_once_and_lists_the_commands():
 
 
 def test_an_unknown_command_is_answered_with_the_known_ones():
-    result = peagle("train")
+    result = process("train")
     assert result.returncode == 2
     assert "no command 'train'" in result.stderr and "validate" in result.stderr
 
 
-def test_bench_takes_its_options_with_dashes_too_and_refuses_a_folder_without_a_drafter(tmp_path):
+def test_bench_takes_its_options_with_dashes_too_and_refuses_a_folder_without_a_drafter(
+    peagle, tmp_path
+):
     result = peagle("bench", "--drafter", tmp_path, "--target=tiny", "--vllm-python=/env/python")
     assert result.returncode == 1
     assert result.stderr == (
@@ -46,16 +79,17 @@ def test_bench_takes_its_options_with_dashes_too_and_refuses_a_folder_without_a_
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
-    """A whole fit of a minute's work: capture, train, validate, test, export, card."""
+    """A whole fit of seconds: capture, train, validate, test, export, card."""
     folder = tmp_path_factory.mktemp("run")
     overrides = [
         *("--run_dir", folder / "run", "--store", folder / "store"),
-        *("--capture.prompts", "[{source: stdlib, split: train, limit: 40}]"),
-        *("--capture.max_new_tokens", 32, "--trainer.max_steps", 6),
+        *("--capture.prompts", "[{source: stdlib, split: train, limit: 24}]"),
+        *("--capture.val_share", 0.3, "--capture.max_new_tokens", 16, "--trainer.max_steps", 6),
         *("--model.num_layers", 1, "--evaluation.max_new_tokens", 16),
         *("--evaluation.prompts", "[{source: stdlib, split: test, limit: 3}]"),
+        *("--capture.dtype", "float32", "--trainer.precision", "32-true"),  # bf16 may be slow
     ]
-    result = peagle("fit", "--config", "configs/quickstart.yaml", *overrides)
+    result = process("fit", "--config", "configs/quickstart.yaml", *overrides)
     assert result.returncode == 0, result.stderr
     return folder, overrides, result
 
@@ -84,7 +118,8 @@ def test_the_figures_of_a_run_have_the_promised_keys(small_run):
         assert row["acceptance_length"] == pytest.approx(1 + sum(row["per_position"]))
 
 
-def test_validate_and_test_run_again_from_the_checkpoint(small_run, tmp_path):
+@quiet
+def test_validate_and_test_run_again_from_the_checkpoint(small_run, peagle, tmp_path):
     folder, overrides, _ = small_run
     kept = [folder / "run" / "config.yaml", folder / "run" / "metrics" / "train.csv"]
     before = [path.read_bytes() for path in kept]
@@ -103,7 +138,7 @@ def test_validate_and_test_run_again_from_the_checkpoint(small_run, tmp_path):
     assert [path.read_bytes() for path in kept] == before
 
 
-def test_export_writes_both_layouts(small_run, tmp_path):
+def test_export_writes_both_layouts(small_run, peagle, tmp_path):
     checkpoint = small_run[0] / "run" / "checkpoints" / "last.ckpt"
     for layout, extra in (("eagle3", []), ("speculators", ["--target", "tiny"])):
         out = tmp_path / layout
@@ -114,6 +149,7 @@ def test_export_writes_both_layouts(small_run, tmp_path):
         assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
 
 
+@quiet
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -126,7 +162,7 @@ def test_export_writes_both_layouts(small_run, tmp_path):
         (["--capture.part", "0/2"], "capture.part is for `peagle capture`"),
     ],
 )
-def test_bad_input_is_one_clear_sentence(tmp_path, arguments, words):
+def test_bad_input_is_one_clear_sentence(peagle, tmp_path, arguments, words):
     result = peagle(
         "fit", "--config", "configs/quickstart.yaml",
         "--run_dir", tmp_path / "run", "--store", tmp_path / "store", *arguments,
@@ -134,3 +170,10 @@ def test_bad_input_is_one_clear_sentence(tmp_path, arguments, words):
     assert result.returncode != 0
     assert words in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_bad_input_ends_the_process_with_the_same_sentence_alone(tmp_path):
+    result = process("export", "--ckpt_path", tmp_path / "nowhere.ckpt", "--out", tmp_path / "out")
+    assert result.returncode == 1
+    assert result.stderr.startswith("peagle: ") and result.stderr.count("\n") == 1
+    assert "nowhere.ckpt does not exist" in result.stderr

@@ -220,8 +220,10 @@ def answering(status: int, content: bytes) -> Iterator[int]:
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_port
-        server.shutdown()
+        try:
+            yield server.server_port
+        finally:  # it would spin on its closed socket, and slow down every test after this one
+            server.shutdown()
 
 
 def asked(status: int, **choice) -> list[int]:

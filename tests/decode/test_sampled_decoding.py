@@ -25,31 +25,24 @@ from distribution import (
     power,
     probabilities,
 )
-from trained_drafters import trained_drafter
+from trained_drafters import PROMPT, token_ids, trained_drafter
+from trained_drafters import embedded_target as target
 
 from peagle.decode.decoder import Decoder, Verified, sample, verify
 from peagle.decode.drafting import draft, new_cache
 from peagle.target.hidden_states import hidden_states
-from peagle.target.target import TargetSource
 
 LENGTH, DRAWS, SIGNIFICANCE = 3, 1200, 1e-4
 
 
 @cache
-def target():
-    return TargetSource("tiny").model(dtype=torch.float32, device="cpu")
-
-
-@cache
 def prompt() -> Tokens:
-    tokenizer = TargetSource("tiny").tokenizer()
-    return (1, *tokenizer("for key, value in ", add_special_tokens=False)["input_ids"])
+    return token_ids(PROMPT)
 
 
 @cache
 def decoder(parallel: bool) -> Decoder:
-    drafter = trained_drafter(target(), list(prompt()), parallel_drafting=parallel)
-    return Decoder(target(), drafter, eos_ids=set())
+    return Decoder(target(), trained_drafter(parallel_drafting=parallel), eos_ids=set())
 
 
 def after(begins: list[Tokens]) -> torch.Tensor:

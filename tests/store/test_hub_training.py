@@ -1,5 +1,7 @@
 """Training from the Hub is training from the folder, to the bit; whatever goes wrong is said."""
 
+from functools import cache
+
 import lightning as L
 import pytest
 import torch
@@ -17,10 +19,21 @@ from peagle.store.shard_cache import FetchError
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
-@pytest.fixture
-def store(tmp_path):
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
     """48 conversations in twelve shards, those of the validation split among all."""
-    return write_random_store(tmp_path / "made", 48, per_shard=4)
+    return write_random_store(tmp_path_factory.mktemp("made"), 48, per_shard=4)
+
+
+@pytest.fixture(scope="module")
+def trained_locally(store, tmp_path_factory):
+    """Losses and drafter of a run from the folder; asked for again, it is not trained again."""
+
+    @cache
+    def run(steps, blocks=None):
+        return train(tmp_path_factory.mktemp("local"), store, steps, block_shards=blocks)[:2]
+
+    return run
 
 
 def gigabytes(store, shards):
@@ -46,10 +59,10 @@ def equal(ours, theirs):
 
 @pytest.mark.parametrize(("shards", "blocks"), [(2, None), (5, 3), (12, None)])
 def test_a_fit_from_the_hub_is_the_one_from_the_folder_to_the_bit(
-    own_hub, store, tmp_path, blocks, shards, capsys
+    own_hub, store, trained_locally, tmp_path, blocks, shards, capsys
 ):
     put_store(own_hub, store)
-    ours, weights, _ = train(tmp_path / "local", store, 30, block_shards=blocks)
+    ours, weights = trained_locally(30, blocks)
     changes = {"block_shards": blocks, "cache_gb": gigabytes(store, shards)}
     theirs, others, data = train(tmp_path / "hub", ADDRESS, 30, **changes)
     assert len(data.train_dataloader()) < 30 and theirs == ours and len(ours) == 30
@@ -69,10 +82,12 @@ def test_a_fit_from_the_hub_is_the_one_from_the_folder_to_the_bit(
 
 
 @pytest.mark.parametrize(("first", "second"), [("hub", "folder"), ("folder", "hub")])
-def test_a_run_may_go_on_where_the_store_lies_elsewhere(own_hub, store, tmp_path, first, second):
+def test_a_run_may_go_on_where_the_store_lies_elsewhere(
+    own_hub, store, trained_locally, tmp_path, first, second
+):
     put_store(own_hub, store)
     places = {"hub": ADDRESS, "folder": store}
-    whole, weights, _ = train(tmp_path / "whole", store, 24)
+    whole, weights = trained_locally(24)
     begin, _, _ = train(tmp_path / "run", places[first], 24, callbacks=[StopAfter(10)])
     last = str(tmp_path / "run/checkpoints/last.ckpt")
     rest, others, _ = train(tmp_path / "run", places[second], 24, ckpt_path=last)
