@@ -1,18 +1,18 @@
 """The documents keep up with the code: links, paths, commands, and figures from results files."""
 
 import ast
+import inspect
 import json
 import re
 import shlex
 import warnings
 
 import pytest
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from paths import ROOT
 
-from peagle.bench.run import BenchConfig
-from peagle.cli import PlanCLI, export, lightning, underscored
-from peagle.publish.command import publish
+from peagle import cli
+from peagle.__main__ import COMMANDS
 
 PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")),
@@ -88,7 +88,7 @@ def lines_with(pattern):
     return found
 
 
-class ParseOnly(PlanCLI):
+class ParseOnly(cli.PlanCLI):
     """Reads a command line and does nothing."""
 
     def _run_subcommand(self, subcommand):
@@ -102,18 +102,18 @@ def lightning_parser():
         patch.chdir(ROOT)
         patch.setattr("sys.argv", ["peagle"])
         warnings.simplefilter("ignore")  # Lightning 2.6 uses what jsonargparse will drop
-        lightning(ParseOnly, ["fit", "--config", "configs/quickstart.yaml"])
+        cli.lightning(ParseOnly, ["fit", "--config", "configs/quickstart.yaml"])
     return ParseOnly.built
 
 
-def function_parser(command):
+def only_parse(component, args, as_positional):
+    """In the place of ``auto_cli``; raises ``ArgumentError`` for what the component lacks."""
     parser = ArgumentParser(exit_on_error=False)
-    if command == "bench":
-        parser.add_class_arguments(BenchConfig, as_positional=False)
-    else:
-        goal = {"export": export, "publish": publish}[command]
-        parser.add_function_arguments(goal, as_positional=False)
-    return parser
+    is_class = inspect.isclass(component)
+    add = parser.add_class_arguments if is_class else parser.add_function_arguments
+    add(component, as_positional=as_positional)
+    parser.parse_args(args)
+    raise SystemExit  # the command itself is not run
 
 
 PEAGLE = lines_with(r"(?:\.venv/bin/)?python -m peagle (?!-)(.*)")
@@ -123,13 +123,13 @@ PEAGLE = lines_with(r"(?:\.venv/bin/)?python -m peagle (?!-)(.*)")
 def test_every_peagle_command_parses(arguments, lightning_parser, monkeypatch):
     monkeypatch.chdir(ROOT)
     command, *options = arguments
-    if command in ("export", "publish", "bench"):
-        if options:  # a mere name of the command is no command line
-            given = underscored(options) if command == "bench" else options
-            function_parser(command).parse_args(given)
+    assert command in COMMANDS
+    if not options:  # the mere name of a command
         return
-    if not options:
-        assert command in ("fit", "validate", "test", "capture", "plan")
+    if command in ("export", "publish", "bench"):
+        monkeypatch.setattr(cli, "auto_cli", only_parse)
+        with pytest.raises(SystemExit):
+            cli.run(command, arguments)
         return
     assert command == "plan" or not {"--answers", "--seconds"} & set(options)
     options = ["configs/quickstart.yaml" if option == "C" else option for option in options]
@@ -141,8 +141,11 @@ def test_a_wrong_command_would_be_found(lightning_parser, monkeypatch):
     assert len(PEAGLE) > 20
     monkeypatch.chdir(ROOT)
     for wrong in (["--model.no_such", "1"], ["--data.max_rows", "many"]):
-        with pytest.raises((SystemExit, Exception)):
+        with pytest.raises(SystemExit):
             lightning_parser.parse_args(["fit", "--config", "configs/quickstart.yaml", *wrong])
+    monkeypatch.setattr(cli, "auto_cli", only_parse)
+    with pytest.raises(ArgumentError):
+        cli.run("export", ["export", "--ckpt", "P", "--out", "D"])
 
 
 def options_of(path):
