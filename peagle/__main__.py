@@ -2,6 +2,8 @@
 
 import sys
 
+from peagle import __version__
+
 COMMANDS = {
     "fit": "capture the store if it is missing, train, validate, test, export, write the card",
     "plan": "what a run will cost: samples, disk, memory, steps, time; warnings",
@@ -24,6 +26,7 @@ def usage() -> str:
             *lines,
             "",
             "Each command explains its options with --help; --debug shows tracebacks.",
+            "python -m peagle --version prints the version.",
         ]
     )
 
@@ -32,6 +35,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
+        return
+    if arguments[0] == "--version":
+        print(f"peagle {__version__}")
         return
     command = arguments[0]
     if command not in COMMANDS:

@@ -57,8 +57,8 @@ def test_help_answers_at_once_and_lists_the_commands():
     result = process("--help")
     assert time.monotonic() - begin < 3
     assert result.returncode == 0
-    for command in ("fit", "validate", "test", "capture", "export", "bench"):
-        assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
+    for command in ("fit", "validate", "test", "capture", "plan", "export", "bench", "publish"):
+        assert re.search(rf"^  {command} +\w+", result.stdout, re.MULTILINE)
 
 
 def test_an_unknown_command_is_answered_with_the_known_ones():
