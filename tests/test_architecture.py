@@ -73,12 +73,29 @@ FORBIDDEN = {
     "unsafe load": r"torch\.load\((?![^)]*weights_only=True)",
     "remote code": r"trust_remote_code=True",
 }
+HARDWARE = {
+    "device type": r"device\.type|\.is_cuda|torch\.cuda",
+    "processor": r"(?i)avx|\bamx\b|mkldnn|onednn|cpuinfo|epyc|xeon|\bzen\b",
+    "environment variable": r"os\.environ|getenv",
+    "patched class": r"__class__\s*=[^=]",
+    "attribute hung on a tensor": r"\b(x|tensor|weight|grad|parameter)\.(?!data\b|grad\b)\w+ = ",
+}
 
 
 @pytest.mark.parametrize("rule", FORBIDDEN)
 def test_what_must_not_occur_does_not(rule):
     assert len(SOURCES) > 25
     found = [p for p in SOURCES if re.search(FORBIDDEN[rule], p.read_text(), re.MULTILINE)]
+    assert not found
+
+
+@pytest.mark.parametrize("rule", HARDWARE)
+def test_hardware_is_known_in_kernels_only(rule):
+    sources = {folder: [] for folder in ("kernels", "elsewhere")}
+    for path in SOURCES:
+        sources["kernels" if folder_of(path) == "kernels" else "elsewhere"].append(path)
+    assert len(sources["elsewhere"]) > 100
+    found = [p for p in sources["elsewhere"] if re.search(HARDWARE[rule], p.read_text())]
     assert not found
 
 

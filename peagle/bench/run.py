@@ -22,8 +22,9 @@ from peagle.bench.report import (
     format_best,
 )
 from peagle.capture.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
-from peagle.card.provenance import cpu_name, environment
+from peagle.card.provenance import environment
 from peagle.decode.evaluation import turn_prompt
+from peagle.kernels.device import cpu_name
 from peagle.model.config import PEagleConfig
 from peagle.model.restore import refuse_other_target
 from peagle.serve.contract import check_folder

@@ -1,5 +1,8 @@
 """Questions about a device that no other room asks itself: which one, its memory, its clock."""
 
+import platform
+from pathlib import Path
+
 import torch
 
 Device = torch.device | str
@@ -10,6 +13,15 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
+
+
+def cpu_name() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else None
 
 
 def gpu_name() -> str | None:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from peagle.cod.sampling import Rows
-from peagle.kernels import Kernels, backend_for
+from peagle.kernels.choose import Kernels, backend_for
 from peagle.kernels.reference import Angles, Reference
 from peagle.model.config import PEagleConfig
 from peagle.model.layers import DrafterLayer, RMSNorm, Rotary

@@ -183,7 +183,7 @@ def absolute(path: str) -> str:
 def serve(vllm: Vllm, serving: Serving, *, timeout_s: float) -> Server:
     """A server of this vLLM, to be entered as a context."""
     port = free_port()
-    # vLLM has oneDNN, too, and is to be measured as users run it.
+    # Our limits on kernel caches would slow vLLM, which is to be measured as users run it.
     environment = server_environment(vllm, users_environment())
     command = server_command(vllm, serving, port)
     return Server(command, port, environment=environment, timeout_s=timeout_s)

@@ -16,12 +16,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from peagle.cod.sampling import Cod, Rows, sample_rows
 from peagle.decode.decoder import Decoder
 from peagle.decode.evaluation import PromptBatch, Run, decode_batch
-from peagle.kernels import Kernels
+from peagle.kernels.choose import Kernels
 from peagle.kernels.device import pick_device
 from peagle.model.build import build_drafter
 from peagle.model.config import HIDDEN_STATES, PEagleConfig
 from peagle.model.drafter import Drafter
-from peagle.model.init import initialise
+from peagle.model.initial_weights import initialise
 from peagle.model.restore import (
     refuse_differences,
     refuse_other_kind,
@@ -45,7 +45,7 @@ from peagle.train.optimizer import parameter_groups
 from peagle.train.optimizer_options import impose, impose_schedule, options_of, schedule_options_of
 from peagle.train.packing import Batch
 from peagle.train.schedule import LinearSchedule
-from peagle.train.skip_nonfinite import StepGuard, poisoned
+from peagle.train.skip_nonfinite import SkipNonfinite, nan_unless_finite
 
 
 class PEagleModule(L.LightningModule):
@@ -140,7 +140,7 @@ class PEagleModule(L.LightningModule):
         self.full_head: list[TargetHead] = []
         self.decoders: dict[str, Decoder] = {}
         self.depths = DepthAccuracy(cod.num_depths)
-        self.guard = StepGuard()
+        self.skip_nonfinite = SkipNonfinite()
         self.rows_trained = self.tokens_trained = 0
         self.classes: dict[str, str] = {}  # of optimizer and schedule
         self.saved_classes: dict[str, str] = {}
@@ -229,9 +229,9 @@ class PEagleModule(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
         if len(rows.anchor):
             self.log("train/accuracy", outcome.correct.float().mean(), batch_size=1)
-        if self.guard.skipped:
-            self.log("train/skipped_steps", float(self.guard.skipped), batch_size=1)
-        return poisoned(loss)
+        if self.skip_nonfinite.skipped:
+            self.log("train/skipped_steps", float(self.skip_nonfinite.skipped), batch_size=1)
+        return nan_unless_finite(loss)
 
     def configure_gradient_clipping(
         self,
@@ -241,11 +241,11 @@ class PEagleModule(L.LightningModule):
     ) -> None:
         """Clip, unless the guard has dropped the gradients: then the step changes nothing."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = self.guard.norm(parameters)
-        if self.guard.in_a_row:
+        norm = self.skip_nonfinite.norm(parameters)
+        if self.skip_nonfinite.in_a_row:
             self.print(
                 f"step {self.global_step}: loss or gradients are not finite, the step is skipped "
-                f"({self.guard.in_a_row} in a row, {self.guard.skipped} in all)"
+                f"({self.skip_nonfinite.in_a_row} in a row, {self.skip_nonfinite.skipped} in all)"
             )
         elif gradient_clip_val and gradient_clip_algorithm == "value":
             clip_grad_value_(parameters, gradient_clip_val)
@@ -253,7 +253,7 @@ class PEagleModule(L.LightningModule):
             clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        self.guard.stop_if_hopeless()
+        self.skip_nonfinite.stop_if_hopeless()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         rows = self.every_row(batch)
@@ -342,7 +342,7 @@ class PEagleModule(L.LightningModule):
         return {
             "rows": self.rows_trained,
             "tokens": self.tokens_trained,
-            "skipped": self.guard.skipped,
+            "skipped": self.skip_nonfinite.skipped,
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -365,6 +365,6 @@ class PEagleModule(L.LightningModule):
             self.use_vocabulary(torch.arange(len(offsets)) + offsets)
         progress, loop = checkpoint["progress"], checkpoint["loops"]["fit_loop"]
         self.rows_trained, self.tokens_trained = progress["rows"], progress["tokens"]
-        self.guard.skipped = progress["skipped"]
+        self.skip_nonfinite.skipped = progress["skipped"]
         self.saved_classes = checkpoint.get("classes", {})
         self.trainer.datamodule.resumed = loop["epoch_loop.batch_progress"]["total"]["processed"]

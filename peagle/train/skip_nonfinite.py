@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 
-def poisoned(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+def nan_unless_finite(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """The same loss; when it is not finite, neither are its gradients.
 
     Data-parallel training sums gradients over ranks, so a bad loss on one rank shows in the
@@ -15,7 +15,7 @@ def poisoned(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
-class StepGuard:
+class SkipNonfinite:
     """Skips optimizer steps whose gradients are not finite, and counts them.
 
     Args:

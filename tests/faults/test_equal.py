@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from peagle.cod.sampling import Cod, sample_rows
 from peagle.cod.segments import Segment
-from peagle.model.init import initialise
+from peagle.model.initial_weights import initialise
 from peagle.model.p_eagle import PEagleDrafter
 from peagle.model.restore import saved_config
 from peagle.store.reader import Store

@@ -10,9 +10,8 @@ from torch._dynamo.utils import counters
 from peagle.callbacks.checkpoint import Checkpoint
 from peagle.cod.sampling import Cod, expected_rows, sample_rows
 from peagle.cod.segments import partition
-from peagle.kernels.attention import causal_attention, plan_attention, rollout_attention
-from peagle.kernels.cpu.attention_tiles import plan_flash
-from peagle.kernels.cpu.products import add_product
+from peagle.kernels.cpu.backend import Cpu
+from peagle.kernels.cuda.backend import Cuda
 from peagle.model.saved_drafter import load_drafter
 from peagle.train.loss import LK_DECAY, head_loss
 from peagle.train.objective import objective
@@ -122,17 +121,19 @@ def near_float64(on_gpu, on_cpu, inputs, dtype, near):
         assert (one.cpu() - other).norm() <= near * other.norm()
 
 
-@pytest.mark.parametrize(("lengths", "blocks"), [((3300,), 3), ((1500, 40, 2600), 2)])
-def test_long_documents_are_attended_in_dense_blocks(lengths, blocks):
+@pytest.mark.parametrize(("lengths", "tiles"), [((3300,), 3), ((1500, 40, 2600), 2)])
+def test_long_documents_are_attended_in_shared_tiles(lengths, tiles):
     document = torch.repeat_interleave(torch.tensor(lengths))
     supervised = torch.ones(len(document), dtype=torch.bool)
     rows = sample_rows(supervised, document, cod=COD, generator=None).deeper()
     inputs = attention_inputs(len(rows.anchor), len(document))
-    plan = plan_attention(rows, document, value=inputs[2].to("cuda", torch.bfloat16))
-    assert (len(plan.dense) >= blocks) == (torch.cuda.get_device_capability() >= (9, 0))
+    value = inputs[4]
+    plan = Cuda().plan_mtp_attention(rows, document, value=value.to("cuda", torch.bfloat16))
+    tiling = Cpu().plan_mtp_attention(rows, document, value=value)
+    assert (len(plan.shared) >= tiles) == (torch.cuda.get_device_capability() >= (9, 0))
     near_float64(
-        lambda *x: rollout_attention(*x, plan=plan),
-        lambda *x: rollout_attention(*x, plan=plan_flash(rows, document)),
+        lambda *x: Cuda().mtp_attention(*x, plan=plan),
+        lambda *x: Cpu().mtp_attention(*x, plan=tiling),
         inputs,
         torch.bfloat16,
         1e-2,
@@ -140,12 +141,12 @@ def test_long_documents_are_attended_in_dense_blocks(lengths, blocks):
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_depth_zero_is_attended_by_the_kernel_for_each_length(dtype, near):
+def test_ntp_is_attended_by_the_kernel_for_each_length(dtype, near):
     lengths = [2500, 130, 1, 700]
     query, _, _, *pairs = attention_inputs(sum(lengths), sum(lengths))
     near_float64(
-        lambda *x: causal_attention(*x, document_lengths=lengths),
-        lambda *x: causal_attention(*x, document_lengths=lengths),
+        lambda *x: Cuda().ntp_attention(*x, document_lengths=lengths),
+        lambda *x: Cpu().ntp_attention(*x, document_lengths=lengths),
         [query, *pairs],
         dtype,
         near,
@@ -158,21 +159,22 @@ def test_every_loss_is_that_of_float64_on_the_cpu(mix, weighted, monkeypatch):
     from peagle.kernels.cuda import loss as loss_kernel
 
     assert loss_kernel.LK_DECAY.value == LK_DECAY
-    monkeypatch.setattr("peagle.train.loss.KERNEL_CHUNK_ROWS", 200)
+    monkeypatch.setattr(Cuda, "head_chunk", 200)
     # Wider than the kernels' blocks, and a target whose logits rise from block to block.
-    hidden, weight, teacher = (torch.randn(n, w) for n, w in ((500, 64), (5000, 64), (120, 5000)))
-    teacher[:60] += torch.linspace(-20, 20, 5000)
+    hidden, weight, target = (torch.randn(n, w) for n, w in ((500, 64), (5000, 64), (120, 5000)))
+    target[:60] += torch.linspace(-20, 20, 5000)
     weight, position = weight / 8, torch.randint(120, (500,))
     weights = torch.rand(500) if weighted else None
 
     def found(*tensors):
         h, w, t, share = tensors
         h, w = h.clone().requires_grad_(), w.clone().requires_grad_()
-        loss, guess = head_loss(h, w, t, position, mix=mix, weights=share)
+        ops = Cuda() if h.is_cuda else Cpu()
+        loss, guess = head_loss(h, w, t, position, mix=mix, weights=share, ops=ops)
         grads = torch.autograd.grad(loss, (h, w))
         return loss.item(), guess.cpu(), *(grad.double().cpu() for grad in grads)
 
-    inputs = (hidden, weight, teacher, weights)
+    inputs = (hidden, weight, target, weights)
     loss, guess, *wanted = found(*(None if x is None else x.double() for x in inputs))
     got_loss, got_guess, *got = found(*(None if x is None else x.cuda() for x in inputs))
     assert got_loss == pytest.approx(loss, rel=1e-5)
@@ -185,7 +187,7 @@ def test_products_of_bf16_are_added_to_float32_without_rounding():
     a, b = torch.randn(300, 64, device="cuda").bfloat16().T, torch.randn(300, 96, device="cuda")
     total = torch.randn(64, 96, device="cuda")
     wanted = total.double() + a.double() @ b.bfloat16().double()
-    add_product(total, a, b.bfloat16())
+    Cuda().add_product(total, a, b.bfloat16())
     assert (total - wanted).norm() <= 1e-6 * wanted.norm()
 
 

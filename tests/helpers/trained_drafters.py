@@ -15,7 +15,7 @@ from peagle.decode.decoder import Decoder
 from peagle.model.build import build_drafter
 from peagle.model.config import PEagleConfig, default_layer_ids
 from peagle.model.drafter import Drafter
-from peagle.model.init import initialise
+from peagle.model.initial_weights import initialise
 from peagle.serve.contract import as_served
 from peagle.store.sample import Sample
 from peagle.target.head import target_head_of

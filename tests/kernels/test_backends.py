@@ -4,7 +4,7 @@ import pytest
 import torch
 from drawn_rows import drawn
 
-from peagle.kernels import backend_for
+from peagle.kernels.choose import backend_for
 from peagle.kernels.cpu.backend import Cpu
 from peagle.kernels.cuda.backend import Cuda
 from peagle.kernels.reference import Reference

@@ -9,7 +9,7 @@ from peagle.cod.sampling import Cod, Rows, sample_rows
 from peagle.decode.drafting import draft, new_cache
 from peagle.model import eagle3
 from peagle.model.eagle3 import Eagle3Drafter
-from peagle.model.init import initialise
+from peagle.model.initial_weights import initialise
 from peagle.model.p_eagle import PEagleDrafter
 from peagle.target.head import target_head_of
 from peagle.target.layers import target_layers_of

@@ -17,7 +17,7 @@ from peagle.cod.sampling import Cod, sample_rows
 from peagle.cod.segments import Segment
 from peagle.decode.decoder import Decoder
 from peagle.decode.sliding_window import LayerMasks
-from peagle.model.init import initialise
+from peagle.model.initial_weights import initialise
 from peagle.model.p_eagle import PEagleDrafter
 from peagle.serve.contract import check_folder
 from peagle.serve.export import export_drafter

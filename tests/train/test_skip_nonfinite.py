@@ -3,21 +3,21 @@ import copy
 import pytest
 import torch
 
-from peagle.train.skip_nonfinite import StepGuard, poisoned
+from peagle.train.skip_nonfinite import SkipNonfinite, nan_unless_finite
 
 
 def test_a_finite_loss_passes_unchanged_with_its_gradient():
     x = torch.tensor([2.0, 3.0], requires_grad=True)
     loss = (x * x).sum()
-    assert torch.equal(poisoned(loss), loss)
-    poisoned(loss).backward()
+    assert torch.equal(nan_unless_finite(loss), loss)
+    nan_unless_finite(loss).backward()
     assert torch.equal(x.grad, torch.tensor([4.0, 6.0]))
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_a_loss_that_is_not_finite_spoils_gradients_that_are(bad):
     x = torch.tensor([2.0, 3.0], requires_grad=True)
-    poisoned((x * x).sum() + bad).backward()
+    nan_unless_finite((x * x).sum() + bad).backward()
     assert x.grad.isnan().all()
 
 
@@ -33,7 +33,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 def test_one_bad_gradient_leaves_every_weight_and_moment_as_it_was(name, bad):
     parameters = [torch.nn.Parameter(torch.randn(3, 2)) for _ in range(3)]
-    optimizer, guard = OPTIMIZERS[name](parameters), StepGuard()
+    optimizer, guard = OPTIMIZERS[name](parameters), SkipNonfinite()
     for parameter in parameters:
         parameter.grad = torch.randn(3, 2)
     guard.norm(parameters)
@@ -57,12 +57,12 @@ def test_one_bad_gradient_leaves_every_weight_and_moment_as_it_was(name, bad):
 def test_the_norm_is_that_of_all_gradients_together():
     parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
-    assert StepGuard().norm(parameters) == 5.0
+    assert SkipNonfinite().norm(parameters) == 5.0
 
 
 def test_only_steps_in_a_row_end_the_run():
     parameter = torch.nn.Parameter(torch.zeros(1))
-    guard = StepGuard(patience=3)
+    guard = SkipNonfinite(patience=3)
 
     def step(value):
         parameter.grad = torch.tensor([value])

@@ -27,6 +27,10 @@ class Cpu(Reference):
     """Overrides what PyTorch's CPU kernels are slow at."""
 
     row_unit = ROW_UNIT
+    product = staticmethod(product)
+    add_product = staticmethod(add_product)
+    rms_norm = staticmethod(rms_norm)
+    ntp_attention = staticmethod(ntp_attention)
 
     def linear(
         self,
@@ -43,11 +47,6 @@ class Cpu(Reference):
         else:
             return super().linear(x, weight, bias)
         return out if bias is None else out + bias
-
-    def rms_norm(
-        self, x: Float[Tensor, "*T D"], weight: Float[Tensor, " D"], eps: float
-    ) -> Float[Tensor, "*T D"]:
-        return rms_norm(x.flatten(0, -2), weight, eps).view(x.shape)
 
     def rotate(self, x: Float[Tensor, "#T A E"], angles: Angles) -> Float[Tensor, "T A E"]:
         return rotate(x, *angles, turn)
@@ -71,16 +70,6 @@ class Cpu(Reference):
             return hidden.dtype
         return at_least_float32(hidden.dtype)
 
-    def ntp_attention(
-        self,
-        query: Float[Tensor, "S A E"],
-        key: Float[Tensor, "S G E"],
-        value: Float[Tensor, "S G E"],
-        *,
-        document_lengths: list[int],
-    ) -> Float[Tensor, "S A E"]:
-        return ntp_attention(query, key, value, document_lengths=document_lengths)
-
     def plan_mtp_attention(
         self, rows: Rows, document: Int[Tensor, " S"], *, value: Float[Tensor, "S G E"]
     ) -> Tiling:
@@ -98,16 +87,6 @@ class Cpu(Reference):
     ) -> Float[Tensor, "M A E"]:
         main_grads = [self.main_grads.of(x) for x in (ntp_key, ntp_value)]
         return mtp_attention(query, key, value, ntp_key, ntp_value, plan, main_grads)
-
-    def product(
-        self, x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"]
-    ) -> Float[Tensor, "T O"]:
-        return product(x, weight)
-
-    def add_product(
-        self, total: Float[Tensor, "O I"], a: Float[Tensor, "O N"], b: Float[Tensor, "N I"]
-    ) -> None:
-        add_product(total, a, b)
 
     def first_choice(self, logits: Float[Tensor, "C W"]) -> Int[Tensor, " C"]:
         """By block maxima, since ``argmax`` is not vectorised."""

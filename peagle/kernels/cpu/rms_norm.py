@@ -8,10 +8,10 @@ from peagle.kernels.precision import at_least_float32
 
 
 def rms_norm(
-    x: Float[Tensor, "T D"], weight: Float[Tensor, " D"], eps: float
-) -> Float[Tensor, "T D"]:
+    x: Float[Tensor, "*T D"], weight: Float[Tensor, " D"], eps: float
+) -> Float[Tensor, "*T D"]:
     """In float32 or better, rounded to the precision of ``x`` at the end."""
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x.flatten(0, -2), weight, eps).view(x.shape)
 
 
 class _RMSNorm(torch.autograd.Function):

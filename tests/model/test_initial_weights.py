@@ -4,8 +4,8 @@ import pytest
 import torch
 from random_parts import VOCABULARY, WIDTH, make_drafter, make_target
 
-from peagle.model import init as initial
-from peagle.model.init import SHARPNESS, initialise, open_entrance
+from peagle.model import initial_weights as initial
+from peagle.model.initial_weights import SHARPNESS, initialise, open_entrance
 from peagle.target.head import target_head_of
 from peagle.target.layers import TargetLayers, default_start_layers, target_layers_of
 
