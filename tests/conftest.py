@@ -27,6 +27,14 @@ def _no_server_is_left():
 
 
 @pytest.fixture
+def without_type_checks(monkeypatch):
+    """As users run the code: the checks of the tests refuse some values first, and take time."""
+    import jaxtyping
+
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
 def random_store(tmp_path):
     """A complete store of 24 random conversations of 10 to 40 tokens, in three shards."""
     from random_parts import write_random_store

@@ -130,7 +130,7 @@ def test_a_save_that_a_killed_run_makes_again_is_not_published_again(hub, tmp_pa
         (tmp_path / "metrics/validate.json").write_text(json.dumps({"rows": [], "date": date}))
         note = {"run_id": "run-1", "step": 2, "channel": MAIN, "final": False}
         add_entry(sender.queue, files_to_publish(tmp_path), **note, transfer=shutil.copyfile)
-        assert sender.send_all(60).complete
+        assert sender.send_all(60.0).complete
     (commit,) = hub.history(REPO)
     assert b"before the kill" in hub.content(REPO)["metrics/validate.json"]
     assert hub.repos[REPO].tags == {"step-2": commit.oid} and queued(tmp_path) == []
@@ -211,6 +211,7 @@ def test_a_run_that_must_not_be_published_is_refused_in_one_sentence(hub, tmp_pa
     assert hub.requests == [] and queued(tmp_path) == []
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     "options",
     [

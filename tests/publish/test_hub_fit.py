@@ -239,16 +239,18 @@ def test_what_will_fail_is_said_in_one_line_at_the_start(
     assert len(about_hub(said).splitlines()) == (1 if expected else 0)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_the_hooks_of_a_step_cost_microseconds(hub, tmp_path):
     hub.fault("any", hang=600.0)
     publisher = HubPublisher(REPO, hub_strategy="every_save", endpoint=hub.url)
     trainer = L.Trainer(default_root_dir=tmp_path, logger=False, enable_checkpointing=False)
-    publisher.on_fit_start(trainer, L.LightningModule())
+    module = L.LightningModule()
+    publisher.on_fit_start(trainer, module)
     started = time.perf_counter()
     for step in range(1000):
-        publisher.on_train_batch_start(trainer, L.LightningModule, None, step)
+        publisher.on_train_batch_start(trainer, module, None, step)
     assert (time.perf_counter() - started) / 1000 < 1e-4
-    publisher.on_exception(trainer, L.LightningModule(), KeyboardInterrupt())
+    publisher.on_exception(trainer, module, KeyboardInterrupt())
     assert not publisher._checker.running()
 
 
