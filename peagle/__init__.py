@@ -45,7 +45,7 @@ PUBLIC = {
     "PEagleModule": "peagle.train.module",
     "Cod": "peagle.cod.sampling",
     "MuonAdamW": "peagle.train.optimizer",
-    "LinearSchedule": "peagle.train.module",
+    "LinearSchedule": "peagle.train.schedule",
     "PEagleConfig": "peagle.model.config",
     "PEagleDrafter": "peagle.model.p_eagle",
     "Eagle3Drafter": "peagle.model.eagle3",

@@ -4,7 +4,7 @@ Embedding, norm and head are the target's. Layer 0 is an entrance: its attention
 the slot itself and passes the token's *embedding* into the residual stream, so that the layers
 above, copies of target layers, read what they were made to read. (The residual stream of EAGLE-3
 carries the hidden state of the token before, which holds what that slot already knows.) Measured
-in LOG.md: after equally many steps far ahead of random layers.
+in docs/log.md: after equally many steps far ahead of random layers.
 """
 
 from collections.abc import Mapping
