@@ -145,7 +145,7 @@ def test_a_wrong_command_would_be_found(lightning_parser, monkeypatch):
             lightning_parser.parse_args(["fit", "--config", "configs/quickstart.yaml", *wrong])
     monkeypatch.setattr(cli, "auto_cli", only_parse)
     with pytest.raises(ArgumentError):
-        cli.run("export", ["export", "--ckpt", "P", "--out", "D"])
+        cli.run("export", ["export", "--checkpoint", "P", "--out", "D"])
 
 
 def options_of(path):
