@@ -69,7 +69,7 @@ def test_a_targets_configuration_says_what_it_costs_and_what_to_aim_at(name):
     assert written["target"] == TARGETS[name]
     assert written["run_dir"] == f"outputs/{name}"
     assert written["trainer"]["logger"] == {"class_path": "peagle.callbacks.progress.TrainCsv"}
-    shape = json.loads((ROOT / "tests" / "target_configs" / name / "config.json").read_text())
+    shape = json.loads((ROOT / f"tests/helpers/target_configs/{name}/config.json").read_text())
     vocab_size = shape.get("text_config", shape)["vocab_size"]
     assert 0 < written["model"]["mask_token_id"] < vocab_size
     assert written["capture"]["max_tokens"] <= written["data"]["max_tokens"]
