@@ -7,15 +7,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from peagle.cod.sampling import Rows
+from peagle.kernels.accelerated import Accelerated
 from peagle.kernels.cpu.attention import mtp_attention, ntp_attention
 from peagle.kernels.cpu.attention_tiles import Tiling, tile_rollouts
 from peagle.kernels.cpu.products import FAST_BF16, ROW_UNIT, add_product, prefers_onednn, product
 from peagle.kernels.cpu.rms_norm import rms_norm
-from peagle.kernels.feed_forward import feed_forward, gate_up, gate_up_backward
-from peagle.kernels.linear import linear
-from peagle.kernels.precision import at_least_float32, compute_dtype
-from peagle.kernels.reference import Angles, Reference
-from peagle.kernels.rotary import rotate
+from peagle.kernels.feed_forward import gate_up, gate_up_backward
+from peagle.kernels.precision import at_least_float32
 
 LONG = 1024  # slots from which on attention is faster in bf16, where the CPU has products of it
 CACHE_ELEMENTS = 2**18  # of one tensor that a CPU's cache holds beside others
@@ -23,7 +21,36 @@ CACHE_BYTES = 2**21  # of float32 logits that the many passes over them find in 
 BLOCK = 128  # tokens per block in the search for the first choice
 
 
-class Cpu(Reference):
+def turn(
+    x: Float[Tensor, "#T A E"], cos: Float[Tensor, "T 1 F"], sin: Float[Tensor, "T 1 F"]
+) -> Float[Tensor, "T A E"]:
+    """The rotation, written to its place at once."""
+    x = x.to(cos.dtype)
+    first, second = x.chunk(2, -1)
+    out = x.new_empty(len(cos), *x.shape[1:])
+    low, high = out.chunk(2, -1)
+    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=high).addcmul_(first, sin)
+    return out
+
+
+def gate_up_by_rows(*tensors: Float[Tensor, "T I"]) -> None:
+    for rows in cached_rows(*tensors):
+        gate_up(*rows)
+
+
+def gate_up_backward_by_rows(*tensors: Float[Tensor, "T I"]) -> None:
+    for rows in cached_rows(*tensors):
+        gate_up_backward(*rows)
+
+
+def cached_rows(*tensors: Float[Tensor, "T I"]) -> Iterator[tuple[Float[Tensor, "t I"], ...]]:
+    """The same rows of each, as many as a cache holds."""
+    count = max(1, CACHE_ELEMENTS // tensors[0].shape[1])
+    return zip(*(x.split(count) for x in tensors), strict=True)
+
+
+class Cpu(Accelerated):
     """Overrides what PyTorch's CPU kernels are slow at."""
 
     row_unit = ROW_UNIT
@@ -31,36 +58,12 @@ class Cpu(Reference):
     add_product = staticmethod(add_product)
     rms_norm = staticmethod(rms_norm)
     ntp_attention = staticmethod(ntp_attention)
+    turn = staticmethod(turn)
+    gate_up = staticmethod(gate_up_by_rows)
+    gate_up_backward = staticmethod(gate_up_backward_by_rows)
 
-    def linear(
-        self,
-        x: Float[Tensor, "T I"],
-        weight: Float[Tensor, "O I"],
-        bias: Float[Tensor, " O"] | None = None,
-    ) -> Float[Tensor, "T O"]:
-        shared = self.main_grads.of(weight) is not None
-        autocast = torch.is_autocast_enabled("cpu")
-        if shared and compute_dtype(x) == compute_dtype(weight):
-            out = linear(x, weight, self)
-        elif prefers_onednn(x, weight) and not autocast:
-            out = linear(x, weight, self)
-        else:
-            return super().linear(x, weight, bias)
-        return out if bias is None else out + bias
-
-    def rotate(self, x: Float[Tensor, "#T A E"], angles: Angles) -> Float[Tensor, "T A E"]:
-        return rotate(x, *angles, turn)
-
-    def feed_forward(
-        self,
-        x: Float[Tensor, "T D"],
-        gate: Float[Tensor, "I D"],
-        up: Float[Tensor, "I D"],
-        down: Float[Tensor, "D I"],
-    ) -> Float[Tensor, "T D"]:
-        if not torch.is_grad_enabled():
-            return super().feed_forward(x, gate, up, down)
-        return feed_forward(x, gate, up, down, self, (gate_up_by_rows, gate_up_backward_by_rows))
+    def prefers_product(self, x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"]) -> bool:
+        return prefers_onednn(x, weight) and not torch.is_autocast_enabled("cpu")
 
     def attention_dtype(
         self, hidden: Float[Tensor, "S D"], document_lengths: list[int]
@@ -108,32 +111,3 @@ class Cpu(Reference):
     def pad_rows(self, states: Float[Tensor, "N D"]) -> Float[Tensor, "N2 D"]:
         extra = -len(states) % ROW_UNIT
         return torch.nn.functional.pad(states, (0, 0, 0, extra)) if extra else states
-
-
-def turn(
-    x: Float[Tensor, "#T A E"], cos: Float[Tensor, "T 1 F"], sin: Float[Tensor, "T 1 F"]
-) -> Float[Tensor, "T A E"]:
-    """The rotation, written to its place at once."""
-    x = x.to(cos.dtype)
-    first, second = x.chunk(2, -1)
-    out = x.new_empty(len(cos), *x.shape[1:])
-    low, high = out.chunk(2, -1)
-    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=high).addcmul_(first, sin)
-    return out
-
-
-def gate_up_by_rows(*tensors: Float[Tensor, "T I"]) -> None:
-    for rows in cached_rows(*tensors):
-        gate_up(*rows)
-
-
-def gate_up_backward_by_rows(*tensors: Float[Tensor, "T I"]) -> None:
-    for rows in cached_rows(*tensors):
-        gate_up_backward(*rows)
-
-
-def cached_rows(*tensors: Float[Tensor, "T I"]) -> Iterator[tuple[Float[Tensor, "t I"], ...]]:
-    """The same rows of each, as many as a cache holds."""
-    count = max(1, CACHE_ELEMENTS // tensors[0].shape[1])
-    return zip(*(x.split(count) for x in tensors), strict=True)

@@ -9,57 +9,40 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peagle.cod.sampling import Rows
+from peagle.kernels.accelerated import Accelerated
 from peagle.kernels.cuda.compiled import fused
 from peagle.kernels.cuda.cudnn_attention import UNIT_SLOTS, is_supported
 from peagle.kernels.cuda.flex_attention import FlexPlan, flex_mtp_attention, plan_flex
-from peagle.kernels.feed_forward import feed_forward, gate_up, gate_up_backward
-from peagle.kernels.linear import linear
-from peagle.kernels.precision import compute_dtype
-from peagle.kernels.reference import Angles, Reference
-from peagle.kernels.rotary import rotate
+from peagle.kernels.feed_forward import gate_up, gate_up_backward
 
 LONG = 2048  # slots of a document from which on cuDNN is worth its preparation
 UNPREPARED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PREPARED = [SDPBackend.CUDNN_ATTENTION, *UNPREPARED]
 
 
-class Cuda(Reference):
+@fused
+def turn(
+    x: Float[Tensor, "#T A E"], cos: Float[Tensor, "T 1 F"], sin: Float[Tensor, "T 1 F"]
+) -> Float[Tensor, "T A E"]:
+    """The rotation in one kernel."""
+    first, second = x.to(cos.dtype).chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class Cuda(Accelerated):
     """Few kernels, few shapes, and no wait for the GPU within a step."""
 
     row_unit = 64
+    turn = staticmethod(turn)
+    gate_up = staticmethod(fused(gate_up))
+    gate_up_backward = staticmethod(fused(gate_up_backward))
     head_chunk = 1024  # more rows: a GPU reads and writes the head's gradient for every chunk
-
-    def linear(
-        self,
-        x: Float[Tensor, "T I"],
-        weight: Float[Tensor, "O I"],
-        bias: Float[Tensor, " O"] | None = None,
-    ) -> Float[Tensor, "T O"]:
-        shared = self.main_grads.of(weight) is not None
-        if not (shared and compute_dtype(x) == compute_dtype(weight)):
-            return super().linear(x, weight, bias)
-        out = linear(x, weight, self)
-        return out if bias is None else out + bias
 
     def rms_norm(
         self, x: Float[Tensor, "*T D"], weight: Float[Tensor, " D"], eps: float
     ) -> Float[Tensor, "*T D"]:
         """The fused kernel wants the weight in the precision of its input."""
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-
-    def rotate(self, x: Float[Tensor, "#T A E"], angles: Angles) -> Float[Tensor, "T A E"]:
-        return rotate(x, *angles, turn)
-
-    def feed_forward(
-        self,
-        x: Float[Tensor, "T D"],
-        gate: Float[Tensor, "I D"],
-        up: Float[Tensor, "I D"],
-        down: Float[Tensor, "D I"],
-    ) -> Float[Tensor, "T D"]:
-        if not torch.is_grad_enabled():
-            return super().feed_forward(x, gate, up, down)
-        return feed_forward(x, gate, up, down, self, ELEMENTWISE)
 
     def ntp_attention(
         self,
@@ -123,15 +106,3 @@ def causal_attention(
     with sdpa_kernel(kernels, set_priority=True):
         context = F.scaled_dot_product_attention(*states, is_causal=True, enable_gqa=shared > 1)
     return context[0].transpose(0, 1)[:length]
-
-
-@fused
-def turn(
-    x: Float[Tensor, "#T A E"], cos: Float[Tensor, "T 1 F"], sin: Float[Tensor, "T 1 F"]
-) -> Float[Tensor, "T A E"]:
-    """The rotation in one kernel."""
-    first, second = x.to(cos.dtype).chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
-ELEMENTWISE = (fused(gate_up), fused(gate_up_backward))
