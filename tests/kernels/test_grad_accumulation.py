@@ -163,7 +163,7 @@ def test_a_loss_without_gradients_accumulates_none():
 @pytest.mark.parametrize("rows", [1, 4, 10])
 @pytest.mark.parametrize("width", [3, 12])  # less and more than rows
 def test_a_product_is_added_block_by_block(dtype, rows, width, monkeypatch):
-    for name, value in (("ONEDNN", True), ("FEW", 1), ("BLOCK_ROWS", 4), ("BLOCK_ELEMENTS", 1)):
+    for name, value in (("BLOCK_ROWS", 4), ("BLOCK_ELEMENTS", 1)):
         monkeypatch.setattr(products, name, value)
     a, b = torch.randn(6, rows).to(dtype).T, torch.randn(6, width).to(dtype)
     before = torch.randn(rows, width)

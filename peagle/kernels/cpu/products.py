@@ -2,8 +2,9 @@
 
 torch gives float32 products to MKL, which does without AVX-512 on AMD's processors. oneDNN, which
 torch has for bf16, does not. One rule serves every processor: oneDNN where there is AVX-512, else
-torch's own choice. On AMD family 26 (Zen 5) oneDNN is twice as fast, on family 25 (Zen 4) about
-equal (docs/log.md, 2026-11-28). Both compute in float32 and differ in rounding only.
+torch's own choice. On AMD family 26 (Zen 5) oneDNN is twice as fast, on family 25 (Zen 4) somewhat
+faster (docs/log.md, 2026-11-28). Both compute in float32 and differ in rounding only. Gradients of
+weights are MKL's everywhere, since it adds as it goes.
 
 oneDNN and its wrapper keep the code that they made for the last 1,024 shapes each. Every step has
 numbers of rows of its own, so most of that code is never used again: on the quickstart it grew to a
@@ -55,14 +56,10 @@ def without_gaps(weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
 def add_product(
     total: Float[Tensor, "O I"], a: Float[Tensor, "O N"], b: Float[Tensor, "N I"]
 ) -> None:
-    """``total += a @ b``, a weight's gradient, summed in the precision of ``total``.
-
-    oneDNN lays out both factors anew, but only its weight in parallel: that is the wider one.
-    """
-    wide = len(a) > b.shape[1] and prefers_onednn(b.T, a)
-    if a.dtype == total.dtype and not (wide or prefers_onednn(a, b.T)):
-        total.addmm_(a, b)
+    """``total += a @ b``, a weight's gradient, summed in the precision of ``total``."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)  # by MKL, which adds as it goes
         return
     rows = max(BLOCK_ROWS, BLOCK_ELEMENTS // total.shape[1])
     for into, some in zip(total.split(rows), a.split(rows), strict=True):
-        into += product(b.T, some).T if wide else product(some, b.T)
+        into += some @ b

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peagle.kernels.cpu import products
 from peagle.kernels.cpu.backend import Cpu
 from peagle.kernels.cpu.products import FEW, add_product, product, without_gaps
 from peagle.kernels.linear import linear, weight_gradient
@@ -40,9 +39,7 @@ def test_a_transposed_weight_needs_no_copy():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("out", "inside"), [(200, 40), (40, 200), (5, 300), (300, 5)])
 @pytest.mark.parametrize("rows", [0, 1, 70])
-@pytest.mark.parametrize("onednn", [False, True])
-def test_a_gradient_is_added_whichever_side_is_wider(onednn, rows, out, inside, dtype, monkeypatch):
-    monkeypatch.setattr(products, "ONEDNN", onednn)
+def test_a_gradient_is_added_whichever_side_is_wider(rows, out, inside, dtype):
     a, b = torch.randn(rows, out).to(dtype).T, torch.randn(rows, inside).to(dtype)
     near = 2e-2 if dtype == torch.bfloat16 else 1e-5
     total = torch.randn(out, inside).to(at_least_float32(dtype))
@@ -52,16 +49,6 @@ def test_a_gradient_is_added_whichever_side_is_wider(onednn, rows, out, inside, 
     alone = weight_gradient(Cpu(), None, a, b)
     assert alone.dtype == a.dtype and alone.is_contiguous()
     assert torch.allclose(alone.double(), a.double() @ b.double(), rtol=near, atol=near * rows)
-
-
-@pytest.mark.parametrize("onednn", [False, True])
-@pytest.mark.parametrize("rows", [0, FEW])
-def test_one_library_multiplies_float32(onednn, rows, monkeypatch):
-    monkeypatch.setattr(products, "ONEDNN", onednn)
-    calls = []
-    monkeypatch.setattr(products, "product", lambda x, w: calls.append(x) or x @ w.T)
-    add_product(torch.zeros(FEW, 48), torch.randn(FEW, rows), torch.randn(rows, 48))
-    assert len(calls) == (onednn and rows > 0)
 
 
 def test_a_weight_with_gaps_is_copied_in_its_own_order():
