@@ -14,10 +14,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peagle.kernels.cpu.attention_tiles import Tile, Tiling, tile_documents
-from peagle.kernels.cpu.gemm_attention import attend_gemm, attend_gemm_backward
+from peagle.kernels.cpu.gemm_attention import (
+    attend_gemm,
+    attend_gemm_backward,
+    stacked,
+    unstacked,
+)
 from peagle.kernels.device import without_autocast
 from peagle.kernels.precision import at_least_float32
 
+MANY = 768  # rows from which on the kernel takes 256 at a time by itself
 CAUSAL_SLOTS = 256  # of NTP that the kernel takes at a time where products do the rest
 MOST = 2e4  # sum of weights: in bf16 a slot that outweighed all before by more would be 3 % off
 LEAST = 1e-30  # a sum of weights that adds nothing and can be divided by
@@ -152,9 +158,14 @@ def attend(
 
     ``causal``: where there is no mask, a row sees the keys up to its own place.
     """
-    inputs = in_float32(query, key, value)
-    mask = None if mask is None else mask.to(inputs[0].dtype)
-    return flash(*inputs, 0.0, causal and mask is None, attn_mask=mask)
+    query, key, value = in_float32(query, key, value)
+    mask = None if mask is None else mask.to(query.dtype)
+    causal = causal and mask is None
+    if causal or query.shape[2] >= MANY or not worth_stacking(query):
+        return flash(query, key, value, 0.0, causal, attn_mask=mask)
+    inputs = (stacked(query)[None], key[:1], value[:1])
+    out, lse = flash(*inputs, 0.0, False, attn_mask=for_stacked(mask, query))
+    return unstacked(out[0], query), unstacked(lse[0], query)
 
 
 def attend_backward(
@@ -168,10 +179,27 @@ def attend_backward(
     *,
     causal: bool = False,
 ) -> Triple:
-    """Gradients of query, key and value, the latter two of every head."""
-    inputs = in_float32(grad, query, key, value, out, lse)
-    mask = None if mask is None else mask.to(inputs[0].dtype)
-    return flash_backward(*inputs, 0.0, causal and mask is None, attn_mask=mask)
+    """Gradients of query, key and value; the latter two of all heads together, or of each."""
+    grad, query, key, value, out, lse = in_float32(grad, query, key, value, out, lse)
+    mask = None if mask is None else mask.to(query.dtype)
+    causal = causal and mask is None
+    if causal or not worth_stacking(query):
+        return flash_backward(grad, query, key, value, out, lse, 0.0, causal, attn_mask=mask)
+    onward, rows, before, sums = (stacked(x)[None] for x in (grad, query, out, lse))
+    inputs = (onward, rows, key[:1], value[:1], before, sums)
+    found = flash_backward(*inputs, 0.0, False, attn_mask=for_stacked(mask, query))
+    return unstacked(found[0][0], query), *found[1:]
+
+
+def worth_stacking(query: Float[Tensor, "R G T E"]) -> bool:
+    """Whether heads that share keys go through as rows of one: the kernel is faster with more
+    rows, but its backward pass takes the heads in parallel."""
+    return len(query) > 1 and query.shape[1] >= torch.get_num_threads()
+
+
+def for_stacked(mask: Tensor | None, query: Float[Tensor, "R G T E"]) -> Tensor | None:
+    """The mask of rows that are stacked."""
+    return None if mask is None else mask.repeat(len(query), 1)
 
 
 def in_float32(*inputs: Float[Tensor, "..."]) -> list[Float[Tensor, "..."]]:
