@@ -4,10 +4,17 @@ They import what is slow to load themselves: the process of pytest-xdist that on
 out reads this file too, and before the others start.
 """
 
+import gc
 import threading
 
 import pytest
 from stand_in import make_stand_in
+
+
+def pytest_collection_finish():
+    """Every fit of Lightning collects garbage, which would look through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ from peagle.decode.evaluation import EvaluationConfig, decode_batch, prompt_batc
 from peagle.target.end_tokens import end_tokens
 from peagle.target.target import TargetSource
 
+# Decodes much of what test_decoder.py runs under the checks of shapes.
+pytestmark = pytest.mark.usefixtures("without_type_checks")
 TARGET = TargetSource("tiny")
 ASKED = [["def pop(self):", "def push(self, item):"], ["def add(a, b):"], ["def a():", "def b():"]]
 

@@ -32,6 +32,8 @@ from peagle.decode.decoder import Decoder, Verified, sample, verify
 from peagle.decode.drafting import draft, new_cache
 from peagle.target.hidden_states import hidden_states
 
+# Thousands of draws of what test_decoder.py runs under the checks of shapes.
+pytestmark = pytest.mark.usefixtures("without_type_checks")
 LENGTH, DRAWS, SIGNIFICANCE = 3, 1200, 1e-4
 
 

@@ -16,7 +16,10 @@ from peagle.store import hub_files
 from peagle.store.reader import Store
 from peagle.store.shard_cache import FetchError
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("without_type_checks"),  # fits as those of test_module.py, but longer
+]
 
 
 @pytest.fixture(scope="module")
