@@ -47,8 +47,8 @@ class AveragedWeights(EMAWeightAveraging):
             trained, trainer.strategy.root_device, use_buffers=False, **self._kwargs
         )
 
-    def on_train_batch_end(self, trainer: L.Trainer, _: L.LightningModule, *batch: Any) -> None:
-        super().on_train_batch_end(trainer, self.trained, *batch)
+    def on_train_batch_end(self, trainer: L.Trainer, _: L.LightningModule, *rest: Any) -> None:
+        super().on_train_batch_end(trainer, self.trained, *rest)
         if not self._average_model.n_averaged:  # not begun: nobody may save the weights of step 0
             pairs = zip(self.average.parameters(), self.trained.parameters(), strict=True)
             for average, own in pairs:

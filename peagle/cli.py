@@ -1,5 +1,6 @@
 """The command line: LightningCLI for fit, validate and test; plain functions for the rest."""
 
+import os
 import re
 import shutil
 import sys
@@ -289,12 +290,12 @@ def export(
 
 
 OLD_NAMES = {
-    r"(?<![\w.])callbacks\.(average|checkpoint|evaluate|hub|progress|record|signals)\.\w+": (
+    r"(?<![\w./])callbacks\.(average|checkpoint|evaluate|hub|progress|record|signals)\.[A-Z]\w+": (
         "write peagle.callbacks in place of callbacks"
     ),
-    r"peagle\.module\.\w+": "LinearSchedule is peagle.train.schedule.LinearSchedule",
-    r"peagle\.optimizer\.\w+": "MuonAdamW is peagle.train.optimizer.MuonAdamW",
-    r"deeper_rows": "leave it out, the rows of all anchors are trained",
+    r"peagle\.module\.LinearSchedule\b": "LinearSchedule is peagle.train.schedule.LinearSchedule",
+    r"peagle\.optimizer\.MuonAdamW\b": "MuonAdamW is peagle.train.optimizer.MuonAdamW",
+    r"(?m)(--model\.|^\s*)deeper_rows\b": "leave it out, the rows of all anchors are trained",
 }
 HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 READERS: dict[str, type[PEagleCLI]] = {"capture": CaptureCLI, "plan": PlanCLI}
@@ -319,9 +320,11 @@ def given_texts(arguments: list[str]) -> dict[str, str]:
 def refuse_old_names(arguments: list[str]) -> None:
     """Raise ``ValueError`` for names of version 0.1, with those of today."""
     for place, text in given_texts(arguments).items():
+        if place.endswith(".json"):  # prompts, which may say anything
+            continue
         for old, new in OLD_NAMES.items():
             if found := re.search(old, text):
-                raise ValueError(f"{place} has {found[0]}, a name of peagle 0.1: {new}")
+                raise ValueError(f"{place} has {found[0].strip()}, a name of peagle 0.1: {new}")
 
 
 def refuse_tokens(arguments: list[str]) -> None:
@@ -337,6 +340,7 @@ def run(command: str, arguments: list[str]) -> None:
     """Run one command of ``python -m peagle``; raises ``ValueError`` for what the user can mend."""
     refuse_tokens(arguments)
     refuse_old_names(arguments)
+    sys.path.insert(0, os.getcwd())  # for a user's own class_path beside the configuration
     if command in FUNCTIONS:
         auto_cli(FUNCTIONS[command], args=arguments[1:], as_positional=False)
     elif command == "bench":

@@ -67,7 +67,7 @@ class Rows(NamedTuple):
         return Rows(self.anchor[first:last], self.depth[first:last])
 
     def deeper(self) -> "Rows":
-        """All rows but those of depth 0: all but depth 0."""
+        """The rows of depth >= 1."""
         return self.where(self.depth > 0)
 
     def where(self, keep: Bool[Tensor, " N"]) -> "Rows":

@@ -81,7 +81,7 @@ def pieces(rows: Rows, segments: Sequence[Segment], *, unit: int = 1) -> Iterato
         if first + size < len(deeper.anchor):
             cut = int(begins[torch.searchsorted(begins, first + size, right=True) - 1])
             stop = int(torch.searchsorted(rows.anchor, deeper.anchor[cut]))
-            last = first + size if whole else cut
+            last = first + size if whole and unit > 1 else cut
         if stop - start > most:
             anchor = rows.anchor[start + most]
             stop = int(torch.searchsorted(rows.anchor, anchor))

@@ -14,7 +14,7 @@ from peagle.kernels.rotary import rotate
 
 
 class Accelerated(Reference):
-    """A device says how it runs what lies between the products."""
+    """Subclasses supply the elementwise operations."""
 
     turn: Callable[[Tensor, Tensor, Tensor], Tensor]  # the rotation without its gradient
     gate_up: Callable[..., None]

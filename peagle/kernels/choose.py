@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+import peagle.kernels.environment  # noqa: F401 (sets limits that libraries read once)
 from peagle.kernels.reference import Reference
 
 Kernels = Literal["auto", "reference"]

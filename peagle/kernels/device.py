@@ -1,4 +1,4 @@
-"""Questions about a device that no other room asks itself: which one, its memory, its clock."""
+"""Everything that asks which device there is: its name, memory, synchronisation and autocast."""
 
 import platform
 from pathlib import Path
@@ -40,8 +40,8 @@ def pinned(device: Device) -> bool:
 
 def synchronize(device: Device) -> None:
     """Wait until the device has done its work; a CPU has when a call returns."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def without_autocast(device: Device) -> torch.autocast:

@@ -1,7 +1,7 @@
 """Llama's gated feed-forward in less memory.
 
-Autograd would keep four tensors of [T, I] per layer. Two of them follow from the others, and the
-backward pass works in the memory that the forward pass has kept.
+Autograd would keep four tensors of [T, I] per layer. Two of the four are computed again from the
+other two, and the backward pass works in the memory that the forward pass has kept.
 """
 
 from collections.abc import Callable
@@ -39,17 +39,22 @@ class _FeedForward(torch.autograd.Function):
         weights = (gate, up, down)
         ctx.ops, ctx.elementwise = ops, elementwise
         ctx.main_grads = [ops.main_grads.of(weight) for weight in weights]
-        ctx.casts = [ops.main_grads.cast(weight, x.dtype) for weight in weights]
-        gated, upward = ops.product(x, ctx.casts[0]), ops.product(x, ctx.casts[1])
+        casts = [ops.main_grads.cast(weight, x.dtype) for weight in weights]
+        gated, upward = ops.product(x, casts[0]), ops.product(x, casts[1])
         inner = torch.empty_like(gated)
         elementwise[0](inner, gated, upward)
         ctx.save_for_backward(x, gated, upward, *weights)
-        return ops.product(inner, ctx.casts[2])
+        # A cast that no piece shares is made again: kept, it would live until NTP's backward pass.
+        pairs = zip(casts, ctx.main_grads, strict=True)
+        ctx.casts = [None if main_grad is None else cast for cast, main_grad in pairs]
+        return ops.product(inner, casts[2])
 
     @staticmethod
     def backward(ctx, grad):
-        x, gated, upward, *_ = ctx.saved_tensors  # torch checks that weights are what they were
-        ops, (gate, up, down) = ctx.ops, ctx.casts
+        x, gated, upward, *weights = ctx.saved_tensors
+        pairs = zip(ctx.casts, weights, strict=True)
+        casts = (weight.to(x.dtype) if cast is None else cast for cast, weight in pairs)
+        ops, (gate, up, down) = ctx.ops, casts
         slope = ops.product(grad, down.T)
         # A second backward pass raises, since these are overwritten: saved tensors have versions.
         ctx.elementwise[1](gated, upward, slope)
@@ -68,7 +73,8 @@ def gate_up(
 def gate_up_backward(
     gate: Float[Tensor, "T I"], up: Float[Tensor, "T I"], slope: Float[Tensor, "T I"]
 ) -> None:
-    """In place: gate and slope become the gradients of gate and up, up becomes what went down."""
+    """In place: gate and slope become the gradients of gate and up, and up becomes the input of the
+    down projection."""
     active, through = F.silu(gate), slope * up
     up.mul_(active)
     slope.mul_(active)

@@ -46,8 +46,8 @@ class MainGrads:
     def collecting(self) -> Iterator[None]:
         """Add every gradient that autograd finds for one of the tensors to its sum.
 
-        ``autograd.grad`` keeps what it finds until its end, so in place of a gradient that was
-        added it is given a zero without memory.
+        The hook returns an expanded zero, because ``autograd.grad`` keeps what it finds until its
+        end.
         """
 
         def add(total: Tensor, grad: Tensor | None) -> Tensor | None:
@@ -65,11 +65,11 @@ class MainGrads:
                 handle.remove()
 
 
-Piece = Callable[[Any, MainGrads], Tensor]
+PieceLoss = Callable[[Any, MainGrads], Tensor]
 
 
 def accumulate(
-    pieces: Sequence[Piece], shared: Any, parameters: Sequence[Tensor]
+    pieces: Sequence[PieceLoss], shared: Any, parameters: Sequence[Tensor]
 ) -> Float[Tensor, ""]:
     """``sum(piece(shared, main_grads) for piece in pieces)``, one piece in memory at a time.
 

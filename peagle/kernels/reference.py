@@ -27,14 +27,14 @@ class Reference:
     Tensors are packed without a batch axis: [tokens, width] or [tokens, heads, head_dim].
 
     Args:
-        main_grads: sums that the gradients of a piece are added to, while pieces are trained.
+        main_grads: where the gradients of pieces are accumulated; none outside training.
     """
 
     row_unit = 1  # MTP rows of a piece come in multiples of it
     head_chunk = 512  # rows whose logits exist at a time
 
     def __init__(self, main_grads: MainGrads | None = None):
-        self.main_grads = main_grads or MainGrads(())
+        self.main_grads = MainGrads(()) if main_grads is None else main_grads
 
     def accumulating(self, main_grads: MainGrads) -> "Reference":
         """The same backend, adding gradients to ``main_grads``."""

@@ -43,7 +43,7 @@ class PEagleConfig(LlamaConfig):
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
-    hidden_state: str = "shared"  # of rows without one (row_states.py); no other can be served
+    hidden_state: str = "shared"  # of rows without one (mtp_hidden.py); no other can be served
 
     def __post_init__(self, **kwargs):
         ids = list(self.eagle_aux_hidden_state_layer_ids)

@@ -23,7 +23,7 @@ from peagle.model.layers import DrafterLayer, RMSNorm, Rotary
 
 
 class MaskRow(NamedTuple):
-    """What layer 0 makes of the mask token: the same for every row of depth >= 1, but rotation.
+    """What layer 0 makes of the mask token: the same for every MTP row before rotation.
 
     One row, or each its own (``MTPInputs``).
     """

@@ -229,7 +229,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
             packs = FetchAhead(packs, self.needs, self.store.cache, threads=threads, lag=threads)
         return ReadAhead(data.__getitem__, packs, threads=threads)
 
-    def fit_memory(self, config: PEagleConfig, *, recompute: bool) -> None:
+    def limit_rows(self, config: PEagleConfig, *, recompute: bool) -> None:
         """Learn how many rows of this drafter ``memory_gb`` holds; called once it is built.
 
         Raises:
@@ -250,7 +250,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
         """What ``max_rows`` and ``memory_gb`` both allow."""
         if self.memory_gb is None:
             return DEFAULT_ROWS if self.max_rows is None else self.max_rows
-        assert self.rows_in_memory is not None, "fit_memory comes first"
+        assert self.rows_in_memory is not None, "limit_rows comes first"
         limits = (self.max_rows, self.rows_in_memory)
         return min(limit for limit in limits if limit is not None)
 

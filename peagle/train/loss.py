@@ -150,7 +150,7 @@ def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
 
 
 @runtime_checkable
-class TargetLogits(Protocol):
+class LogitsByPosition(Protocol):
     """The target's logits, looked up or computed when asked for."""
 
     def __getitem__(self, position: Int[Tensor, " P"]) -> Float[Tensor, "P W"]: ...
@@ -159,7 +159,7 @@ class TargetLogits(Protocol):
 def head_loss(
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "W D"],
-    target: TargetLogits,
+    target: LogitsByPosition,
     position: Int[Tensor, " N"],
     *,
     mix: Mapping[str, float],
@@ -250,7 +250,7 @@ def slices(length: int, step: int) -> Iterator[slice]:
 
 
 def target_at(
-    target: TargetLogits, position: Int[Tensor, " C"], like: Float[Tensor, "..."]
+    target: LogitsByPosition, position: Int[Tensor, " C"], like: Float[Tensor, "..."]
 ) -> tuple[Float[Tensor, "P W"], Int[Tensor, " C"]]:
     """The target's logits of each position once, and which of them every row guesses."""
     found = torch.unique_consecutive(position, return_inverse=True)

@@ -11,7 +11,7 @@ from peagle.kernels.reference import Reference
 from peagle.model.config import PEagleConfig
 
 SEGMENT = 4 * 4  # bytes per parameter: weight, two moments, the summed gradient
-STREAM = 5 * 4  # and the gradient that is handed on
+NTP = 5 * 4  # and the gradient that is handed on
 STEP = 6 * 4  # and what the optimizer computes with
 CHUNKS = 6  # copies of [chunk, vocabulary] in float32 that the loss works on
 SLACK = 1.1  # allocators round up and keep what they may need again
@@ -40,14 +40,14 @@ def rows_within(
         ValueError: naming the smallest budget that holds a segment of one rollout.
     """
     weights = parameters(config)
-    stream = slots * slot_bytes(config, element, recompute=recompute)
-    stream += target_head_bytes(config)
-    fixed = SEGMENT * weights + copied_bytes(config, element) + stream
+    ntp = slots * slot_bytes(config, element, recompute=recompute)
+    ntp += target_head_bytes(config)
+    fixed = SEGMENT * weights + copied_bytes(config, element) + ntp
     fixed += CHUNKS * 4 * Reference.head_chunk * config.draft_vocab_size
     layers = deeper * config.num_hidden_layers
     row = row_bytes(config, element, layers) + score_bytes(config, slots)
     again = slots * layer_bytes(config, element) if recompute else 0
-    others = max(STREAM * weights + stream + again, STEP * weights)
+    others = max(NTP * weights + ntp + again, STEP * weights)
     least = max(others, fixed + rollout * row) * SLACK
     if memory_gb * 1e9 < least:
         raise ValueError(
@@ -58,9 +58,12 @@ def rows_within(
 
 
 def copied_bytes(config: PEagleConfig, element: int) -> int:
-    """The weights that segments multiply by, cast to bf16 once for all of them."""
+    """Weights in bf16: one copy for all segments, one of ``fc`` and the attention for NTP, whose
+    backward pass comes last."""
     shared = parameters(config) - config.vocab_size * config.hidden_size
-    return 2 * shared if element == 2 else 0
+    feed_forward = 3 * config.num_hidden_layers * config.hidden_size * config.intermediate_size
+    kept_by_ntp = shared - feed_forward - config.draft_vocab_size * config.hidden_size
+    return 2 * (shared + kept_by_ntp) if element == 2 else 0
 
 
 def target_head_bytes(config: PEagleConfig) -> int:
@@ -69,7 +72,7 @@ def target_head_bytes(config: PEagleConfig) -> int:
 
 
 def slot_bytes(config: PEagleConfig, element: int, *, recompute: bool) -> int:
-    """What one slot of depth 0 keeps while the segments run: its part of the batch, too."""
+    """Bytes that one NTP slot keeps while segments run, its share of the batch included."""
     layers, width = config.num_hidden_layers, config.hidden_size
     captured = 2 * (config.num_aux + 1) * config.target_hidden_size
     gradients = 2 * 4 * layers * config.num_key_value_heads * config.head_dim

@@ -147,12 +147,15 @@ class PEagleModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Build the drafter for the store's target; weights start from the target's own."""
-        if self.drafter is not None or self.trainer.datamodule.store is None:
+        data = self.trainer.datamodule
+        if data.store is None:
             return
-        # Lightning makes the GPU the default here, and moves the module there afterwards. What a
-        # store holds is read on the CPU, and random weights are the same on every device.
-        with torch.device("cpu"), reraise_with_address(self.trainer.datamodule.address):
-            self.build()
+        if self.drafter is None:
+            # Lightning makes the GPU the default here, and moves the module there afterwards. What
+            # a store holds is read on the CPU, and random weights are the same on every device.
+            with torch.device("cpu"), reraise_with_address(data.address):
+                self.build()
+        data.limit_rows(self.drafter.config, recompute=self.recompute)
 
     def build(self) -> None:
         data = self.trainer.datamodule
@@ -183,7 +186,6 @@ class PEagleModule(L.LightningModule):
         if copied:
             self.print(f"layers 1-{len(copied)} start from the target's layers {copied}")
         self.freeze_embeddings()
-        data.fit_memory(config, recompute=self.recompute)
 
     def freeze_embeddings(self) -> None:
         """Raises ``ValueError`` where they start from random values."""
@@ -239,7 +241,7 @@ class PEagleModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, unless the guard has dropped the gradients: then the step changes nothing."""
+        """Clip. Where ``skip_nonfinite`` has dropped the gradients, the step changes nothing."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = self.skip_nonfinite.norm(parameters)
         if self.skip_nonfinite.in_a_row:
@@ -292,6 +294,7 @@ class PEagleModule(L.LightningModule):
         drafters = {self.drafter.config.method: copy.deepcopy(self.drafter)}
         if config.baseline is not None:
             baseline = load_drafter(config.baseline)
+            baseline.kernels = self.kernels
             method = baseline.config.method
             drafters[f"{method} (baseline)" if method in drafters else method] = baseline
         for drafter in drafters.values():

@@ -72,7 +72,7 @@ def objective(
     target = TargetLogits(target_head, batch.final, ops)
     correct: list[Tensor] = []
 
-    def run(piece: Piece, ntp: NTPStates, main_grads: MainGrads | None) -> Tensor:
+    def loss_of(piece: Piece, ntp: NTPStates, main_grads: MainGrads | None) -> Tensor:
         piece_ops = ops if main_grads is None else ops.accumulating(main_grads)
         weights = None if depth_decay == 1 else (depth_decay**piece.rows.depth).float()
         loss, right = piece_loss(drafter, target, batch, piece, ntp, piece_ops, mix, weights)
@@ -80,11 +80,12 @@ def objective(
         return loss
 
     cut = pieces(rows, batch.segments, unit=ops.row_unit)
-    runs: list[Callable] = [partial(run, piece) for piece in cut if len(piece.rows.anchor)]
+    losses: list[Callable] = [partial(loss_of, piece) for piece in cut if len(piece.rows.anchor)]
     if torch.is_grad_enabled():
-        loss = accumulate(runs, ntp, drafter.shared_parameters())
+        loss = accumulate(losses, ntp, drafter.shared_parameters())
     else:
-        loss = sum((run(ntp, None) for run in runs), ntp.hidden.new_zeros((), dtype=torch.float32))
+        zero = ntp.hidden.new_zeros((), dtype=torch.float32)
+        loss = sum((of_piece(ntp, None) for of_piece in losses), zero)
     none = torch.zeros(0, dtype=torch.bool, device=ntp.hidden.device)
     weight = float((depth_decay ** rows.depth.double()).sum())
     return Outcome(loss, weight, rows, torch.cat([none, *correct]))

@@ -15,7 +15,7 @@ from random_parts import make_drafter
 
 from peagle.bench.client import Question, ask
 from peagle.bench.run import BenchConfig, bench, warn_beyond_training
-from peagle.kernels.cpu.products import CACHE_LIMITS
+from peagle.kernels.environment import CACHE_LIMITS
 from peagle.serve.export import export_drafter
 from peagle.serve.server import EngineError, Server, free_port
 from peagle.serve.vllm import (

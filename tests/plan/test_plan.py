@@ -134,7 +134,7 @@ def test_memory_by_part_counts_every_parameter():
     assert 0.4 * parts()["segment"] < parts(half=True)["segment"] < 0.8 * parts()["segment"]
     shared = sum(p.numel() for p in drafter.shared_parameters() if p.ndim == 2)
     half, full = (parts(half=half)["bf16 copies"] for half in (True, False))
-    assert 2 * shared <= half < 2 * count and full == 0
+    assert 2 * shared < half < 4 * count and full == 0
 
 
 @pytest.mark.parametrize(

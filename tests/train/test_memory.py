@@ -40,7 +40,7 @@ def test_the_weights_are_counted(changes):
 def test_weights_of_segments_are_counted_once_more_in_bf16(changes):
     drafter = make_drafter(**changes)
     shared = sum(p.numel() for p in drafter.shared_parameters() if p.ndim == 2)
-    assert 2 * shared <= copied_bytes(drafter.config, 2) < 2 * parameters(drafter.config)
+    assert 2 * shared < copied_bytes(drafter.config, 2) < 4 * parameters(drafter.config)
     assert copied_bytes(drafter.config, 4) == 0
 
 

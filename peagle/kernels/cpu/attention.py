@@ -25,7 +25,7 @@ from peagle.kernels.precision import at_least_float32
 
 MANY = 768  # rows from which on the kernel takes 256 at a time by itself
 CAUSAL_SLOTS = 256  # of NTP that the kernel takes at a time where products do the rest
-MOST = 2e4  # sum of weights: in bf16 a slot that outweighed all before by more would be 3 % off
+MOST = 2e4  # sum of weights: above it bf16 rounds by 3 %, and the kernel takes over
 LEAST = 1e-30  # a sum of weights that adds nothing and can be divided by
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -43,8 +43,8 @@ def ntp_attention(
 ) -> Float[Tensor, "S A E"]:
     """Every slot sees the slots of its document up to itself; returned in ``value``'s precision."""
     tiling = tile_documents(document_lengths, CAUSAL_SLOTS if by_gemm(query) else None)
-    nothing = (x.detach()[:0] for x in (key, value))
-    return tiled_attention(query, *nothing, key, value, tiling, [None, None])
+    no_rows = (x.detach()[:0] for x in (key, value))
+    return tiled_attention(query, *no_rows, key, value, tiling, [None, None])
 
 
 def mtp_attention(

@@ -16,7 +16,7 @@ from peagle.kernels.feed_forward import gate_up, gate_up_backward
 from peagle.kernels.precision import at_least_float32
 
 LONG = 1024  # slots from which on attention is faster in bf16, where the CPU has products of it
-CACHE_ELEMENTS = 2**18  # of one tensor that a CPU's cache holds beside others
+CACHE_ELEMENTS = 2**18  # of one tensor, so that a CPU's cache holds all tensors of a pass
 CACHE_BYTES = 2**21  # of float32 logits that the many passes over them find in a CPU's cache
 BLOCK = 128  # tokens per block in the search for the first choice
 
@@ -24,7 +24,7 @@ BLOCK = 128  # tokens per block in the search for the first choice
 def turn(
     x: Float[Tensor, "#T A E"], cos: Float[Tensor, "T 1 F"], sin: Float[Tensor, "T 1 F"]
 ) -> Float[Tensor, "T A E"]:
-    """The rotation, written to its place at once."""
+    """The rotation, written straight into its result."""
     x = x.to(cos.dtype)
     first, second = x.chunk(2, -1)
     out = x.new_empty(len(cos), *x.shape[1:])

@@ -34,8 +34,8 @@ def attend_gemm(
 ) -> tuple[Float[Tensor, "R G T E"], Float[Tensor, "R G T"]]:
     """Values summed by ``exp(score - lse)``, and the sum of these weights.
 
-    Both add up in float32 or better what each tile has added up and rounded to the query's
-    precision. Either is infinite where a score exceeds ``lse`` by more than that can say.
+    Sums over tiles are kept in float32 or better; each tile is rounded to the query's precision.
+    Either is infinite where a score exceeds ``lse`` by more than that can say.
     """
     scores = _Scores(stacked(query), key[0], stacked(lse))
     total = query.new_zeros(*scores.shape, query.shape[3], dtype=at_least_float32(query.dtype))

@@ -5,26 +5,11 @@ torch has for bf16, does not. One rule serves every processor: oneDNN where ther
 torch's own choice. On AMD family 26 (Zen 5) oneDNN is twice as fast, on family 25 (Zen 4) somewhat
 faster (docs/log.md, 2026-11-28). Both compute in float32 and differ in rounding only. Gradients of
 weights are MKL's everywhere, since it adds as it goes.
-
-oneDNN and its wrapper keep the code that they made for the last 1,024 shapes each. Every step has
-numbers of rows of its own, so most of that code is never used again: on the quickstart it grew to a
-gigabyte. Both libraries read their limits from the environment when they are first used.
 """
-
-import os
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-# As many as a layer of a segment has, forward and back, so that the layers share them; what a user
-# has set stays.
-CACHE_LIMITS = {
-    name: "48"
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-    if name not in os.environ
-}
-os.environ.update(CACHE_LIMITS)
 
 ROW_UNIT = 64  # rows come in multiples of it where they can be chosen, so that shapes are few
 FEW = 32  # rows below which oneDNN loses more by its layout of the weight than it gains
