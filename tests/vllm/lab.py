@@ -109,6 +109,9 @@ class Lab:
             "capture.prompts": [{"source": "stdlib", "split": "train", "limit": 160}],
             "capture.max_new_tokens": NEW_TOKENS,
             "capture.greedy_share": 1.0,
+            # As the engine computes, and as fast where a processor has no bf16 instructions.
+            "capture.dtype": "float32",
+            "trainer.precision": "32-true",
             "data.max_tokens": 768,
             "evaluation.prompts": [{"source": "stdlib", "split": "test", "limit": PROMPTS}],
             "evaluation.k": list(LAYOUT),
