@@ -18,7 +18,7 @@ ORDER = """
     decode
     train
     bench plan tiny_target
-    callbacks
+    callbacks arguments
     cli
     __main__
 """
