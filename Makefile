@@ -23,7 +23,7 @@ VLLM_READY := $(VLLM_VENV)/.ready-$(VLLM)
 # Where it is set, pytest prepares every assertion anew in each process, for ten seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-faults test-vllm test-gpu card smollm2
+.PHONY: quickstart test test-faults test-vllm test-gpu card smollm2 vllm-env
 
 quickstart: $(READY)
 	$(VENV)/bin/python -m peagle fit --config configs/quickstart.yaml
@@ -65,6 +65,8 @@ $(READY): pyproject.toml
 	$(VENV)/bin/pip install --quiet $(TORCH)
 	$(VENV)/bin/pip install --quiet --editable '.[test,dev]'
 	touch $@
+
+vllm-env: $(VLLM_READY)
 
 # Its torchvision wants CUDA and breaks beside a CPU torch; nothing here needs it.
 $(VLLM_READY):
