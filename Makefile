@@ -46,7 +46,7 @@ card: $(READY)
 	$(VENV)/bin/python -m peagle.card.card outputs/quickstart outputs/quickstart/drafter model_cards/quickstart
 
 $(READY): pyproject.toml
-	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12), 'peagle needs Python 3.11 or 3.12: make PYTHON=python3.11'"
+	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 14), 'peagle needs Python 3.11 to 3.14: make PYTHON=python3.11'"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(TORCH)
 	$(VENV)/bin/pip install --quiet --editable '.[test,dev]'
