@@ -57,7 +57,7 @@ class RunRecord(L.Callback):
         if trainer.is_global_zero:
             target = trainer.datamodule.target
             self.target_license = license_of(target.name, target.path, target.revision)
-            self.hub_name = hub_name_of(Path(target.name))
+            self.hub_name = hub_name_of(Path(target.path))
             if self.hub_name and not self.options.base_model:
                 print(f"the card will call the target {self.hub_name.hub_id}, after "
                       f"{self.hub_name.source}; `base_model` of RunRecord names another",
