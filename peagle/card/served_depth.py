@@ -30,7 +30,7 @@ def served_depth(run: RunFiles) -> ServedDepth | None:
         k = min(k for k, length in lengths.items() if length >= NEAR * max(lengths.values()))
         return ServedDepth(
             k,
-            f"K = {k} is the smallest that was measured to accept within 2 % of the longest; "
+            f"K = {k} is the smallest K whose acceptance length is within 2 % of the longest; "
             "`peagle bench` finds the fastest for your load.",
         )
     if (k := run.num_depths) is None:
