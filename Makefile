@@ -1,5 +1,6 @@
 # make quickstart   set up, then train and prove a drafter for the embedded target
 # make test         set up, then lint and tests
+# make test-newest  the same with the newest Python that is installed beside the default one
 # make test-faults  set up, then kill, fill and corrupt for real; ends with a table of faults
 # make test-vllm    set up vLLM's own environment, then serve exported drafters for real
 # make test-gpu     set up, then what needs an NVIDIA GPU
@@ -23,7 +24,7 @@ VLLM_READY := $(VLLM_VENV)/.ready-$(VLLM)
 # Where it is set, pytest prepares every assertion anew in each process, for ten seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-faults test-vllm test-gpu card smollm2 vllm-env
+.PHONY: quickstart test test-newest test-faults test-vllm test-gpu card smollm2 vllm-env
 
 quickstart: $(READY)
 	$(VENV)/bin/python -m peagle fit --config configs/quickstart.yaml
@@ -32,6 +33,18 @@ test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# An environment of its own; without a newer Python up to 3.14 it only says so.
+test-newest:
+	@default=$$($(PYTHON) -c 'import sys; print(sys.version_info[:2])'); \
+	for python in python3.14 python3.13 python3.12 \
+	    $$(ls -d "$$HOME"/.pyenv/versions/3.1[2-4].*/bin/python 2>/dev/null | sort -rV); do \
+	    if "$$python" -c "import sys; sys.exit(sys.version_info[:2] <= $$default)" 2>/dev/null; then \
+	        echo "testing with $$python"; \
+	        exec $(MAKE) test VENV=.venv-newest PYTHON="$$python"; \
+	    fi; \
+	done; \
+	echo "test-newest: skipped, there is no Python newer than $$default"
 
 test-faults: $(READY)
 	$(VENV)/bin/python -m pytest -m 'slow and not vllm and not gpu'
@@ -60,7 +73,7 @@ targets/smollm2: | $(READY)
 	rm -rf targets/.smollm2
 
 $(READY): pyproject.toml
-	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12), 'peagle needs Python 3.11 or 3.12: make PYTHON=python3.11'"
+	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 14), 'peagle needs Python 3.11 to 3.14: make PYTHON=python3.11'"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(TORCH)
 	$(VENV)/bin/pip install --quiet --editable '.[test,dev]'

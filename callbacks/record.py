@@ -1,6 +1,7 @@
 """What a run was: ``provenance.json`` as it trains, the model card once its figures exist."""
 
 import json
+import sys
 import time
 import uuid
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from peagle.card.card import CardOptions, write_card
 from peagle.card.provenance import environment
 from peagle.card.run_files import read_json, sha256
 from peagle.card.target_license import license_of
+from peagle.card.target_name import HubName, hub_name_of
 from peagle.store.disk import write_atomically
 from peagle.store.hub import HubStore
 from peagle.store.reader import Store
@@ -28,6 +30,8 @@ class RunRecord(L.Callback):
         base_model_relation: how the Hub files the drafter under its target.
         repo_id: the name that the card's serving lines use; default where ``HubPublisher`` sends
             the drafter, or else its folder.
+        base_model: Hub id of a target that is given as a folder; default what the folder's own
+            files say.
     """
 
     def __init__(
@@ -35,12 +39,17 @@ class RunRecord(L.Callback):
         license: str | None = None,
         base_model_relation: Literal["adapter", "finetune", "merge", "quantized"] = "adapter",
         repo_id: str | None = None,
+        base_model: str | None = None,
     ):
         self.options = CardOptions(
-            base_model_relation=base_model_relation, license=license, repo_id=repo_id
+            base_model_relation=base_model_relation,
+            license=license,
+            repo_id=repo_id,
+            base_model=base_model,
         )
         self.started, self.hours_before = time.monotonic(), 0.0
         self.target_license: str | None = None
+        self.hub_name: HubName | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.started = time.monotonic()
@@ -48,6 +57,11 @@ class RunRecord(L.Callback):
         if trainer.is_global_zero:
             target = trainer.datamodule.target
             self.target_license = license_of(target.name, target.path, target.revision)
+            self.hub_name = hub_name_of(Path(target.path))
+            if self.hub_name and not self.options.base_model:
+                print(f"the card will call the target {self.hub_name.hub_id}, after "
+                      f"{self.hub_name.source}; `base_model` of RunRecord names another",
+                      file=sys.stderr)  # fmt: skip
         self.write(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -67,7 +81,7 @@ class RunRecord(L.Callback):
         hours = self.hours_before + (time.monotonic() - self.started) / 3600
         record = {
             "run_id": earlier_record(trainer).get("run_id", uuid.uuid4().hex[:12]),
-            "target": target_section(data.target, data.store, self.target_license),
+            "target": target_section(data.target, data.store, self.target_license, self.hub_name),
             "training": training_section(trainer, pl_module, hours),
             "data": data_section(data.store),
             "environment": environment(),
@@ -82,12 +96,16 @@ def earlier_record(trainer: L.Trainer) -> dict[str, Any]:
     return read_json(path) if trainer.global_step else {}
 
 
-def target_section(target: TargetSource, store: Store, license: str | None) -> dict[str, Any]:
+def target_section(
+    target: TargetSource, store: Store, license: str | None, hub_name: HubName | None
+) -> dict[str, Any]:
     folder = Path(target.name)
     config = target.config()
     return {
         "name_or_path": str(folder.resolve()) if folder.is_dir() else target.name,
-        "revision": target.revision,
+        "hub_id": hub_name and hub_name.hub_id,
+        "hub_id_from": hub_name and hub_name.source,
+        "revision": target.revision or (hub_name and hub_name.revision),
         "architecture": (config.architectures or [None])[0],
         "license": license,
         "fingerprint": store.manifest.fingerprint,

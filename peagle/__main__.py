@@ -13,6 +13,7 @@ COMMANDS = {
     "publish": "push a finished run to the Hub, or what a fit could not send",
     "export": "the servable folder of a checkpoint",
     "bench": "speed, latency and acceptance in vLLM, beside no drafter",
+    "configs": "list the configurations that ship, with target and hardware; copy one",
 }
 
 
@@ -21,7 +22,7 @@ def usage() -> str:
     lines = [f"  {name.ljust(width)}  {what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: python -m peagle COMMAND --config FILE [--KEY VALUE ...]",
+            "usage: python -m peagle COMMAND --config FILE_OR_NAME [--KEY VALUE ...]",
             "",
             *lines,
             "",
@@ -45,10 +46,15 @@ def main() -> None:
         raise SystemExit(2)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    from peagle.cli import run
-
     try:
-        run(command, arguments)
+        if command == "configs":  # without the seconds that the other commands take to start
+            from peagle.shipped_configs import run as configs
+
+            configs(arguments[1:])
+        else:
+            from peagle.cli import run
+
+            run(command, arguments)
     except (ValueError, OSError) as error:
         if debug:
             raise

@@ -28,6 +28,7 @@ from peagle.model.saved_drafter import load_drafter
 from peagle.plan.report import RunShape, plan
 from peagle.serve.contract import Layout
 from peagle.serve.export import Verifier, export_drafter
+from peagle.shipped_configs import with_files
 from peagle.store.disk import write_atomically
 from peagle.store.hub import find_store, store_address
 from peagle.target.target import TargetSource
@@ -302,6 +303,7 @@ def underscored(arguments: list[str]) -> list[str]:
 
 def run(command: str, arguments: list[str]) -> None:
     """Run one command of ``python -m peagle``; raises ``ValueError`` for what the user can mend."""
+    arguments = with_files(arguments)
     refuse_tokens(arguments)
     refuse_old_names(arguments)
     sys.path.insert(0, os.getcwd())  # for a user's own class_path beside the configuration

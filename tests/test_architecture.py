@@ -18,7 +18,7 @@ ORDER = """
     decode
     train
     bench plan tiny_target
-    callbacks arguments
+    callbacks arguments shipped_configs
     cli
     __main__
 """
@@ -110,5 +110,6 @@ def test_every_package_is_in_the_wheel():
     wanted = {".".join(folder.parts) for folder in there}
     assert set(re.findall(r'"([^"]+)"', listed)) == wanted | {
         "peagle.callbacks",
+        "peagle.configs",
         "peagle.model_cards",
     }

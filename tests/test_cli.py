@@ -57,7 +57,8 @@ def test_help_answers_at_once_and_lists_the_commands():
     result = process("--help")
     assert time.monotonic() - begin < 3
     assert result.returncode == 0
-    for command in ("fit", "validate", "test", "capture", "plan", "export", "bench", "publish"):
+    for command in ("fit", "validate", "test", "capture", "plan", "export", "bench", "publish",
+                    "configs"):  # fmt: skip
         assert re.search(rf"^  {command} +\w+", result.stdout, re.MULTILINE)
 
 

@@ -1,6 +1,7 @@
 """Every shipped configuration parses, is complete, and says how to run it."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from paths import ROOT
 
 from peagle.cli import PEagleCLI, lightning
+from peagle.shipped_configs import format_configs, head_of
 
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 
@@ -26,10 +28,21 @@ def test_a_configuration_parses_and_prints_itself(path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_a_configuration_starts_with_command_and_hardware(path):
-    head = path.read_text().split("\n\n")[0]
-    assert f"# python -m peagle fit --config configs/{path.name}" in head
-    assert "Hardware:" in head and "Expected:" in head
+def test_a_configuration_starts_with_command_hardware_and_disk(path):
+    text = path.read_text()
+    assert text.startswith(f"# python -m peagle fit --config {path.stem}\n")
+    assert {"Hardware", "Disk", "Expected"} <= head_of(text).keys()
+
+
+def test_the_list_and_the_page_of_recipes_give_target_and_depth_of_each_configuration():
+    shown, page = format_configs(), (ROOT / "docs/recipes.md").read_text()
+    for path in CONFIGS:
+        written = yaml.safe_load(path.read_text())
+        depths = written["model"]["cod"]["num_depths"]
+        assert re.search(rf"^{path.stem} +K {depths} +{written['target']}$", shown, re.MULTILINE)
+        assert re.search(rf"^\| `configs/{path.name}` \|.*\| {depths} \|$", page, re.MULTILINE)
+    assert "8 GPUs with 141 GB\n" in shown  # without the remark in brackets
+    assert "disk: 0.5 TB for 30,000 conversations of 2,048 tokens\n" in shown
 
 
 def test_the_baseline_trains_on_the_store_of_the_quickstart_and_is_measured_alike():
@@ -63,8 +76,8 @@ def test_there_is_a_configuration_for_every_target_that_is_promised():
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_targets_configuration_says_what_it_costs_and_what_to_aim_at(name):
     text = (ROOT / "configs" / f"{name}.yaml").read_text()
-    for word in ("Reference: ", "Disk: ", "Mask token: ", "not measured"):
-        assert word in text.split("\n\n")[0]
+    head = head_of(text)
+    assert {"Reference", "Mask token"} <= head.keys() and "not measured" in head["Expected"]
     written = yaml.safe_load(text)
     assert written["target"] == TARGETS[name]
     assert written["run_dir"] == f"outputs/{name}"
@@ -72,6 +85,12 @@ def test_a_targets_configuration_says_what_it_costs_and_what_to_aim_at(name):
     shape = json.loads((ROOT / f"tests/helpers/target_configs/{name}/config.json").read_text())
     vocab_size = shape.get("text_config", shape)["vocab_size"]
     assert 0 < written["model"]["mask_token_id"] < vocab_size
+    states = len(written["capture"].get("layer_ids") or [2, "middle", -3]) + 1  # and the last
+    kilobytes = states * shape.get("text_config", shape)["hidden_size"] * 2 / 1000
+    disk = re.match(r"([\d.]+) TB for (\S+) .* of (\S+) tokens \((\d+) KB", head["Disk"])
+    total, conversations, tokens, each = (float(x.replace(",", "")) for x in disk.groups())
+    assert each == round(kilobytes)
+    assert total == pytest.approx(conversations * tokens * kilobytes / 1e9, rel=0.05)
     assert written["capture"]["max_tokens"] <= written["data"]["max_tokens"]
     assert max(written["evaluation"]["k"]) <= written["model"]["cod"]["num_depths"]
 

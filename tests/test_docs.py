@@ -11,7 +11,7 @@ import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 from paths import ROOT
 
-from peagle import cli
+from peagle import cli, shipped_configs
 from peagle.__main__ import COMMANDS
 
 PAGES = [
@@ -120,11 +120,15 @@ PEAGLE = lines_with(r"(?:\.venv/bin/)?python -m peagle (?!-)(.*)")
 
 
 @pytest.mark.parametrize("arguments", PEAGLE)
-def test_every_peagle_command_parses(arguments, lightning_parser, monkeypatch):
+def test_every_peagle_command_parses(arguments, lightning_parser, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     command, *options = arguments
     assert command in COMMANDS
     if not options:  # the mere name of a command
+        return
+    if command == "configs":
+        monkeypatch.chdir(tmp_path)
+        shipped_configs.run(options)
         return
     if command in ("export", "publish", "bench"):
         monkeypatch.setattr(cli, "auto_cli", only_parse)
@@ -134,7 +138,7 @@ def test_every_peagle_command_parses(arguments, lightning_parser, monkeypatch):
     assert command == "plan" or not {"--answers", "--seconds"} & set(options)
     options = ["configs/quickstart.yaml" if option == "C" else option for option in options]
     subcommand = "fit" if command in ("capture", "plan") else command
-    lightning_parser.parse_args([subcommand, *options])
+    lightning_parser.parse_args(shipped_configs.with_files([subcommand, *options]))
 
 
 def test_a_wrong_command_would_be_found(lightning_parser, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -135,6 +136,10 @@ def bench(config: BenchConfig) -> None:
     print(format_best(rows))
     for path in (folder / "bench.json", *draw(rows, folder)):
         print(f"wrote {path}")
+    if (folder.parent / "provenance.json").exists():
+        run_dir = str(folder.parent)
+        words = shlex.join([run_dir, str(config.drafter), f"{run_dir}/card"])
+        print(f"for the card: python -m peagle.card.card {words} --options.repo_id OWNER/NAME")
 
 
 def named(drafters: dict[Path, PEagleConfig]) -> list[NamedDrafter]:

@@ -14,7 +14,7 @@ A number stands on the card only if it stands in a file; a fact without a value 
 import json
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -25,10 +25,13 @@ from jsonargparse import auto_cli
 
 from peagle.card import markdown, tables
 from peagle.card.plots import PLOTS, draw_plots, measured_plots
-from peagle.card.run_files import RunFiles, is_hub_id
+from peagle.card.run_files import RunFiles, Section, is_hub_id
+from peagle.card.served_depth import served_depth
 from peagle.store.disk import write_atomically
 
-RELATIONS = ("adapter", "merge", "quantized", "finetune")  # all that the Hub knows
+# All that the Hub knows. An adapter is what a drafter comes closest to: a small part that runs
+# beside an unchanged base model and is of no use without it.
+RELATIONS = ("adapter", "merge", "quantized", "finetune")
 TAGS = {
     "P-EAGLE": ("speculative-decoding", "eagle3", "p-eagle", "parallel-drafting", "vllm"),
     "EAGLE-3": ("speculative-decoding", "eagle3", "vllm"),
@@ -49,12 +52,14 @@ class CardOptions:
     """What the files of a run cannot know.
 
     ``license`` overrides the target's. ``repo_id`` is where the drafter will be published: the
-    serving lines name it, and without one they name the folder.
+    serving lines name it, and without one they name the folder. ``base_model`` is the Hub id of a
+    target that was given as a folder.
     """
 
     base_model_relation: str = "adapter"
     license: str | None = None
     repo_id: str | None = None
+    base_model: str | None = None
 
     def __post_init__(self):
         if self.base_model_relation not in RELATIONS:
@@ -62,8 +67,9 @@ class CardOptions:
                 f"base_model_relation must be one of {', '.join(RELATIONS)}, "
                 f"got {self.base_model_relation!r}"
             )
-        if self.repo_id is not None and not is_hub_id(self.repo_id):
-            raise ValueError(f"repo_id must read owner/name, got {self.repo_id!r}")
+        for name in ("repo_id", "base_model"):
+            if (value := getattr(self, name)) is not None and not is_hub_id(value):
+                raise ValueError(f"{name} must read owner/name, got {value!r}")
 
 
 def write_card(
@@ -106,6 +112,9 @@ def write_page(
 def render(run: RunFiles, options: CardOptions | None = None) -> str:
     """The whole README.md, front matter included; the Hub client reads it back unchanged."""
     options = options or CardOptions()
+    if options.base_model:
+        target = Section(run.target, hub_id=options.base_model, hub_id_from=None)
+        run = replace(run, target=target)
     body = _template().render(
         run=run,
         options=options,
@@ -114,6 +123,7 @@ def render(run: RunFiles, options: CardOptions | None = None) -> str:
         license=_license(run, options),
         location=drafter_location(run, options),
         speculative_config=speculative_config(run, options),
+        served=served_depth(run),
         plots=measured_plots(run),
         paper=PAPERS[run.method],
     )
@@ -125,7 +135,7 @@ def render(run: RunFiles, options: CardOptions | None = None) -> str:
 def front_matter(run: RunFiles, options: CardOptions) -> ModelCardData:
     """The metadata that the Hub indexes; a target that is not on the Hub is not named in it."""
     base = run.target_hub_id
-    datasets = [name for name in run.data["datasets"] or () if is_hub_id(name)]
+    datasets = [name for name in dict.fromkeys(run.data["datasets"] or ()) if is_hub_id(name)]
     results = _eval_results(run)
     return ModelCardData(
         base_model=base,
@@ -160,12 +170,13 @@ def speculative_config(run: RunFiles, options: CardOptions) -> dict[str, Any] | 
     The method has to be named: vLLM finds it by itself only in a path that contains "eagle3".
     Nothing in the drafter's own config.json turns parallel drafting on.
     """
-    if run.num_depths is None or run.target["name_or_path"] is None:
+    served = served_depth(run)
+    if served is None or run.target["name_or_path"] is None:
         return None
     config = {
         "method": "eagle3",
         "model": drafter_location(run, options),
-        "num_speculative_tokens": run.num_depths,
+        "num_speculative_tokens": served.k,
     }
     return config | ({"parallel_drafting": True} if run.method == "P-EAGLE" else {})
 

@@ -3,6 +3,7 @@
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -39,12 +40,14 @@ def installed(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """Commit of the source this package runs from, if it is a checkout."""
-    result = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return result.stdout.strip() or None
+    """Commit of the source this package runs from, if it is a checkout and git is installed.
+
+    An environment often lies inside the checkout of another project: its commit says nothing.
+    """
+    if (git := shutil.which("git")) is None:
+        return None
+    command = [git, "rev-parse", "--show-prefix", "HEAD"]
+    folder = Path(__file__).parent
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    place, _, commit = result.stdout.strip().partition("\n")
+    return commit if result.returncode == 0 and place == "peagle/card/" else None

@@ -54,7 +54,8 @@ class RunFiles:
 
     ``target["name_or_path"]`` is a Hub id ``owner/name``, "tiny" for the target that ships with
     peagle, or a folder, written so that it cannot be read as a Hub id (absolute, or starting with
-    "."). ``environment["gpu"]`` null means a run without one, absent means unknown.
+    "."). ``target["hub_id"]`` is the Hub id of a target in a folder, ``target["hub_id_from"]`` who
+    says so. ``environment["gpu"]`` null means a run without one, absent means unknown.
     """
 
     run_id: str | None
@@ -85,7 +86,7 @@ class RunFiles:
 
     @property
     def target_hub_id(self) -> str | None:
-        name = self.target["name_or_path"]
+        name = self.target["hub_id"] or self.target["name_or_path"]
         return name if is_hub_id(name) else None
 
     @property

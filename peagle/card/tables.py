@@ -5,6 +5,7 @@ from pathlib import PurePath
 
 from peagle.card.markdown import NOT_MEASURED, NOT_RECORDED, as_measurement, as_number, as_text
 from peagle.card.run_files import Metrics, Row, RunFiles, Section
+from peagle.card.served_depth import by_conditions, served_depth
 
 NOTHING = "-"  # a cell with no meaning: a position beyond K, the K of no drafter
 
@@ -88,12 +89,13 @@ def throughput_table(run: RunFiles) -> str:
 
 def headline(run: RunFiles) -> str:
     """The acceptance lengths under the first conditions, at the K that the serving lines name."""
-    rows = next(iter(_by_conditions(run.acceptance).values()), [])
+    rows = next(iter(by_conditions(run.acceptance).values()), [])
     rows = [r for r in rows if as_number(r.get("acceptance_length")) and as_number(r.get("k"))]
     if not rows:
         return NOT_MEASURED
     depths = [row["k"] for row in rows]
-    k = run.num_depths if run.num_depths in depths else max(depths)
+    served = served_depth(run)
+    k = served.k if served and served.k in depths else max(depths)
     lengths = ", ".join(
         f"**{as_measurement(row['acceptance_length'], 2)}** on {as_text(row.get('prompt_set'))}"
         for row in rows
@@ -134,7 +136,7 @@ def temperatures(run: RunFiles) -> str:
 def _tables_by_conditions(metrics: Metrics, columns: Columns, left: Sequence[str]) -> str:
     """A caption and a table for each engine, dtype and temperature."""
     blocks = []
-    for (engine, dtype, _), rows in _by_conditions(metrics).items():
+    for (engine, dtype, _), rows in by_conditions(metrics).items():
         blocks.append(
             f"*Engine {as_text(engine)} · {as_text(dtype)} · temperature {_temperature(rows[0])} · "
             f"hardware: {hardware(metrics.environment)}*"
@@ -148,14 +150,6 @@ def _table(columns: Columns, rows: Sequence[Row], left: Sequence[str] = ()) -> s
     rule = ["---" if title in left else "---:" for title in columns]
     lines = [columns, rule, *([cell(row) for cell in columns.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _by_conditions(metrics: Metrics) -> dict[tuple, list[Row]]:
-    groups: dict[tuple, list[Row]] = {}
-    for row in metrics.rows:
-        conditions = (row.get("engine"), row.get("dtype"), row.get("temperature"))
-        groups.setdefault(conditions, []).append(row)
-    return groups
 
 
 def _temperature(row: Row) -> str:

@@ -68,6 +68,7 @@ def name_repository_on_card(run_dir: Path, repo_id: str) -> None:
         base_model_relation=known.get("base_model_relation") or "adapter",
         license=known.get("license_name") or known.license,
         repo_id=repo_id,
+        base_model=known.base_model,
     )
     write_card(run_dir, run_dir / "drafter", run_dir / "card", options=options)
 

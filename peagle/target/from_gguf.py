@@ -98,7 +98,7 @@ def front_matter(file: Path, hub_id: str | None) -> str:
     from gguf import GGUFReader
 
     named = GGUFReader(file).fields.get("general.license")
-    fields = {"license": named and named.contents(), "base_model": hub_id}
+    fields = {"license": named and named.contents(), "model_name": hub_id}
     lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items() if value]
     return "\n".join(
         ["---", *lines, "---", "", f"Written by peagle from {file.name}, as bf16.", ""]

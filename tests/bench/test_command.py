@@ -73,6 +73,7 @@ def small(drafter, vllm, **changes):
 
 def test_every_k_and_concurrency_gets_a_row_beside_no_drafter(drafter, stand_in, capsys):
     vllm = stand_in()
+    (drafter.parent / "provenance.json").touch()
     bench(small(drafter, vllm, k=(3, 5), concurrency=(1, 2)))
     metrics = drafter.parent / "metrics"
     rows = json.loads((metrics / "bench.json").read_text())["rows"]
@@ -94,6 +95,8 @@ def test_every_k_and_concurrency_gets_a_row_beside_no_drafter(drafter, stand_in,
             assert image.width > 800
     shown = capsys.readouterr().out
     assert shown.count("best for stdlib-test with") == 2
+    run = drafter.parent
+    assert f"for the card: python -m peagle.card.card {run} {drafter} {run}/card --opt" in shown
     assert "cores\nbfloat16, temperature 0, at most 24 new tokens\n" in shown
     assert vllm.gone()
 

@@ -71,6 +71,32 @@ def test_a_target_that_is_not_on_the_hub_is_no_base_model_and_the_page_says_so(r
     assert "/home/someone" not in page
 
 
+def test_a_target_in_a_folder_can_have_its_name_on_the_hub():
+    given = card(folder_run, CardOptions(base_model="meta-llama/Llama-3.1-8B-Instruct"))
+    assert ModelCard(given).data.base_model == "meta-llama/Llama-3.1-8B-Instruct"
+    assert "# P-EAGLE drafter for meta-llama/Llama-3.1-8B-Instruct\n" in given
+    words = shlex.split(block(given, "bash", "vllm serve"))
+    assert words[:4][-1] == "meta-llama/Llama-3.1-8B-Instruct"
+    assert "my llama" not in given
+
+
+def test_the_name_that_a_run_found_in_the_folder_is_used_and_its_origin_said(tmp_path):
+    run = folder_run(tmp_path)
+    provenance = json.loads((run / "provenance.json").read_text())
+    provenance["target"] |= {"hub_id": "Qwen/Qwen3-0.6B", "hub_id_from": "its config.json"}
+    (run / "provenance.json").write_text(json.dumps(provenance))
+    page = render(RunFiles.read(run, run / "drafter"))
+    assert ModelCard(page).data.base_model == "Qwen/Qwen3-0.6B"
+    assert "(read from a folder, and called so after its config.json)" in page
+
+
+def test_a_data_set_of_two_prompt_sets_is_named_once(tmp_path):
+    data = PROVENANCE["data"] | {"datasets": ["openai/gsm8k", "openai/gsm8k", "a/b"]}
+    run = make_run(tmp_path, provenance=PROVENANCE | {"data": data})
+    page = render(RunFiles.read(run, run / "drafter"))
+    assert ModelCard(page).data.datasets == ["openai/gsm8k", "a/b"]
+
+
 def test_every_measured_acceptance_is_a_result_in_the_model_index():
     results = ModelCard(card(full_run)).data.eval_results
     shown = sorted((r.dataset_name, r.metric_value) for r in results)
@@ -337,7 +363,8 @@ def test_a_licence_that_nobody_knows_is_said_to_be_unknown_wherever_it_is_asked_
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("base_model_relation", "cousin"), ("repo_id", "no owner")]
+    ("option", "value"),
+    [("base_model_relation", "cousin"), ("repo_id", "no owner"), ("base_model", "llama")],
 )
 def test_an_option_that_the_hub_would_refuse_is_refused_here(option, value):
     with pytest.raises(ValueError, match=f"{option} must .*{value}"):

@@ -1,0 +1,1 @@
+"""The shipped configurations; this folder is installed as ``peagle.configs``."""
