@@ -1,6 +1,5 @@
 """The command line: LightningCLI for fit, validate and test; plain functions for the rest."""
 
-import os
 import re
 import shutil
 import sys
@@ -16,7 +15,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
-from peagle.arguments import refuse_old_names, refuse_tokens
+from peagle.arguments import (
+    expand_home,
+    folder,
+    home,
+    refuse_old_names,
+    refuse_tokens,
+    replacing_lists,
+)
 from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
 from peagle.capture.identity import refuse_other_store
@@ -73,12 +79,21 @@ class PEagleCLI(LightningCLI):
             "test": {*hidden, "dataloaders"},
         }
 
+    def init_parser(self, **settings: Any) -> LightningArgumentParser:
+        """One that raises for a bad argument; ``python -m peagle`` makes a sentence of it."""
+        return super().init_parser(exit_on_error=False, **settings)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--target", required=True, help="'tiny', a folder, or a Hub id")
+        parser.add_argument(
+            "--target", type=home, required=True, help="'tiny', a folder, or a Hub id"
+        )
         parser.add_argument("--revision", type=str | None, default=None, help="of a Hub id")
-        parser.add_argument("--run_dir", required=True, help="everything a run writes goes here")
+        parser.add_argument(
+            "--run_dir", type=folder, required=True, help="everything a run writes goes here"
+        )
         parser.add_argument(
             "--store",
+            type=folder,
             required=True,
             help="hidden states, shared by runs: a folder, or hf://datasets/OWNER/NAME@REVISION",
         )
@@ -292,6 +307,7 @@ def export(
 
 READERS: dict[str, type[PEagleCLI]] = {"capture": CaptureCLI, "plan": PlanCLI}
 FUNCTIONS: dict[str, Callable[..., Any]] = {"export": export}
+OPTIONS = {"as_positional": False, "exit_on_error": False}  # of jsonargparse
 
 
 def underscored(arguments: list[str]) -> list[str]:
@@ -304,17 +320,17 @@ def run(command: str, arguments: list[str]) -> None:
     """Run one command of ``python -m peagle``; raises ``ValueError`` for what the user can mend."""
     refuse_tokens(arguments)
     refuse_old_names(arguments)
-    sys.path.insert(0, os.getcwd())  # for a user's own class_path beside the configuration
+    arguments = replacing_lists(expand_home(arguments))
     if command in FUNCTIONS:
-        auto_cli(FUNCTIONS[command], args=arguments[1:], as_positional=False)
+        auto_cli(FUNCTIONS[command], args=arguments[1:], **OPTIONS)
     elif command == "bench":
         from peagle.bench.run import BenchConfig, bench  # it draws, and matplotlib is slow to load
 
-        bench(auto_cli(BenchConfig, args=underscored(arguments[1:]), as_positional=False))
+        bench(auto_cli(BenchConfig, args=underscored(arguments[1:]), **OPTIONS))
     elif command == "publish":
         from peagle.publish.publish import publish
 
-        auto_cli(publish, args=arguments[1:], as_positional=False)
+        auto_cli(publish, args=arguments[1:], **OPTIONS)
     elif command in READERS:
         lightning(READERS[command], ["fit", *arguments[1:]])
     else:
