@@ -26,7 +26,7 @@ def decoder():
     target = TARGET.model(dtype=torch.float32, device="cpu")
     text = TARGET.config()
     drafter = make_drafter(vocab_size=text.vocab_size, target_hidden_size=text.hidden_size)
-    return Decoder(target, drafter.float().eval(), eos_ids=end_tokens(target))
+    return Decoder(target, drafter.float().eval(), eos_ids=end_tokens(target, TARGET.tokenizer()))
 
 
 @pytest.fixture
