@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -32,6 +33,7 @@ from peagle.model.checkpoint import check_address
 from peagle.model.restore import refuse_other_target
 from peagle.model.saved_drafter import load_drafter
 from peagle.plan.report import RunShape, plan
+from peagle.preflight import check_decodable, check_devices, check_drafter, check_epochs
 from peagle.serve.contract import Layout
 from peagle.serve.export import Verifier, export_drafter
 from peagle.store.disk import write_atomically
@@ -146,6 +148,30 @@ class PEagleCLI(LightningCLI):
             )
         return path
 
+    def instantiate_trainer(self, **settings: Any) -> Trainer:
+        """Raises ``ValueError`` for what the machine lacks, and settings that exclude each other."""
+        wanted = self.config[self.subcommand].trainer.accelerator
+        if wanted in ("gpu", "cuda") and pick_device("auto") == "cpu":
+            raise ValueError(
+                f"this configuration asks for a GPU (trainer.accelerator: {wanted}) and there is "
+                "none here: give --trainer.accelerator cpu --trainer.devices 1 "
+                "--trainer.precision 32-true"
+            )
+        try:
+            trainer = super().instantiate_trainer(**settings)
+        except TypeError as error:  # Lightning's, for numbers of devices
+            raise ValueError(f"trainer: {error}") from error
+        for callback in trainer.callbacks:
+            if (
+                isinstance(callback, LearningRateMonitor | DeviceStatsMonitor)
+                and not trainer.loggers
+            ):
+                raise ValueError(
+                    f"{type(callback).__name__} needs a logger: leave out --trainer.logger false, "
+                    "or the callback"
+                )
+        return trainer
+
     def before_fit(self) -> None:
         """Make the store if it is missing; other ranks wait for the first.
 
@@ -153,13 +179,19 @@ class PEagleCLI(LightningCLI):
         """
         config = self.config_init.fit
         store = Path(config.store)
-        self.checkpoint("fit")  # what is wrong is said now, not after capture
+        checkpoint = self.checkpoint("fit")  # what is wrong is said now, not after capture
         if config.capture.part is not None:
             raise ValueError(
                 "capture.part is for `peagle capture`: leave it out here, and what the parts have "
                 "not captured yet is captured now"
             )
         target = TargetSource(config.target, config.revision)
+        check_devices(config.capture, config.evaluation)
+        check_drafter(self.model, target, config.capture, Path(config.run_dir))
+        if self.trainer.limit_test_batches != 0:
+            check_decodable(target)
+        if not (store / "manifest.json").exists():  # else Lightning says so at once
+            check_epochs(checkpoint, self.trainer.max_epochs)
         if store_address(config.store) is not None:
             if rank_zero_only.rank == 0:
                 found = self.datamodule.on_hub()

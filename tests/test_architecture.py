@@ -18,7 +18,7 @@ ORDER = """
     decode
     train
     bench plan tiny_target
-    callbacks arguments
+    callbacks arguments mistakes preflight
     cli
     __main__
 """
