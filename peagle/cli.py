@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from peagle.arguments import (
     expand_home,
@@ -149,7 +150,7 @@ class PEagleCLI(LightningCLI):
         return path
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
-        """Raises ``ValueError`` for what the machine lacks, and settings that exclude each other."""
+        """Raises ``ValueError`` for a missing GPU, and for settings that exclude each other."""
         wanted = self.config[self.subcommand].trainer.accelerator
         if wanted in ("gpu", "cuda") and pick_device("auto") == "cpu":
             raise ValueError(
@@ -159,13 +160,12 @@ class PEagleCLI(LightningCLI):
             )
         try:
             trainer = super().instantiate_trainer(**settings)
-        except TypeError as error:  # Lightning's, for numbers of devices
-            raise ValueError(f"trainer: {error}") from error
-        for callback in trainer.callbacks:
-            if (
-                isinstance(callback, LearningRateMonitor | DeviceStatsMonitor)
-                and not trainer.loggers
-            ):
+        except (MisconfigurationException, TypeError) as error:
+            # Lightning raises TypeError for numbers of devices.
+            remedy = "; leave one of the two out" if "callbacks list" in str(error) else ""
+            raise ValueError(f"trainer: {str(error).rstrip('.')}{remedy}") from error
+        for callback in [] if trainer.loggers else trainer.callbacks:
+            if isinstance(callback, LearningRateMonitor | DeviceStatsMonitor):
                 raise ValueError(
                     f"{type(callback).__name__} needs a logger: leave out --trainer.logger false, "
                     "or the callback"

@@ -35,8 +35,8 @@ class PEagleConfig(LlamaConfig):
 
     Raises:
         ValueError: if the layer ids are not ascending and unique, sizes do not fit each other, the
-            mask token is outside the vocabulary, the draft vocabulary is larger than the target's, or ``hidden_state`` is
-            unknown.
+            mask token is outside the vocabulary, the draft vocabulary is larger than the target's,
+            or ``hidden_state`` is unknown.
     """
 
     # jaxtyping's import hook would check __init__ against the fields and refuse transformers' rest.
