@@ -2,6 +2,7 @@
 
 import os
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ def refuse_tokens(arguments: list[str]) -> None:
             )
 
 
+class FolderError(ValueError, ArgumentTypeError):
+    """Both kinds: argparse shows the words of the second alone, jsonargparse of the first."""
+
+
 def home(path: str) -> str:
     """The same with a leading ``~`` written out; a shell does so only at the start of a word."""
     return os.path.expanduser(path)
@@ -58,7 +63,7 @@ def folder(path: str) -> str:
     if "://" not in path:
         for place in (Path(path), *Path(path).parents):
             if place.is_file():
-                raise ValueError(f"{place} is a file, and a folder is needed: give another path")
+                raise FolderError(f"{place} is a file, and a folder is needed: give another path")
     return path
 
 
