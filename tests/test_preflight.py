@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3NextConfig
+from transformers import DeepseekV3Config, Qwen3NextConfig
 
 from peagle.capture.config import CaptureConfig
 from peagle.capture.prompts import PromptSource
@@ -21,13 +21,10 @@ SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_atten
     [(DeepseekV3Config(**SHAPE), r"latents \(MLA\)"), (Qwen3NextConfig(**SHAPE), "linear_attent")],
     ids=["latent", "linear"],
 )
-def test_a_target_that_test_cannot_decode_is_sent_to_bench(config, why):
-    def skeleton():
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-
+def test_a_target_that_test_cannot_decode_is_sent_to_bench(config, why, tmp_path):
+    config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{why}.*bench`, and train with --trainer.limit"):
-        check_decodable(SimpleNamespace(skeleton=skeleton))
+        check_decodable(TargetSource(str(tmp_path)))
 
 
 def test_the_embedded_target_can_be_decoded_and_its_skeleton_has_no_weights():
