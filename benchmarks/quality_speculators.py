@@ -228,8 +228,8 @@ def tested(drafter: PEagleDrafter, settings: dict[str, Any], args: argparse.Name
     dtype = getattr(torch, config.dtype)
     target = source.model(dtype=dtype, device=pick_device(config.device))
     served = as_served(drafter, dtype).to(target.device)
-    decoders = {NAME: Decoder(target, served, eos_ids=end_tokens(target))}
     tokenizer = source.tokenizer()
+    decoders = {NAME: Decoder(target, served, eos_ids=end_tokens(target, tokenizer))}
     runs = [
         run
         for batch in prompt_batches(config)

@@ -1,5 +1,6 @@
 """``python -m peagle COMMAND``. This file imports nothing heavy, so that help answers at once."""
 
+import os
 import sys
 
 from peagle import __version__
@@ -32,6 +33,12 @@ def usage() -> str:
     )
 
 
+def search_working_directory_last() -> None:
+    """A user's own classes are found there, but no file of theirs takes a library's name."""
+    here = os.getcwd()
+    sys.path[:] = [*(place for place in sys.path if place not in ("", here)), here]
+
+
 def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -52,16 +59,19 @@ def main() -> None:
 
             configs(arguments[1:])
         else:
+            search_working_directory_last()
             from peagle.cli import run
 
             run(command, arguments)
-    except (ValueError, OSError) as error:
-        if debug:
-            raise
-        print(f"peagle: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception as error:
+        from peagle.mistakes import is_mistake, sentence
+
+        if debug or not is_mistake(error):
+            raise
+        print(f"peagle: {sentence(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,13 @@
-"""What the command line and its configuration files must not hold."""
+"""The command line before it is parsed: what it must not hold, and what jsonargparse gets."""
 
+import os
 import re
+from argparse import ArgumentTypeError
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 OLD_NAMES = {
     r"(?<![\w./])callbacks\.(average|checkpoint|evaluate|hub|progress|record|signals)\.[A-Z]\w+": (
@@ -40,3 +46,69 @@ def refuse_tokens(arguments: list[str]) -> None:
             raise ValueError(
                 f"{place} holds a Hub token: take it out, then set HF_TOKEN or run `hf auth login`"
             )
+
+
+class FolderError(ValueError, ArgumentTypeError):
+    """Both kinds: argparse shows the words of the second alone, jsonargparse of the first."""
+
+
+def home(path: str) -> str:
+    """The same with a leading ``~`` written out; a shell does so only at the start of a word."""
+    return os.path.expanduser(path)
+
+
+def folder(path: str) -> str:
+    """A folder that may not be there yet. Raises ``ValueError`` where a file is in its place."""
+    path = home(path)
+    if "://" not in path:
+        for place in (Path(path), *Path(path).parents):
+            if place.is_file():
+                raise FolderError(f"{place} is a file, and a folder is needed: give another path")
+    return path
+
+
+def expand_home(arguments: list[str]) -> list[str]:
+    """Write ``~`` out in values, which a shell leaves alone after ``=``."""
+    parts = [argument.partition("=") for argument in arguments]
+    return [f"{key}{sign}{home(value)}" for key, sign, value in parts]
+
+
+def replacing_lists(arguments: list[str]) -> list[str]:
+    """Empty a list of settings where it is given again, so that the later one replaces it whole.
+
+    jsonargparse merges lists of equal length element by element: a prompt set would inherit
+    column, subset and limit of the set that it replaces.
+    """
+    given: set[str] = set()
+    result: list[str] = []
+    for n, argument in enumerate(arguments):
+        key, sign, value = argument.partition("=")
+        if key.startswith("-"):
+            value = value if sign else "".join(arguments[n + 1 : n + 2])
+            name = key.lstrip("-")
+            settings = read_yaml(value)
+            tree = settings if name in ("c", "config") else {name: settings}
+            lists = set(lists_of_settings(tree))
+            result += [f"--{found}=[]" for found in sorted(lists & given)]
+            given |= lists
+        result.append(argument)
+    return result
+
+
+def read_yaml(value: str) -> Any:
+    """What a value says, itself or in the file that it names; ``None`` if nothing."""
+    try:
+        path = Path(value)
+        named = path.suffix in (".yaml", ".yml", ".json") and path.is_file()
+        return yaml.safe_load(path.read_text() if named else value)
+    except (yaml.YAMLError, OSError, ValueError):  # jsonargparse says what is wrong
+        return None
+
+
+def lists_of_settings(tree: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the lists with settings in them, as far as names alone lead there."""
+    if isinstance(tree, dict) and "class_path" not in tree:
+        for key, value in tree.items():
+            yield from lists_of_settings(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        yield prefix

@@ -1,6 +1,5 @@
 """The command line: LightningCLI for fit, validate and test; plain functions for the rest."""
 
-import os
 import re
 import shutil
 import sys
@@ -13,10 +12,19 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from peagle.arguments import refuse_old_names, refuse_tokens
+from peagle.arguments import (
+    expand_home,
+    folder,
+    home,
+    refuse_old_names,
+    refuse_tokens,
+    replacing_lists,
+)
 from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
 from peagle.capture.identity import refuse_other_store
@@ -26,6 +34,7 @@ from peagle.model.checkpoint import check_address
 from peagle.model.restore import refuse_other_target
 from peagle.model.saved_drafter import load_drafter
 from peagle.plan.report import RunShape, plan
+from peagle.preflight import check_decodable, check_devices, check_drafter, check_epochs
 from peagle.serve.contract import Layout
 from peagle.serve.export import Verifier, export_drafter
 from peagle.shipped_configs import with_files
@@ -74,12 +83,21 @@ class PEagleCLI(LightningCLI):
             "test": {*hidden, "dataloaders"},
         }
 
+    def init_parser(self, **settings: Any) -> LightningArgumentParser:
+        """One that raises for a bad argument; ``python -m peagle`` makes a sentence of it."""
+        return super().init_parser(exit_on_error=False, **settings)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--target", required=True, help="'tiny', a folder, or a Hub id")
+        parser.add_argument(
+            "--target", type=home, required=True, help="'tiny', a folder, or a Hub id"
+        )
         parser.add_argument("--revision", type=str | None, default=None, help="of a Hub id")
-        parser.add_argument("--run_dir", required=True, help="everything a run writes goes here")
+        parser.add_argument(
+            "--run_dir", type=folder, required=True, help="everything a run writes goes here"
+        )
         parser.add_argument(
             "--store",
+            type=folder,
             required=True,
             help="hidden states, shared by runs: a folder, or hf://datasets/OWNER/NAME@REVISION",
         )
@@ -132,6 +150,29 @@ class PEagleCLI(LightningCLI):
             )
         return path
 
+    def instantiate_trainer(self, **settings: Any) -> Trainer:
+        """Raises ``ValueError`` for a missing GPU, and for settings that exclude each other."""
+        wanted = self.config[self.subcommand].trainer.accelerator
+        if wanted in ("gpu", "cuda") and pick_device("auto") == "cpu":
+            raise ValueError(
+                f"this configuration asks for a GPU (trainer.accelerator: {wanted}) and there is "
+                "none here: give --trainer.accelerator cpu --trainer.devices 1 "
+                "--trainer.precision 32-true"
+            )
+        try:
+            trainer = super().instantiate_trainer(**settings)
+        except (MisconfigurationException, TypeError) as error:
+            # Lightning raises TypeError for numbers of devices.
+            remedy = "; leave one of the two out" if "callbacks list" in str(error) else ""
+            raise ValueError(f"trainer: {str(error).rstrip('.')}{remedy}") from error
+        for callback in [] if trainer.loggers else trainer.callbacks:
+            if isinstance(callback, LearningRateMonitor | DeviceStatsMonitor):
+                raise ValueError(
+                    f"{type(callback).__name__} needs a logger: leave out --trainer.logger false, "
+                    "or the callback"
+                )
+        return trainer
+
     def before_fit(self) -> None:
         """Make the store if it is missing; other ranks wait for the first.
 
@@ -139,13 +180,19 @@ class PEagleCLI(LightningCLI):
         """
         config = self.config_init.fit
         store = Path(config.store)
-        self.checkpoint("fit")  # what is wrong is said now, not after capture
+        checkpoint = self.checkpoint("fit")  # what is wrong is said now, not after capture
         if config.capture.part is not None:
             raise ValueError(
                 "capture.part is for `peagle capture`: leave it out here, and what the parts have "
                 "not captured yet is captured now"
             )
         target = TargetSource(config.target, config.revision)
+        check_devices(config.capture, config.evaluation)
+        check_drafter(self.model, target, config.capture, Path(config.run_dir))
+        if self.trainer.limit_test_batches != 0:
+            check_decodable(target)
+        if not (store / "manifest.json").exists():  # else Lightning says so at once
+            check_epochs(checkpoint, self.trainer.max_epochs)
         if store_address(config.store) is not None:
             if rank_zero_only.rank == 0:
                 found = self.datamodule.on_hub()
@@ -293,6 +340,7 @@ def export(
 
 READERS: dict[str, type[PEagleCLI]] = {"capture": CaptureCLI, "plan": PlanCLI}
 FUNCTIONS: dict[str, Callable[..., Any]] = {"export": export}
+OPTIONS = {"as_positional": False, "exit_on_error": False}  # of jsonargparse
 
 
 def underscored(arguments: list[str]) -> list[str]:
@@ -306,17 +354,17 @@ def run(command: str, arguments: list[str]) -> None:
     arguments = with_files(arguments)
     refuse_tokens(arguments)
     refuse_old_names(arguments)
-    sys.path.insert(0, os.getcwd())  # for a user's own class_path beside the configuration
+    arguments = replacing_lists(expand_home(arguments))
     if command in FUNCTIONS:
-        auto_cli(FUNCTIONS[command], args=arguments[1:], as_positional=False)
+        auto_cli(FUNCTIONS[command], args=arguments[1:], **OPTIONS)
     elif command == "bench":
         from peagle.bench.run import BenchConfig, bench  # it draws, and matplotlib is slow to load
 
-        bench(auto_cli(BenchConfig, args=underscored(arguments[1:]), as_positional=False))
+        bench(auto_cli(BenchConfig, args=underscored(arguments[1:]), **OPTIONS))
     elif command == "publish":
         from peagle.publish.publish import publish
 
-        auto_cli(publish, args=arguments[1:], as_positional=False)
+        auto_cli(publish, args=arguments[1:], **OPTIONS)
     elif command in READERS:
         lightning(READERS[command], ["fit", *arguments[1:]])
     else:

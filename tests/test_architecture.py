@@ -18,7 +18,7 @@ ORDER = """
     decode
     train
     bench plan tiny_target
-    callbacks arguments shipped_configs
+    callbacks arguments mistakes preflight shipped_configs
     cli
     __main__
 """

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import lightning  # noqa: F401  first loaded in a test, it would log to that test's stderr for ever
 import pytest
+import yaml
 from paths import ROOT
 
 from peagle.__main__ import main
@@ -161,6 +162,15 @@ def test_export_writes_both_layouts(small_run, peagle, tmp_path):
         (["--ckpt_path", "nowhere.ckpt"], "checkpoint nowhere.ckpt does not exist"),
         (["--capture.layer_ids", "[5, 2]"], "layer_ids must be ascending"),
         (["--capture.part", "0/2"], "capture.part is for `peagle capture`"),
+        (["--trainer.accelerator", "gpu"], "this configuration asks for a GPU"),
+        (["--trainer.enable_progress_bar", "false"], "leave one of the two out"),
+        (["--trainer.devices", "-3"], "should be an int > 0"),
+        (["--trainer.callbacks+=LearningRateMonitor", "--trainer.logger", "false"], "a logger"),
+        (["--model.num_layers", "0"], "num_layers must be at least 1, got 0"),
+        (["--model.optimizer.init_args.lr", "-1"], "earning rate"),
+        (["--evaluation.device", "nowhere"], "there is no device 'nowhere' here"),
+        (["--model.nothing", "1"], "unrecognized arguments: --model.nothing 1"),
+        (["--run_dir", __file__], "test_cli.py is a file, and a folder is needed"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(peagle, tmp_path, arguments, words):
@@ -168,9 +178,22 @@ def test_bad_input_is_one_clear_sentence(peagle, tmp_path, arguments, words):
         "fit", "--config", "configs/quickstart.yaml",
         "--run_dir", tmp_path / "run", "--store", tmp_path / "store", *arguments,
     )  # fmt: skip
-    assert result.returncode != 0
-    assert words in result.stderr
+    assert result.returncode == 1
+    told = result.stderr.splitlines()[-1]
+    assert told.startswith("peagle: ") and words in told
     assert "Traceback" not in result.stderr
+    assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+@quiet
+def test_a_prompt_set_of_the_command_line_inherits_nothing(peagle):
+    result = peagle(
+        "fit", "--config", "configs/qwen3_0_6b.yaml", "--print_config",
+        "--evaluation.prompts", "[{source: x.jsonl}, {source: y.jsonl}, {source: z.jsonl}]",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for prompt_set in yaml.safe_load(result.stdout)["evaluation"]["prompts"]:
+        assert {key for key, value in prompt_set.items() if value is not None} == {"source"}
 
 
 def test_bad_input_ends_the_process_with_the_same_sentence_alone(tmp_path):

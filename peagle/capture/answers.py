@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from peagle.capture.chat import Turn, turns_from_messages
+from peagle.capture.chat import REASONING, Turn, render, turns_from_messages
 from peagle.capture.config import CaptureConfig
 from peagle.capture.conversation import Answer
 from peagle.capture.prompts import Prompt
@@ -119,6 +119,34 @@ def require_answers(answers: Collection[str], config: CaptureConfig) -> None:
     """Raise ``ValueError`` if no prompt left room for an answer."""
     if not answers:
         raise ValueError(f"max_tokens = {config.max_tokens} is smaller than every prompt: raise it")
+
+
+def say_past_the_turn(answers: Collection[Answer], tokenizer: Tokenizer) -> None:
+    """Count the answers that go on past the token with which the template ends a turn."""
+    end = end_of_turn(tokenizer)
+    past = sum(any(end in turn.answer[:-1] for turn in answer.turns) for answer in answers)
+    if past:
+        print(
+            f"{past} of {len(answers)} answers go on past {tokenizer.decode([end])!r}, where the "
+            "chat template ends a turn: neither the target's generation_config.json nor its "
+            "tokenizer has it as eos_token, and vLLM would go on too; name it there, and capture "
+            "into another --store"
+        )
+
+
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The special token that the chat template puts after an answer, if there is one."""
+    said = "An answer."
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": said}]
+    try:
+        text = render(tokenizer, messages, None, add_generation_prompt=False).rpartition(said)[2]
+    except ValueError:  # the template wants another conversation than this
+        return None
+    special = tokenizer.all_special_tokens
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    end = next((i for i in ids if tokenizer.convert_ids_to_tokens(i) in special), None)
+    inside = {mark for marks in REASONING for mark in marks}  # such as GPT-OSS' <|end|>
+    return end if end is not None and tokenizer.decode([end]) not in inside else None
 
 
 def cut_torn_line(path: Path) -> None:

@@ -16,7 +16,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from peagle.capture.answers import answers_in_data, drop_too_long, generate_missing, require_answers
+from peagle.capture.answers import (
+    answers_in_data,
+    drop_too_long,
+    generate_missing,
+    require_answers,
+    say_past_the_turn,
+)
 from peagle.capture.chat import conversation_id, documents, mask_reasoning
 from peagle.capture.config import CaptureConfig
 from peagle.capture.conversation import Answer
@@ -125,9 +131,10 @@ def named_documents(
     if config.regenerate:
         generate = partial(generate_transformers, model, tokenizer, config)
         answers = generate_missing(generate, batches, answers_path)
+        say_past_the_turn(answers.values(), tokenizer)
     else:
         mine = [prompt for batch in batches for prompt in batch.prompts]
-        answers = answers_in_data(tokenizer, mine, config, end_tokens(model))
+        answers = answers_in_data(tokenizer, mine, config, end_tokens(model, tokenizer))
     answers = drop_too_long(answers, config)
     places = {prompt.id: number for number, prompt in enumerate(prompts)}
     groups = [documents_of(batch, answers, places, tokenizer, config) for batch in batches]

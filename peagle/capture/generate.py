@@ -56,7 +56,7 @@ def generate(
     rows = [torch.tensor(prompt) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([row.new_ones(len(row)) for row in rows], True, padding_side="left")
-    ends = end_tokens(model)
+    ends = end_tokens(model, tokenizer)
     sampling = {} if greedy else {"temperature": config.temperature, "top_k": 0, "top_p": 1.0}
     out = model.generate(
         input_ids=ids.to(model.device),

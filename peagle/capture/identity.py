@@ -12,6 +12,15 @@ from peagle.store.manifest import Manifest
 from peagle.target.target import TargetSource, tokenizer_hash
 
 PARTIAL = "partial"  # folder of a store that is being made
+NEEDED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
@@ -32,8 +41,10 @@ def manifest_fields(text: PretrainedConfig, config: CaptureConfig) -> dict[str, 
     """Those fields of a manifest that follow from the target's configuration alone.
 
     Raises:
-        ValueError: if the target has no such ``layer_ids`` or ``start_layers``.
+        ValueError: if the target has no such ``layer_ids`` or ``start_layers``, or is of a family
+            whose states no drafter can be built on.
     """
+    refuse_other_families(text)
     layers = text.num_hidden_layers
     ids = tuple(config.layer_ids or default_layer_ids(layers))
     if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > layers:
@@ -51,6 +62,17 @@ def manifest_fields(text: PretrainedConfig, config: CaptureConfig) -> dict[str, 
         "softcap": getattr(text, "final_logit_softcapping", None),
         "block": llama_block(text),
     }
+
+
+def refuse_other_families(text: PretrainedConfig) -> None:
+    """Raise ``ValueError`` where a configuration lacks what a drafter takes from its target."""
+    missing = [name for name in NEEDED if getattr(text, name, None) is None]
+    if missing:
+        norm = " (its final norm must be an RMS norm)" if "rms_norm_eps" in missing else ""
+        raise ValueError(
+            f"peagle does not support targets of type {text.model_type}: their configuration has "
+            f"no {' and no '.join(missing)}{norm}"
+        )
 
 
 def llama_block(text: PretrainedConfig) -> dict[str, Any]:

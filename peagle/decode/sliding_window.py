@@ -68,6 +68,8 @@ def unsupported(
         return "it keeps more than keys and values per layer"
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return "its attention is not causal"
+    if getattr(config, "kv_lora_rank", None):
+        return "its cache holds latents (MLA) in place of keys and values"
     if config._attn_implementation not in MASKED:
         return f"attention {config._attn_implementation} takes no mask of ours"
     return None

@@ -9,9 +9,18 @@ Device = torch.device | str
 
 
 def pick_device(name: str) -> str:
-    """``auto`` is a GPU if there is one; any other name stays."""
+    """``auto`` is a GPU if there is one; any other name stays.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).splitlines()[0]
+        raise ValueError(f"there is no device {name!r} here ({told}): give cpu, or auto") from error
     return name
 
 

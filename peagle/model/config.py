@@ -6,6 +6,14 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 HIDDEN_STATES = ("shared", "depth", "anchor", "anchor_depth", "anchor_scaled")
+SIZES = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_attention_heads": "the number of heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "draft_vocab_size": "draft_vocab_size",
+}
 Method = Literal["p-eagle", "eagle3"]
 
 
@@ -26,9 +34,9 @@ class PEagleConfig(LlamaConfig):
     what the engine's registry knows; a name of our own would not load.
 
     Raises:
-        ValueError: if the layer ids are not ascending and unique, the mask token is outside the
-            vocabulary, the draft vocabulary is larger than the target's, or ``hidden_state`` is
-            unknown.
+        ValueError: if the layer ids are not ascending and unique, sizes do not fit each other, the
+            mask token is outside the vocabulary, the draft vocabulary is larger than the target's,
+            or ``hidden_state`` is unknown.
     """
 
     # jaxtyping's import hook would check __init__ against the fields and refuse transformers' rest.
@@ -51,11 +59,13 @@ class PEagleConfig(LlamaConfig):
             raise ValueError(f"layer ids must be ascending, unique and not negative, got {ids}")
         self.eagle_aux_hidden_state_layer_ids = ids
         self.target_hidden_size = self.target_hidden_size or self.hidden_size
-        self.draft_vocab_size = self.draft_vocab_size or self.vocab_size
+        if self.draft_vocab_size is None:
+            self.draft_vocab_size = self.vocab_size
         if self.draft_vocab_size > self.vocab_size:
             raise ValueError(
                 f"draft_vocab_size {self.draft_vocab_size} exceeds the target's {self.vocab_size}"
             )
+        self.refuse_shapes()
         if not self.parallel_drafting:
             self.mask_token_id = None
         elif self.mask_token_id is None or not 0 <= self.mask_token_id < self.vocab_size:
@@ -68,6 +78,24 @@ class PEagleConfig(LlamaConfig):
             )
         kwargs.setdefault("architectures", ["LlamaForCausalLMEagle3"])
         super().__post_init__(**kwargs)
+
+    def refuse_shapes(self) -> None:
+        """Raise ``ValueError`` for sizes that no layer can be built of, in the run's own words."""
+        for name, said in SIZES.items():
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{said} must be at least 1, got {size}")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads or 1
+        if heads % groups:
+            raise ValueError(
+                f"num_key_value_heads must divide the {heads} heads that the drafter has from its "
+                f"target, got {groups}"
+            )
+        if self.hidden_size % heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of the {heads} heads that the drafter has from "
+                f"its target, got {self.hidden_size}"
+            )
 
     @property
     def method(self) -> Method:

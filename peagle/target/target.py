@@ -1,12 +1,17 @@
 """Which target it is, how to load it, and how to tell it apart from others."""
 
 import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,9 +21,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from peagle.store.errors import reason
 from peagle.target.end_tokens import read_end_tokens
 
 EMBEDDED = "tiny"  # the target that ships with the package
+LFS = b"version https://git-lfs"
+SAMPLE = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -40,43 +48,132 @@ class TargetSource:
         return self.load(AutoTokenizer)
 
     def model(self, *, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
-        model = self.load(AutoModelForCausalLM, dtype=dtype, use_safetensors=True)
+        """The target with its weights.
+
+        Raises:
+            ValueError: if it cannot be opened, or a tensor is missing or of another shape.
+        """
+        model, report = self.load(
+            AutoModelForCausalLM,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # named below, as what is missing
+            output_loading_info=True,
+        )
+        self.refuse_random_weights(report)
         return model.to(device).eval().requires_grad_(False)
+
+    def refuse_random_weights(self, report: dict[str, Any]) -> None:
+        """Raise ``ValueError`` with the tensors that transformers made up; ``report`` is its own.
+
+        They are missing in the files, or do not have the shape that the configuration says.
+        """
+        shapes = [f"{name}: {tuple(found)}, and config.json says {tuple(wanted)}"
+                  for name, found, wanted in sorted(report["mismatched_keys"])]  # fmt: skip
+        for what, names in (
+            ("lack", sorted(report["missing_keys"])),
+            ("have tensors of another shape", shapes),
+        ):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise ValueError(
+                    f"the weights of target {self.name!r} {what}: {', '.join(names[:3])}{more}; "
+                    "get the files again"
+                )
+
+    def skeleton(self) -> PreTrainedModel:
+        """The target without weights, on no device: which layers it has, known in seconds."""
+        config = self.load(AutoConfig)
+        with self.opening(), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
 
     def load(self, factory: type, **options):
         """``from_pretrained`` that answers an unknown name with one sentence; no remote code."""
-        try:
+        with self.opening():
             return factory.from_pretrained(
                 self.path, revision=self.revision, trust_remote_code=False, **options
             )
-        except (OSError, ValueError, KeyError) as error:
-            first = str(error).strip().splitlines()[0]
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """What transformers raises for a target that it cannot open becomes one sentence."""
+        try:
+            yield
+        except Exception as error:  # of any kind: missing packages, torn files, odd settings
+            for path in weight_files(Path(self.path)):
+                read_header(path)  # says better what is wrong
             raise ValueError(
                 f"target {self.name!r} cannot be opened: it must be a folder or a Hub id with a "
-                f"transformers causal language model ({first})"
+                f"transformers causal language model ({reason(error)})"
             ) from error
 
     def end_tokens(self) -> set[int]:
-        return read_end_tokens(self.path, self.revision)
+        return read_end_tokens(self.path, self.revision, self.tokenizer())
 
     def fingerprint(self) -> str:
         """Identity of the weights without loading them.
 
-        A folder is known by its configuration and by size, head and tail of its weight files; a
-        Hub id by the commit that its revision names.
+        A folder is known by its configuration, by size, head and tail of its weight files, and,
+        after a dash, by both ends of every tensor; a Hub id by the commit that its revision names.
+
+        Raises:
+            ValueError: for a file of weights that is torn, or only points at the real one.
         """
         folder = Path(self.path)
         if not folder.is_dir():
             config = hf_hub_download(self.name, "config.json", revision=self.revision)
             return Path(config).parent.name  # snapshots/<commit>/config.json
         digest = hashlib.sha256()
-        for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        weights = weight_files(folder)
+        for path in sorted([folder / "config.json", *weights]):
             with open(path, "rb") as file:
                 digest.update(f"{path.name} {path.stat().st_size}".encode())
                 digest.update(file.read(1 << 20))
                 file.seek(max(0, path.stat().st_size - (1 << 20)))
                 digest.update(file.read())
-        return digest.hexdigest()[:16]
+        return f"{digest.hexdigest()[:16]}-{tensors_hash(weights)}"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its data begin.
+
+    Raises:
+        ValueError: if the file is not whole.
+    """
+    with open(path, "rb") as file:
+        begin = file.read(len(LFS))
+        if begin == LFS:
+            raise ValueError(
+                f"{path} is a pointer of Git LFS and not the weights: run `git lfs pull` there"
+            )
+        try:
+            with safe_open(path, "pt"):  # checks header and size
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is torn ({reason(error)}): get it again") from error
+        length = int.from_bytes(begin[:8], "little")
+        file.seek(8)
+        return json.loads(file.read(length)), 8 + length
+
+
+def tensors_hash(paths: list[Path]) -> str:
+    """Hash of both ends of every tensor: training changes some, and leaves sizes as they are."""
+    digest = hashlib.sha256()
+    for path in paths:
+        header, start = read_header(path)
+        header.pop("__metadata__", None)
+        with open(path, "rb") as file:
+            for name, about in sorted(header.items()):
+                begin, end = about["data_offsets"]
+                digest.update(name.encode())
+                for place in (begin, max(begin, end - SAMPLE)):
+                    file.seek(start + place)
+                    digest.update(file.read(min(SAMPLE, end - place)))
+    return digest.hexdigest()[:16]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

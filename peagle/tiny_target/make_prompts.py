@@ -36,7 +36,7 @@ def repeats(text: str) -> bool:
 def choose(target: TargetSource, functions: list[Function], limit: int) -> list[str]:
     """The first ``limit`` prompts that the target answers without repeating itself."""
     model, tokenizer = target.model(dtype=torch.float32, device="cpu"), target.tokenizer()
-    decoder = Decoder(model, None, eos_ids=end_tokens(model))
+    decoder = Decoder(model, None, eos_ids=end_tokens(model, tokenizer))
     chosen: list[str] = []
     with tqdm(total=limit, disable=None) as bar:
         for start in range(0, len(functions), BATCH):

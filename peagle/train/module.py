@@ -301,10 +301,11 @@ class PEagleModule(L.LightningModule):
             refuse_other_target(drafter.config, source.config())
         dtype = getattr(torch, config.dtype)
         target = source.model(dtype=dtype, device=pick_device(config.device))
+        self.tokenizer = source.tokenizer()
+        ends = end_tokens(target, self.tokenizer)
         for method, drafter in drafters.items():
             served = as_served(drafter, dtype).to(target.device).eval()
-            self.decoders[method] = Decoder(target, served, eos_ids=end_tokens(target))
-        self.tokenizer = source.tokenizer()
+            self.decoders[method] = Decoder(target, served, eos_ids=ends)
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> list[Run]:
         config = self.trainer.datamodule.evaluation

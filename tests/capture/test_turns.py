@@ -8,6 +8,9 @@ import torch
 from random_parts import make_drafter
 
 from peagle.callbacks.evaluate import format_acceptance
+from peagle.capture.answers import end_of_turn, say_past_the_turn
+from peagle.capture.chat import Turn
+from peagle.capture.conversation import Answer
 from peagle.capture.prompts import PromptSource
 from peagle.decode.acceptance import acceptance_rows
 from peagle.decode.decoder import Decoder
@@ -26,7 +29,7 @@ def decoder():
     target = TARGET.model(dtype=torch.float32, device="cpu")
     text = TARGET.config()
     drafter = make_drafter(vocab_size=text.vocab_size, target_hidden_size=text.hidden_size)
-    return Decoder(target, drafter.float().eval(), eos_ids=end_tokens(target))
+    return Decoder(target, drafter.float().eval(), eos_ids=end_tokens(target, TARGET.tokenizer()))
 
 
 @pytest.fixture
@@ -108,3 +111,15 @@ def test_one_turn_is_counted_as_one(decoder, tmp_path):
     [row] = acceptance_rows(runs_of(decoder, config), engine="here", dtype="float32")
     assert (row["prompts"], row["turns"]) == (2, 2)
     assert "stdlib-test (2) " in format_acceptance([row])
+
+
+def test_answers_past_the_end_of_a_turn_are_counted(capsys):
+    tokenizer = TARGET.tokenizer()
+    end = end_of_turn(tokenizer)
+    assert tokenizer.decode([end]) == "<|im_end|>"
+    turns = {"past": [9, end, 9, 0], "within": [9, 9, end]}
+    answers = [Answer(name, [], True, True, [Turn([5], ids)]) for name, ids in turns.items()]
+    say_past_the_turn(answers, tokenizer)
+    assert "1 of 2 answers go on past '<|im_end|>'" in capsys.readouterr().out
+    say_past_the_turn(answers[1:], tokenizer)
+    assert capsys.readouterr().out == ""

@@ -81,3 +81,12 @@ def test_token_counts_look_at_the_assistant_only():
     counts = token_counts([sample], 48)
     assert counts.sum() == 7
     assert counts[sample.input_ids[5]] > 0
+
+
+def test_a_store_of_an_older_release_knows_the_first_part_of_a_fingerprint():
+    older, wanted = make_manifest(fingerprint="ab12"), make_manifest(fingerprint="ab12-cd34")
+    older.check(wanted)
+    with pytest.raises(ValueError, match="fingerprint"):
+        older.check(make_manifest(fingerprint="ab13-cd34"))
+    with pytest.raises(ValueError, match="fingerprint"):
+        wanted.check(make_manifest(fingerprint="ab12-cd35"))

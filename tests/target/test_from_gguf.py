@@ -111,7 +111,7 @@ def test_a_folder_says_what_its_file_says(file, tmp_path):
     assert source.end_tokens() == original.end_tokens()
     assert source.tokenizer().chat_template == original.tokenizer().chat_template
     assert license_of("tiny", str(folder), None) == "apache-2.0"
-    assert hub_name_of(folder).name == "you/tiny"
+    assert hub_name_of(folder).hub_id == "you/tiny"
     assert list(tmp_path.glob("targets/*")) == [folder]  # nothing unfinished is left beside it
 
 

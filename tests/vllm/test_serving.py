@@ -113,10 +113,11 @@ def test_the_engine_accepts_what_peagle_test_measured(engines, lab, agreement, n
 
 def test_drafts_accepted_after_the_last_token_count_in_the_engine_as_in_ours(engines, lab):
     """With two tokens to an answer, all drafts but the first lie behind its end."""
-    target = TargetSource(lab.target("tiny")).model(dtype=torch.float32, device="cpu")
+    source = TargetSource(lab.target("tiny"))
+    target = source.model(dtype=torch.float32, device="cpu")
     folder = lab.run(EMBEDDED) / "drafter"
     drafter = PEagleDrafter.from_pretrained(folder, dtype=torch.float32)
-    decoder = Decoder(target, drafter.eval(), eos_ids=end_tokens(target))
+    decoder = Decoder(target, drafter.eval(), eos_ids=end_tokens(target, source.tokenizer()))
     decoded = decoder.decode(lab.prompts("tiny"), k=7, temperature=0.0, max_new_tokens=2)
     ours = per_position(decoded.accepted, 7)
     rounds = sum(map(len, decoded.accepted))

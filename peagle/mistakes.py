@@ -1,0 +1,52 @@
+"""Which exceptions a user can mend: they end in one sentence, all others in a traceback."""
+
+from argparse import ArgumentError
+
+# What these define themselves tells of settings, files and the network. What they raise of
+# Python's own (TypeError, KeyError ...) may be a fault of ours, and keeps its traceback.
+LIBRARIES = {
+    "lightning",
+    "lightning_fabric",
+    "pytorch_lightning",
+    "jsonargparse",
+    "yaml",
+    "safetensors",
+    "safetensors_rust",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "huggingface_hub",
+    "httpx",
+    "jinja2",
+}
+NOISE = ("Expected a path but", "Does not validate against", "Subtypes:", "Errors:", "Given value")
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether the user can mend what raised ``error``."""
+    if isinstance(error, ValueError | OSError | ArgumentError):
+        return True
+    return library_of(error) in LIBRARIES or type(error).__name__ == "OutOfMemoryError"
+
+
+def library_of(error: BaseException) -> str:
+    return type(error).__module__.lstrip("_").partition(".")[0]
+
+
+def sentence(error: BaseException) -> str:
+    """What a user reads: our own words as they are, those of a library on one line."""
+    text = str(error).strip()
+    if isinstance(error, ArgumentError):
+        return argument_sentence(text)
+    if library_of(error) in LIBRARIES:
+        return " ".join(text.split()) or type(error).__name__
+    return text or type(error).__name__
+
+
+def argument_sentence(text: str) -> str:
+    """jsonargparse lists all that it tried; only what names the fault is kept."""
+    lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(NOISE)]
+    first, *rest = dict.fromkeys(lines)  # without repeats
+    told = f"{first.removeprefix('Parser key ').replace(chr(34), '')} {' '.join(rest)}"
+    return f"{told.strip()} (--help lists the settings)"

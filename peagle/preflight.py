@@ -1,0 +1,71 @@
+"""What ``fit`` can know before its first long stage is checked before it."""
+
+from pathlib import Path
+
+import torch
+
+from peagle.capture.config import CaptureConfig
+from peagle.capture.identity import wanted_manifest
+from peagle.decode.evaluation import EvaluationConfig
+from peagle.decode.sliding_window import sliding_window_of_layers
+from peagle.kernels.device import pick_device
+from peagle.model.build import build_drafter
+from peagle.model.checkpoint import read_checkpoint
+from peagle.model.restore import refuse_incomplete
+from peagle.store.disk import require_disk
+from peagle.target.target import TargetSource
+from peagle.train.module import PEagleModule
+from peagle.train.optimizer import parameter_groups
+
+CHECKPOINTS = 2  # the new one is written beside the old one
+STATES = 3  # a weight, and what an optimizer keeps of it
+
+
+def check_drafter(
+    module: PEagleModule, target: TargetSource, config: CaptureConfig, run_dir: Path
+) -> None:
+    """Build drafter, optimizer and schedule without memory, as training will.
+
+    Raises:
+        ValueError: if the shape cannot be built, an optimizer's setting is out of range, or there
+            is no room for checkpoints.
+    """
+    with torch.device("meta"):
+        drafter = build_drafter(module.drafter_config(wanted_manifest(target, config)))
+        optimizer = module.optimizer(parameter_groups(drafter))
+        module.lr_scheduler(optimizer, 1000)
+    weights = sum(parameter.numel() for parameter in drafter.parameters())
+    places = (run_dir.absolute(), *run_dir.absolute().parents)
+    there = next(place for place in places if place.exists())
+    require_disk(there, CHECKPOINTS * STATES * weights * torch.float32.itemsize)
+
+
+def check_devices(*configs: CaptureConfig | EvaluationConfig) -> None:
+    """Raise ``ValueError`` for a device that is not there."""
+    for config in configs:
+        pick_device(config.device)
+
+
+def check_decodable(target: TargetSource) -> None:
+    """Raise ``ValueError`` for a target that ``test`` cannot decode exactly."""
+    try:
+        sliding_window_of_layers(target.skeleton())
+    except ValueError as error:
+        raise ValueError(
+            f"{error}, and train with --trainer.limit_test_batches 0: fit then ends without `test` "
+            "and the card"
+        ) from error
+
+
+def check_epochs(path: str | None, max_epochs: int | None) -> None:
+    """Raise ``ValueError`` for a checkpoint in a file that is of a later epoch than the last."""
+    if path is None or "://" in path or max_epochs in (None, -1):
+        return
+    checkpoint = read_checkpoint(path)
+    refuse_incomplete(checkpoint)
+    trained = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    if trained > max_epochs:
+        raise ValueError(
+            f"{path} has trained {trained} epochs, and this run ends after {max_epochs}: raise "
+            "--trainer.max_epochs"
+        )

@@ -1,0 +1,54 @@
+"""The command line before it is parsed: lists that replace, paths, the module path."""
+
+import os
+import sys
+
+import pytest
+
+from peagle.__main__ import search_working_directory_last
+from peagle.arguments import expand_home, folder, replacing_lists
+
+
+def test_a_list_of_settings_that_is_given_again_is_emptied_first(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("capture: {prompts: [{source: a, limit: 1}], layer_ids: [1]}\n")
+    second.write_text("capture: {prompts: [{source: b}]}\n")
+    once = ["--config", str(first), "--capture.layer_ids", "[2]"]
+    assert replacing_lists(once) == once
+    assert replacing_lists(["--config", str(first), f"--config={second}"]) == [
+        *("--config", str(first), "--capture.prompts=[]", f"--config={second}")
+    ]
+    assert replacing_lists(["-c", str(first), "--capture.prompts", "[{source: b}]"]) == [
+        *("-c", str(first), "--capture.prompts=[]", "--capture.prompts", "[{source: b}]")
+    ]
+
+
+def test_settings_added_to_a_list_keep_what_is_there(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("trainer: {callbacks: [{class_path: A}]}\n")
+    added = ["--config", str(file), "--trainer.callbacks+=[{class_path: B}]"]
+    assert replacing_lists(added) == added
+
+
+def test_a_home_folder_is_written_out(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expand_home(["fit", "--out=~/x", "--limit=3", "~"]) == [
+        *("fit", "--out=/home/me/x", "--limit=3", "~")
+    ]
+    assert folder("~/run") == "/home/me/run"
+
+
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for path in (file, file / "run"):
+        with pytest.raises(ValueError, match="file is a file, and a folder is needed"):
+            folder(str(path))
+    assert folder("hf://datasets/me/store@main") == "hf://datasets/me/store@main"
+
+
+def test_the_working_directory_is_searched_last(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", os.getcwd(), "/lib"])
+    search_working_directory_last()
+    assert sys.path == ["/lib", str(tmp_path)]

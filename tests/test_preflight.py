@@ -1,0 +1,70 @@
+"""What fit refuses before it captures anything."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import DeepseekV3Config, Qwen3NextConfig
+
+from peagle.capture.config import CaptureConfig
+from peagle.capture.prompts import PromptSource
+from peagle.preflight import check_decodable, check_drafter, check_epochs
+from peagle.target.target import TargetSource
+from peagle.train.module import PEagleModule
+
+CONFIG = CaptureConfig([PromptSource("stdlib")])
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [(DeepseekV3Config(**SHAPE), r"latents \(MLA\)"), (Qwen3NextConfig(**SHAPE), "linear_attent")],
+    ids=["latent", "linear"],
+)
+def test_a_target_that_test_cannot_decode_is_sent_to_bench(config, why, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{why}.*bench`, and train with --trainer.limit"):
+        check_decodable(TargetSource(str(tmp_path)))
+
+
+def test_the_embedded_target_can_be_decoded_and_its_skeleton_has_no_weights():
+    check_decodable(TargetSource("tiny"))
+    assert all(p.is_meta for p in TargetSource("tiny").skeleton().parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads must divide the 3 heads"),
+        ({"hidden_size": 100}, "hidden_size must be a multiple of the 3 heads"),
+        ({"intermediate_size": -1}, "intermediate_size must be at least 1, got -1"),
+        ({"draft_vocab_size": 0}, "draft_vocab_size must be at least 1, got 0"),
+        ({"optimizer": lambda p: torch.optim.AdamW(p, lr=-1.0)}, "Invalid learning rate"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_drafter_that_cannot_be_trained_is_refused_before_its_store_is_made(
+    tmp_path, settings, words
+):
+    check_drafter(PEagleModule(mask_token_id=3), TargetSource("tiny"), CONFIG, tmp_path / "run")
+    with pytest.raises(ValueError, match=words):
+        module = PEagleModule(mask_token_id=3, **settings)
+        check_drafter(module, TargetSource("tiny"), CONFIG, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_room_for_checkpoints_is_found(monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(ValueError, match="not enough disk"):
+        check_drafter(PEagleModule(mask_token_id=3), TargetSource("tiny"), CONFIG, tmp_path)
+
+
+def test_a_run_must_not_end_before_the_epoch_of_its_checkpoint(monkeypatch):
+    loop = {"epoch_progress": {"current": {"processed": 3}}}
+    checkpoint = {"loops": {"fit_loop": loop}}
+    monkeypatch.setattr("peagle.preflight.read_checkpoint", lambda _: checkpoint)
+    monkeypatch.setattr("peagle.preflight.refuse_incomplete", lambda _: None)
+    check_epochs("last.ckpt", 3)
+    with pytest.raises(ValueError, match=r"last.ckpt has trained 3 epochs.*ends after 1"):
+        check_epochs("last.ckpt", 1)
