@@ -30,9 +30,11 @@ from peagle.serve.contract import Layout
 from peagle.serve.export import Verifier, export_drafter
 from peagle.store.disk import write_atomically
 from peagle.store.hub import find_store, store_address
+from peagle.store.reader import Store
 from peagle.target.target import TargetSource
 from peagle.train.datamodule import HiddenStatesDataModule
 from peagle.train.module import PEagleModule
+from peagle.train.packed_sequences import refuse_mask_tokens
 
 
 class RunConfig(SaveConfigCallback):
@@ -76,10 +78,16 @@ class PEagleCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--target", required=True, help="'tiny', a folder, or a Hub id")
         parser.add_argument("--revision", type=str | None, default=None, help="of a Hub id")
-        parser.add_argument("--run_dir", required=True, help="everything a run writes goes here")
+        parser.add_argument(
+            "--run_dir",
+            required=True,
+            type=os.path.expanduser,
+            help="everything a run writes goes here",
+        )
         parser.add_argument(
             "--store",
             required=True,
+            type=os.path.expanduser,
             help="hidden states, shared by runs: a folder, or hf://datasets/OWNER/NAME@REVISION",
         )
         parser.add_class_arguments(CaptureConfig, "capture")
@@ -145,6 +153,7 @@ class PEagleCLI(LightningCLI):
                 "not captured yet is captured now"
             )
         target = TargetSource(config.target, config.revision)
+        self.datamodule.test_batches(self.trainer.world_size)  # what `test` asks is known now
         if store_address(config.store) is not None:
             if rank_zero_only.rank == 0:
                 found = self.datamodule.on_hub()
@@ -153,7 +162,9 @@ class PEagleCLI(LightningCLI):
         if rank_zero_only.rank == 0:
             # Sampling answers must not move the seed that a drafter's weights are drawn from.
             with torch.random.fork_rng():
-                capture(target, config.capture, store)
+                mask = self.datamodule.mask_token_id
+                capture(target, config.capture, store, mask_token_id=mask, to_train=True)
+            refuse_mask_tokens(Store(store, allow_missing=True), mask)
         while not (store / "manifest.json").exists():
             time.sleep(1)
 
@@ -186,7 +197,9 @@ class CaptureCLI(PEagleCLI):
                 "a store is captured into a folder: give --store FOLDER, and put it on the Hub "
                 "with `hf upload`"
             )
-        capture(TargetSource(config.target, config.revision), config.capture, Path(config.store))
+        target = TargetSource(config.target, config.revision)
+        mask = self.config[subcommand].model.mask_token_id
+        capture(target, config.capture, Path(config.store), mask_token_id=mask)
 
 
 class PlanCLI(PEagleCLI):
