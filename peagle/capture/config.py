@@ -11,7 +11,7 @@ from typing import Any, Literal
 from peagle.capture.prompts import PromptSource, prompt_set_hash, refuse_equal_names
 
 DTYPES = ("float32", "bfloat16", "float16")
-SIZES = ("max_new_tokens", "max_tokens", "batch_size", "batch_tokens", "shard_mb")
+SIZES = ("max_new_tokens", "max_tokens", "batch_size", "batch_tokens")
 IDENTITY_SETTINGS = (
     "max_new_tokens",
     "max_tokens",

@@ -7,9 +7,9 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from io import StringIO
+from io import BufferedIOBase, StringIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
@@ -99,7 +99,7 @@ def from_folder(path: Path, split: str) -> Iterator[dict[str, Any]]:
         yield from load_dataset(str(path), split=split, streaming=True)
 
 
-def read_jsonl(path: Path, file: BinaryIO) -> Iterator[Row]:
+def read_jsonl(path: Path, file: BufferedIOBase) -> Iterator[Row]:
     """Raises ``ValueError`` with file and line for what is not an object in JSON."""
     for number, line in enumerate(file, 1):
         if line.strip():
@@ -107,7 +107,7 @@ def read_jsonl(path: Path, file: BinaryIO) -> Iterator[Row]:
             yield Row(place, as_row(parse(decoded(line, place), place), place))
 
 
-def read_json_file(path: Path, file: BinaryIO) -> Iterator[Row]:
+def read_json_file(path: Path, file: BufferedIOBase) -> Iterator[Row]:
     """A list of objects, one object with such a list, or lines of JSON after all."""
     text = decoded(file.read(), str(path))
     try:
@@ -128,7 +128,7 @@ def read_json_file(path: Path, file: BinaryIO) -> Iterator[Row]:
         yield Row(place, as_row(row, place))
 
 
-def read_lines(path: Path, file: BinaryIO) -> Iterator[Row]:
+def read_lines(path: Path, file: BufferedIOBase) -> Iterator[Row]:
     """Every line is a prompt."""
     for number, line in enumerate(file, 1):
         place = f"{path}, line {number}"
@@ -136,7 +136,7 @@ def read_lines(path: Path, file: BinaryIO) -> Iterator[Row]:
             yield Row(place, {"prompt": decoded(line, place)})
 
 
-def read_csv(path: Path, file: BinaryIO) -> Iterator[Row]:
+def read_csv(path: Path, file: BufferedIOBase) -> Iterator[Row]:
     """By Python's own reader: every cell stays the text that it is."""
     csv.field_size_limit(sys.maxsize)
     delimiter = "\t" if kind_of(path) == ".tsv" else ","
