@@ -86,6 +86,7 @@ def checked_prompts(
         target.config(),
         config.template_options,
         mask_token_id=mask_token_id,
+        max_tokens=config.max_tokens,
         answers_in_data=not config.regenerate,
     )
 

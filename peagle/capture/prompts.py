@@ -117,10 +117,10 @@ class PromptSource:
             return self.label
         if self.source == BUILT_IN:
             return f"{BUILT_IN}-{self.split or 'train'}"
-        path = Path(self.source)
-        if self.on_hub or self.source == BUILT_IN or not kind_of(path):
-            return self.source if self.on_hub else path.name
-        return Path(path.name.removesuffix(".gz")).stem
+        if self.on_hub:
+            return self.source
+        path = Path(self.source.removesuffix(".gz"))
+        return path.stem if kind_of(path) else path.name
 
     @property
     def on_hub(self) -> bool:

@@ -21,6 +21,7 @@ def rehearse(
     template_options: dict[str, Any] | None,
     *,
     mask_token_id: int | None = None,
+    max_tokens: int | None = None,
     answers_in_data: bool = False,
 ) -> list[Prompt]:
     """The prompts that leave room within the target's positions; says how many do not.
@@ -28,18 +29,21 @@ def rehearse(
     Raises:
         ValueError: with the place of the first prompt that the template refuses or does not say
             whole, or that holds the mask token or an id beyond the target's vocabulary; or if no
-            prompt leaves room.
+            prompt leaves room there, or within ``max_tokens``.
     """
     positions = getattr(text, "max_position_embeddings", None) or math.inf
-    fit = []
+    fit, shortest = [], math.inf
     for prompt in tqdm(prompts, desc="prompts", disable=None, leave=False):
         options = prompt.options(template_options)
         sequences = said_in_data if answers_in_data else asked
         found = list(sequences(tokenizer, prompt, options))
         for ids in found:
             refuse_ids(ids, tokenizer, prompt, text.vocab_size, mask_token_id)
+        shortest = min(shortest, len(found[0]) + (0 if answers_in_data else 2))
         if len(found[0]) < positions:
             fit.append(prompt)
+    if prompts and shortest > (max_tokens or math.inf):
+        raise ValueError(f"max_tokens = {max_tokens} is smaller than every prompt: raise it")
     if len(fit) < len(prompts):
         count = f"{len(prompts) - len(fit)} of {len(prompts)} prompts"
         problem = f"longer than the target's {positions} positions"

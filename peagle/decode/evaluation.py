@@ -154,7 +154,7 @@ def turn_prompt(
     for answer, question in zip(history, prompt.turns[1:], strict=False):
         messages.append({"role": "assistant", "content": answer_text(tokenizer, answer)})
         messages.append({"role": "user", "content": question})
-    return prompt_ids(tokenizer, messages, prompt.options(template_options))
+    return prompt_ids(tokenizer, messages, prompt.options(template_options), prompt.place)
 
 
 def decode(
