@@ -232,7 +232,7 @@ def tested(drafter: PEagleDrafter, settings: dict[str, Any], args: argparse.Name
     decoders = {NAME: Decoder(target, served, eos_ids=end_tokens(target, tokenizer))}
     runs = [
         run
-        for batch in prompt_batches(config)
+        for batch in prompt_batches(config, source)
         for run in decode_batch(decoders, batch, config, tokenizer)
     ]
     return pooled(acceptance_rows(runs, engine="peagle reference loop", dtype=config.dtype))

@@ -40,9 +40,11 @@ from peagle.serve.export import Verifier, export_drafter
 from peagle.shipped_configs import with_files
 from peagle.store.disk import write_atomically
 from peagle.store.hub import find_store, store_address
+from peagle.store.reader import Store
 from peagle.target.target import TargetSource
 from peagle.train.datamodule import HiddenStatesDataModule
 from peagle.train.module import PEagleModule
+from peagle.train.packed_sequences import refuse_mask_tokens
 
 
 class RunConfig(SaveConfigCallback):
@@ -191,6 +193,7 @@ class PEagleCLI(LightningCLI):
         check_drafter(self.model, target, config.capture, Path(config.run_dir))
         if self.trainer.limit_test_batches != 0:
             check_decodable(target)
+            self.datamodule.test_batches(self.trainer.world_size)  # raises for prompts
         if not (store / "manifest.json").exists():  # else Lightning says so at once
             check_epochs(checkpoint, self.trainer.max_epochs)
         if store_address(config.store) is not None:
@@ -201,7 +204,9 @@ class PEagleCLI(LightningCLI):
         if rank_zero_only.rank == 0:
             # Sampling answers must not move the seed that a drafter's weights are drawn from.
             with torch.random.fork_rng():
-                capture(target, config.capture, store)
+                mask = self.datamodule.mask_token_id
+                capture(target, config.capture, store, mask_token_id=mask, to_train=True)
+            refuse_mask_tokens(Store(store, allow_missing=True), mask)
         while not (store / "manifest.json").exists():
             time.sleep(1)
 
@@ -234,7 +239,9 @@ class CaptureCLI(PEagleCLI):
                 "a store is captured into a folder: give --store FOLDER, and put it on the Hub "
                 "with `hf upload`"
             )
-        capture(TargetSource(config.target, config.revision), config.capture, Path(config.store))
+        target = TargetSource(config.target, config.revision)
+        mask = self.config[subcommand].model.mask_token_id
+        capture(target, config.capture, Path(config.store), mask_token_id=mask)
 
 
 class PlanCLI(PEagleCLI):

@@ -22,6 +22,7 @@ from peagle.bench.report import (
     format_bench,
     format_best,
 )
+from peagle.capture.config import require_positive
 from peagle.capture.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
 from peagle.card.provenance import environment
 from peagle.decode.evaluation import turn_prompt
@@ -86,6 +87,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         refuse_equal_names(self.prompts)
+        require_positive(self, "bench", ("max_new_tokens",))
         for name in ("k", "concurrency"):
             numbers = getattr(self, name)
             if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):

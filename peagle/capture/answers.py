@@ -82,15 +82,11 @@ def answers_in_data(
     """
     answers = {}
     for prompt in prompts:
-        if not prompt.messages:
-            raise ValueError(
-                f"prompt {prompt.id} has no answers in the data: set regenerate: true, or name "
-                "the column with whole conversations"
-            )
-        last = max(i for i, m in enumerate(prompt.messages) if m["role"] == "assistant")
-        messages = list(prompt.messages[: last + 1])
+        messages = prompt.answered()
         options = prompt.options(config.template_options)
-        turns = turns_from_messages(tokenizer, messages, ends=ends, options=options)
+        turns = turns_from_messages(
+            tokenizer, messages, ends=ends, options=options, place=prompt.place
+        )
         fit = turns_within(turns, config.max_tokens)
         answers[prompt.id] = Answer(prompt.id, messages, True, False, fit, len(fit) < len(turns))
     return answers

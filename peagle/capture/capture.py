@@ -7,7 +7,7 @@ store keeps every finished shard. Several processes may share the work (``work_s
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,14 @@ from peagle.capture.conversation import Answer
 from peagle.capture.extract import NamedDocument, extract, sample_bytes_per_token
 from peagle.capture.generate import generate_transformers
 from peagle.capture.generate_vllm import generate_vllm
-from peagle.capture.identity import PARTIAL, is_complete, wanted_manifest
+from peagle.capture.identity import PARTIAL, forget_empty_start, is_complete, wanted_manifest
 from peagle.capture.import_speculators import import_speculators
 from peagle.capture.prompts import Prompt, load_prompts
+from peagle.capture.rehearsal import rehearse
 from peagle.capture.work_split import PromptBatch, WorkSplit, make_batches, unique_prompts
 from peagle.kernels.device import pick_device
 from peagle.store.disk import require_disk, write_atomically
+from peagle.store.index import split_of
 from peagle.store.locks import locked
 from peagle.store.manifest import Manifest
 from peagle.target.end_tokens import end_tokens
@@ -45,10 +47,22 @@ from peagle.target.target import TargetSource
 MAX_DOCUMENTS = 2**20  # more than one conversation ever makes
 
 
-def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manifest:
+def capture(
+    target: TargetSource,
+    config: CaptureConfig,
+    folder: Path,
+    *,
+    mask_token_id: int | None = None,
+    to_train: bool = False,
+) -> Manifest:
     """Make the store in ``folder``, or finish one that was interrupted; a full one is left as is.
 
-    With ``config.part`` only that share; whoever comes last completes the store.
+    With ``config.part`` only that share; whoever comes last completes the store. All prompts are
+    rendered before anything is written or the target is loaded.
+
+    Args:
+        mask_token_id: of the drafter that the store is for: prompts must not hold it.
+        to_train: refuse prompts that leave no conversation to train on, or none to validate with.
 
     Raises:
         ValueError: if the folder holds a store of another identity, if the disk is too small, or
@@ -56,11 +70,48 @@ def capture(target: TargetSource, config: CaptureConfig, folder: Path) -> Manife
     """
     wanted, made = wanted_manifest(target, config), config.made_with()
     split, folder = WorkSplit.parse(config.part), Path(folder)
+    forget_empty_start(folder)
     if not is_complete(folder, wanted, made):
+        prompts = checked_prompts(target, config, mask_token_id)
+        if to_train and config.speculators is None:
+            require_both_splits(prompts, config)
         with split.lock(folder / PARTIAL):
             if claim_folder(folder, wanted, made, config):
-                capture_share(target, wanted, config, folder, split)
+                capture_share(target, wanted, config, folder, split, prompts)
     return wanted
+
+
+def checked_prompts(
+    target: TargetSource, config: CaptureConfig, mask_token_id: int | None
+) -> list[Prompt]:
+    """The prompts of every set, each conversation once; none where speculators' data are taken."""
+    sources = [] if config.speculators is not None else config.prompts
+    return rehearse(
+        unique_prompts([p for source in sources for p in load_prompts(source)], config),
+        target.tokenizer(),
+        target.config(),
+        config.template_options,
+        mask_token_id=mask_token_id,
+        max_tokens=config.max_tokens,
+        answers_in_data=not config.regenerate,
+    )
+
+
+def require_both_splits(prompts: list[Prompt], config: CaptureConfig) -> None:
+    """Raise ``ValueError`` if all prompts are for training, or all for validation."""
+    splits = {split_of(prompt.asked_id(), config.val_share) for prompt in prompts}
+    for name, advice in (("train", "lower"), ("val", "raise")):
+        if name not in splits:
+            raise ValueError(
+                f"none of the {len(prompts)} conversations is in the {name} split: give more "
+                f"prompts, or {advice} capture.val_share = {config.val_share}"
+            )
+
+
+def within_positions(target: TargetSource, config: CaptureConfig) -> CaptureConfig:
+    """Conversations end where the target's positions do."""
+    positions = getattr(target.config(), "max_position_embeddings", None) or config.max_tokens
+    return replace(config, max_tokens=min(config.max_tokens, positions))
 
 
 def claim_folder(
@@ -79,16 +130,20 @@ def claim_folder(
 
 
 def capture_share(
-    target: TargetSource, wanted: Manifest, config: CaptureConfig, folder: Path, split: WorkSplit
+    target: TargetSource,
+    wanted: Manifest,
+    config: CaptureConfig,
+    folder: Path,
+    split: WorkSplit,
+    prompts: list[Prompt],
 ) -> None:
     """Write this process's samples; if no other share is missing then, complete the store."""
-    sources = [] if config.speculators is not None else config.prompts
-    prompts = unique_prompts([p for source in sources for p in load_prompts(source)], config)
     answers_path = folder / split.own_file("answers.jsonl")
     if config.engine == "vllm":
         # Now, while the target is not loaded here: two copies of its weights may not fit.
         batches = split.share(make_batches(prompts, config))
         generate_missing(partial(generate_vllm, target, config), batches, answers_path)
+    config = within_positions(target, config)
     model = target.model(dtype=getattr(torch, config.dtype), device=pick_device(config.device))
     head = target_head_of(model, target.config())
     if config.speculators is not None:
@@ -154,16 +209,19 @@ def documents_of(
     tokenizer: Tokenizer,
     config: CaptureConfig,
 ) -> list[NamedDocument]:
-    """What a batch's answers make; a conversation's documents share the hash for their split."""
+    """What a batch's answers make; a conversation's documents are in one split."""
     found, unsupervised = [], 0
-    for answer in (answers[prompt.id] for prompt in batch.prompts if prompt.id in answers):
+    for prompt in (prompt for prompt in batch.prompts if prompt.id in answers):
+        answer = answers[prompt.id]
         name = conversation_id(answer.messages)
+        part = split_of(prompt.asked_id(), config.val_share)
         for number, document in enumerate(documents(answer.turns)):
             if config.reasoning == "mask":
                 document = mask_reasoning(document, tokenizer)
             if document.loss_mask.any():
                 place = places[answer.id] * MAX_DOCUMENTS + number
-                found.append(NamedDocument(f"{name}-{number}" if number else name, place, document))
+                sample = f"{name}-{number}" if number else name
+                found.append(NamedDocument(sample, place, document, part))
             else:  # reasoning that hit the length limit, and is masked
                 unsupervised += 1
     if unsupervised:

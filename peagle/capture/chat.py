@@ -8,7 +8,7 @@ reasoning) can put words into an answer that the target would not say there.
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-Message = dict[str, Any]
+from peagle.capture.messages import Message
+
 Options = Mapping[str, Any]  # what a template is given besides the messages: tools, say
 
 # Where reasoning begins and ends: Qwen3 and many others, GPT-OSS' harmony, Gemma 4.
@@ -25,6 +26,9 @@ REASONING = (
     ("<|channel|>analysis", "<|end|>"),
     ("<|channel>", "<channel|>"),
 )
+
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # where messages hold it, by template
 
 
 class Turn(NamedTuple):
@@ -40,7 +44,7 @@ class Document(NamedTuple):
 
 
 def conversation_id(messages: Sequence[Message]) -> str:
-    """Hash of a conversation's text; decides its split and names it in messages."""
+    """Hash of a conversation's text, which names it in messages."""
     text = json.dumps([[m["role"], m.get("content")] for m in messages], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -51,24 +55,32 @@ def render(
     options: Options | None,
     *,
     add_generation_prompt: bool,
+    place: str | None = None,
 ) -> str:
-    """The template's text. Raises ``ValueError`` for a missing template, or one that refuses."""
+    """The template's text.
+
+    Raises:
+        ValueError: for a missing template, or one that refuses; with the ``place`` of the messages,
+            else with their hash.
+    """
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template")
     fixed = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
     try:
         return tokenizer.apply_chat_template(list(messages), **fixed, **(options or {}))
     except Exception as error:  # templates raise what they like, in words of their own
-        raise ValueError(
-            f"sample {conversation_id(messages)}: the chat template refuses it ({error})"
-        ) from error
+        name = place or f"sample {conversation_id(messages)}"
+        raise ValueError(f"{name}: the chat template refuses it ({error})") from error
 
 
 def prompt_ids(
-    tokenizer: Tokenizer, messages: Sequence[Message], options: Options | None = None
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    options: Options | None = None,
+    place: str | None = None,
 ) -> list[int]:
     """The conversation so far, ending where the assistant's next token comes."""
-    text = render(tokenizer, messages, options, add_generation_prompt=True)
+    text = render(tokenizer, messages, options, add_generation_prompt=True, place=place)
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -78,6 +90,7 @@ def turns_from_messages(
     *,
     ends: set[int],
     options: Options | None = None,
+    place: str | None = None,
 ) -> list[Turn]:
     """The turns of a conversation whose answers are given as text.
 
@@ -86,21 +99,22 @@ def turns_from_messages(
     does. It ends with the first of the tokens ``ends``; what follows is the template's.
 
     Raises:
-        ValueError: naming the sample, if the template drops a message or rewrites an answer, or
-            if an answer is empty.
+        ValueError: naming the sample or its ``place``, if the template drops a message, a call or
+            the reasoning, or rewrites an answer, or if an answer is empty.
     """
-    name, turns = f"sample {conversation_id(messages)}", []
+    name, turns = place or f"sample {conversation_id(messages)}", []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = render(tokenizer, messages[:i], options, add_generation_prompt=True)
-        after = render(tokenizer, messages[: i + 1], options, add_generation_prompt=False)
+        before = render(tokenizer, messages[:i], options, add_generation_prompt=True, place=name)
+        after = render(
+            tokenizer, messages[: i + 1], options, add_generation_prompt=False, place=name
+        )
         text = after[len(before) :]
-        lost = [m["role"] for m in messages[:i] if not is_rendered(m, before)]
-        if not after.startswith(before) or not is_rendered(message, text):
-            lost.append("assistant")
-        if lost:
-            what = f"the {lost[0]}'s words"
+        refuse_unsaid(messages[:i], options, before, name)
+        lost = unsaid(message, text, own_turn=True)
+        if lost or not after.startswith(before):
+            what = f"the assistant's {lost or 'words'}"
             raise ValueError(f"{name}: the chat template drops or rewrites turns ({what})")
         prompt, answer = (tokenizer.encode(t, add_special_tokens=False) for t in (before, text))
         stop = next((n + 1 for n, token in enumerate(answer) if token in ends), len(answer))
@@ -110,12 +124,60 @@ def turns_from_messages(
     return turns
 
 
-def is_rendered(message: Message, text: str) -> bool:
-    """Whether a rendering says a message; templates may strip it, and drop earlier reasoning."""
-    content = message.get("content") or ""
+def refuse_unsaid(
+    messages: Sequence[Message], options: Options | None, text: str, name: str
+) -> None:
+    """Raise ``ValueError`` unless a rendering says the messages, and offers the tools."""
+    for message in messages:
+        if lost := unsaid(message, text):
+            what = f"the {message['role']}'s {lost}"
+            raise ValueError(f"{name}: the chat template drops or rewrites turns ({what})")
+    for tool in (options or {}).get("tools") or ():
+        if tool["function"]["name"] not in text:
+            raise ValueError(f"{name}: the chat template does not offer the row's tools")
+
+
+def unsaid(message: Message, text: str, *, own_turn: bool = False) -> str | None:
+    """What of a message a rendering leaves out; templates may strip it.
+
+    They may leave reasoning out of the history, but not out of the turn that it belongs to.
+    """
+    pieces = [message.get("content") or ""]
     if message["role"] == "assistant":
-        content = content.rpartition(REASONING[0][1])[2]
-    return content.strip() in text
+        pieces = re.split("|".join(REASONING[0]), pieces[0])
+    if any(piece.strip() not in text for piece in (pieces if own_turn else pieces[-1:])):
+        return "words"
+    if not all(is_called(call["function"], text) for call in message.get("tool_calls") or ()):
+        return "tool calls"
+    thoughts = [str(message[key]) for key in THOUGHTS if own_turn and message.get(key)]
+    return "reasoning" if any(thought.strip() not in text for thought in thoughts) else None
+
+
+def is_called(function: Mapping[str, Any], text: str) -> bool:
+    """Whether a rendering has a call's name and every argument, however it writes those."""
+    return all(
+        any(form in text for form in written_forms(value))
+        for value in (function["name"], *leaves(function.get("arguments")))
+    )
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What an object of JSON is made of: names, texts, numbers."""
+    if isinstance(value, Mapping):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    elif value is not None:
+        yield value
+
+
+def written_forms(value: Any) -> set[str]:
+    if not isinstance(value, str):
+        return {json.dumps(value), str(value)}
+    quoted = (json.dumps(value), json.dumps(value, ensure_ascii=False), repr(value))
+    return {value.strip(), *(text[1:-1] for text in quoted)}
 
 
 def documents(turns: Sequence[Turn]) -> list[Document]:

@@ -1,72 +1,114 @@
-"""Which columns of a data set hold a prompt, and how messages are made of them."""
+"""Which columns of a data set are read, and what becomes of them."""
 
-import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-Message = dict[str, Any]
+from peagle.capture.messages import (
+    Message,
+    read_conversation,
+    read_messages,
+    read_pairs,
+    read_tools,
+    short_json,
+)
 
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "function": "tool",
-    "observation": "tool",
-}  # ShareGPT's names
+SYSTEM_ROLES = ("system", "developer")
+Use = Literal["system", "tools", "earlier", "joined", "refused", "media"]
 
-
-def read_messages(value: Any, name: str) -> list[Message]:
-    """A text, a user's texts turn by turn, or a conversation of OpenAI's or ShareGPT's form."""
-    items = [value] if isinstance(value, str) else value or []
-    if isinstance(items, list) and all(isinstance(item, str) for item in items):
-        return [{"role": "user", "content": text} for text in items]
-    if isinstance(items, list) and all(isinstance(item, dict) for item in items):
-        return [read_message(item, name) for item in items]
-    raise ValueError(f"{name} must hold a text, texts, or messages, not {short_json(value)}")
-
-
-def read_message(item: dict[str, Any], name: str) -> Message:
-    """A message of OpenAI's or ShareGPT's form, in OpenAI's."""
-    role = item.get("role") or item.get("from")
-    content = item["content"] if "content" in item else item.get("value")
-    if isinstance(content, list):
-        if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
-            raise ValueError(f"{name} holds images or sound: only text can be drafted")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str | None):
-        raise ValueError(f"{name} has a message whose content is {short_json(content)}, not text")
-    if not isinstance(role, str) or (content is None and not item.get("tool_calls")):
-        raise ValueError(f"{name} has a message without role or content")
-    rest = {k: v for k, v in item.items() if k not in ("from", "value") and v is not None}
-    return {**rest, "role": ROLES.get(role, role), "content": content or ""}
-
-
-def read_tools(row: dict[str, Any], name: str) -> tuple[dict[str, Any], ...]:
-    """The tools that a row offers, as a list or as JSON."""
-    tools = row.get("tools") or []
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: its tools are not JSON ({error})") from error
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{name}: its tools must be a list of objects, not {short_json(tools)}")
-    return tuple(tools)
-
-
-def short_json(value: Any) -> str:
-    """A value as JSON, to be named in a sentence."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-# Where a row may have its prompt: the first of these columns that it has. To accept another column
-# add a line: its name, and the function that makes messages of its value. That function gets the
-# row's name too, for its errors.
+# Where a row may have its prompt: the first of these columns that says something. To accept another
+# column add a line: its name, and the function that makes messages of its value. That function gets
+# the row's place too, for its errors.
 COLUMNS: dict[str, Callable[[Any, str], list[Message]]] = {
-    "messages": read_messages,  # OpenAI's form
-    "conversations": read_messages,  # ShareGPT's
+    "messages": read_conversation,  # OpenAI's form
+    "conversations": read_conversation,  # ShareGPT's
+    "conversation": read_conversation,
     "turns": read_messages,  # the user's texts alone
     "prompt": read_messages,
     "question": read_messages,
+    "query": read_messages,
     "instruction": read_messages,
+    "input": read_messages,
 }
+
+# What else a row may say that the target must hear. All other columns are not read.
+BESIDE: dict[str, Use] = {
+    "system": "system",
+    "system_prompt": "system",  # OpenOrca's
+    "system_message": "system",
+    "tools": "tools",
+    "functions": "tools",
+    "history": "earlier",  # LLaMA-Factory's
+    "input": "joined",  # Alpaca's, to its instruction; refused beside any other prompt
+    "context": "joined",  # Dolly's, likewise
+    "passage": "refused",  # what a prompt may not be understood without
+    "choices": "refused",
+    "options": "refused",
+    "image": "media",  # refused even where ``column`` names the prompt
+    "images": "media",
+    "audio": "media",
+    "audios": "media",
+    "videos": "media",
+}
+WHOLE = ("messages", "conversations", "conversation")  # which say all that there is to ask
+
+
+class RowContent(NamedTuple):
+    """What a row says: its messages, the system's included, and the tools that it offers."""
+
+    messages: list[Message]
+    tools: tuple[dict[str, Any], ...]
+
+
+def read_row(row: dict[str, Any], place: str, wanted: str | None) -> RowContent:
+    """A row's content; ``wanted`` is the column of the prompt, where the user named it.
+
+    Raises:
+        ValueError: with the row's place, if it has no prompt, or a column that cannot be used.
+    """
+    column = wanted or next((c for c in COLUMNS if row.get(c)), None)
+    column = column or next((c for c in COLUMNS if c in row), None)
+    if column is None or column not in row:
+        raise ValueError(f"{place} has no column {wanted or 'any of ' + ', '.join(COLUMNS)}")
+    messages = COLUMNS.get(column, read_messages)(row[column], place)
+    beside = {name: use for name, use in BESIDE.items() if name != column and row.get(name)}
+    refuse_unused(beside, column, place, chosen=wanted is not None)
+    if messages and column == "instruction":
+        earlier = [m for c in named(beside, "earlier") for m in read_pairs(row[c], place)]
+        joined = [text_of(row, c, place) for c in named(beside, "joined")]
+        content = "\n\n".join([messages[-1]["content"], *joined])
+        messages = [*earlier, *messages[:-1], {**messages[-1], "content": content}]
+    for name in named(beside, "system"):
+        messages = with_system(messages, text_of(row, name, place), name, place)
+    tools = [tool for name in named(beside, "tools") for tool in read_tools(row[name], place)]
+    return RowContent(messages, tuple(tools))
+
+
+def named(beside: dict[str, Use], use: Use) -> list[str]:
+    return [name for name, its in beside.items() if its == use]
+
+
+def refuse_unused(beside: dict[str, Use], column: str, place: str, *, chosen: bool) -> None:
+    """Raise ``ValueError`` for a column that belongs to the prompt and would not be asked."""
+    for name, use in beside.items():
+        if use == "media":
+            raise ValueError(f"{place} has a column {name!r}: only text is drafted")
+        unused = use == "refused" or (use in ("joined", "earlier") and column != "instruction")
+        if unused and column not in WHOLE and not chosen:
+            raise ValueError(
+                f"{place} has a column {name!r} beside its {column!r}: put both into one, or ask "
+                f"the {column!r} alone (column: {column})"
+            )
+
+
+def text_of(row: dict[str, Any], column: str, place: str) -> str:
+    if not isinstance(row[column], str):
+        raise ValueError(f"{place}: its {column!r} must be a text, not {short_json(row[column])}")
+    return row[column]
+
+
+def with_system(messages: list[Message], text: str, column: str, place: str) -> list[Message]:
+    """The messages opened by a row's own system text, unless they say the same themselves."""
+    own = [m["content"] for m in messages if m["role"] in SYSTEM_ROLES]
+    if own and own != [text]:
+        raise ValueError(f"{place} has a column {column!r} and another system message: keep one")
+    return messages if own else [{"role": "system", "content": text}, *messages]

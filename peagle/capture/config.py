@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +11,7 @@ from typing import Any, Literal
 from peagle.capture.prompts import PromptSource, prompt_set_hash, refuse_equal_names
 
 DTYPES = ("float32", "bfloat16", "float16")
+SIZES = ("max_new_tokens", "max_tokens", "batch_size", "batch_tokens")
 IDENTITY_SETTINGS = (
     "max_new_tokens",
     "max_tokens",
@@ -94,6 +97,12 @@ class CaptureConfig:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not 0 < self.val_share < 1:
             raise ValueError(f"val_share must lie between 0 and 1, got {self.val_share}")
+        require_positive(self, "capture", SIZES)
+        if self.greedy_share < 1 and not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"capture.temperature must be above 0, got {self.temperature}: for greedy answers "
+                "set greedy_share: 1"
+            )
         if self.engine == "vllm" and not (self.regenerate and self.speculators is None):
             raise ValueError(
                 "engine: vllm is for answers, and here the data have them: leave it out"
@@ -114,7 +123,7 @@ class CaptureConfig:
         own = {key: getattr(self, key) for key in IDENTITY_SETTINGS}
         if self.speculators is not None:
             kept = {key: own[key] for key in ("val_share", "start_layers")}
-            data = dataset_fingerprint(Path(self.speculators))
+            data = dataset_fingerprint(Path(self.speculators).expanduser())
             return {"speculators": data, **kept, "prompts": {}}
         return {**own, "prompts": {source.name: prompt_set_hash(source) for source in self.prompts}}
 
@@ -130,6 +139,13 @@ class CaptureConfig:
     def is_greedy(self, prompt_id: str) -> bool:
         """Whether a prompt is answered greedily; else its answer is sampled."""
         return self.seed_for(prompt_id) < self.greedy_share * 2**32
+
+
+def require_positive(config: Any, section: str, names: Sequence[str]) -> None:
+    """Raise ``ValueError`` for the first of these settings that is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{section}.{name} must be at least 1, got {getattr(config, name)}")
 
 
 def dataset_fingerprint(folder: Path) -> str:

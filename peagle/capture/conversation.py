@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from peagle.capture.chat import Message, Turn, answer_text, prompt_ids
+from peagle.capture.chat import Turn, answer_text, prompt_ids
 from peagle.capture.config import CaptureConfig
+from peagle.capture.messages import Message
 from peagle.capture.prompts import Prompt
 
 
@@ -43,7 +44,7 @@ class Conversation:
         if done:
             messages.append({"role": "user", "content": self.prompt.turns[done]})
         options = self.prompt.options(self.config.template_options)
-        self.asked = prompt_ids(self.tokenizer, messages, options)
+        self.asked = prompt_ids(self.tokenizer, messages, options, self.prompt.place)
         if len(self.asked) >= self.config.max_tokens - 1:
             self.cut = bool(done)
             return None

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from peagle.capture.chat import Document
 from peagle.capture.config import CaptureConfig
 from peagle.store.disk import require_disk
-from peagle.store.index import split_of
 from peagle.store.manifest import Manifest
 from peagle.store.sample import Sample
 from peagle.store.writer import StoreWriter
@@ -26,6 +25,7 @@ class NamedDocument(NamedTuple):
     name: str
     place: int  # in the store's order
     document: Document
+    split: str
 
     @property
     def tokens(self) -> int:
@@ -74,13 +74,13 @@ def extract(
     )
     with tqdm(total=tokens, desc="hidden states", unit="tok", disable=None) as bar:
         for batch in (b for group in groups for b in batches_by_tokens(group, config.batch_tokens)):
-            if all(place in done for _, place, _ in batch):
+            if all(member.place in done for member in batch):
                 continue
-            states = extract_batch(model, manifest, [d.input_ids for _, _, d in batch])
-            for (name, place, document), (aux, final) in zip(batch, states, strict=True):
+            states = extract_batch(model, manifest, [m.document.input_ids for m in batch])
+            for (name, place, document, part), (aux, final) in zip(batch, states, strict=True):
                 if place not in done:
                     sample = Sample(*document, aux, final)
-                    writer.append(name, split_of(name, config.val_share), sample, place)
+                    writer.append(name, part, sample, place)
                     bar.update(len(aux))
     writer.flush()
 

@@ -1,6 +1,7 @@
 """The identity of a store that a run needs, and whether a folder holds it or another one."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from transformers import PretrainedConfig
 
 from peagle.capture.config import CaptureConfig
 from peagle.model.config import default_layer_ids
+from peagle.store.locks import locked
 from peagle.store.manifest import Manifest
 from peagle.target.target import TargetSource, tokenizer_hash
 
@@ -107,6 +109,17 @@ def llama_rope(text: PretrainedConfig) -> dict[str, Any]:
     if share != 1.0 or rope.get("rope_type", "default") not in ROPE_TYPES:
         rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     return rope
+
+
+def forget_empty_start(folder: Path) -> None:
+    """Let a start that has captured nothing yet bind nobody, unless its process still runs."""
+    started = folder / PARTIAL / "manifest.json"
+    kept = ("answers*.jsonl", "shard-*", f"{PARTIAL}/done-*")
+    files = [path for pattern in kept for path in folder.glob(pattern)]
+    if started.exists() and not any(path.stat().st_size or path.parent != folder for path in files):
+        with suppress(BlockingIOError), locked(folder / PARTIAL / "parts.lock", wait=False):
+            started.unlink(missing_ok=True)
+            (folder / "capture.json").unlink(missing_ok=True)
 
 
 def is_complete(folder: Path, wanted: Manifest, made: dict[str, Any]) -> bool:

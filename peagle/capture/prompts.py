@@ -1,4 +1,4 @@
-"""Where prompts come from: the built-in set, a JSONL file, or a data set on the Hub.
+"""Where prompts come from: the built-in set, a file or folder, or a data set on the Hub.
 
 Only the user's side is used, unless a run asks for the answers in the data: answers should be the
 target's own (paper section 4.1), since a drafter that learns somebody else's text guesses tokens
@@ -7,14 +7,15 @@ its target would not write.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peagle.capture.columns import COLUMNS, read_messages, read_tools, short_json
+from peagle.capture.columns import SYSTEM_ROLES, read_row
+from peagle.capture.rows import Row, is_local, kind_of, numbered, read_local
 
 BUILT_IN = "stdlib"
 WITHHELD = "FULL BENCHMARK DATA SHOULD BE FETCHED"  # SPEED-Bench's, where it may not publish
@@ -47,11 +48,32 @@ class Prompt(NamedTuple):
     turns: tuple[str, ...]
     tools: tuple[dict[str, Any], ...] = ()  # that the target may call, in OpenAI's form
     messages: tuple[dict[str, Any], ...] = ()  # the whole conversation, where the data hold one
+    place: str = "a prompt"  # where it was read, for errors; no part of what it says
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """All that it says, with its id."""
+        return self[:-1]
 
     def opening(self) -> list[dict[str, str]]:
         """The messages up to the target's first answer."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": self.turns[0]}]
+
+    def answered(self) -> list[dict[str, Any]]:
+        """The conversation of the data up to its last answer; raises ``ValueError`` without one."""
+        roles = [message["role"] for message in self.messages]
+        if "assistant" not in roles:
+            raise ValueError(
+                f"{self.place} has no answers of an assistant: set regenerate: true, or name the "
+                "column with whole conversations"
+            )
+        return list(self.messages[: len(roles) - roles[::-1].index("assistant")])
+
+    def asked_id(self) -> str:
+        """Hash of what it asks, whatever is answered; decides its split."""
+        messages = [self.system, *self.turns]
+        return hashlib.sha256(json.dumps(messages, ensure_ascii=False).encode()).hexdigest()[:16]
 
     def options(self, given: dict[str, Any] | None) -> dict[str, Any]:
         """What the chat template is given besides the messages: its options, and the tools."""
@@ -64,9 +86,10 @@ class PromptSource:
     """A prompt set.
 
     Args:
-        source: ``stdlib`` (built in), the path of a ``.jsonl`` file, a Hub data set id, or one of
-            gsm8k, humaneval, mt_bench, speed_bench, ultrachat, opencodeinstruct.
-        split: ``train`` or ``test`` of the built-in set; any split name of a Hub data set.
+        source: ``stdlib`` (built in), the path of a file (.jsonl, .json, .parquet, .csv, .tsv or
+            .txt, also .gz) or folder, a Hub data set id, or one of gsm8k, humaneval, mt_bench,
+            speed_bench, ultrachat, opencodeinstruct.
+        split: ``train`` or ``test`` of the built-in set; any split name of a folder's or the Hub's.
             Default: ``train``, or what the short name stands for.
         subset: which configuration of a Hub data set, where it has several (GSM8K's ``main``).
         column: where the prompt is; found by itself when it is one of the usual names.
@@ -94,11 +117,16 @@ class PromptSource:
             return self.label
         if self.source == BUILT_IN:
             return f"{BUILT_IN}-{self.split or 'train'}"
-        return Path(self.source).stem if self.source.endswith(".jsonl") else self.source
+        if self.on_hub:
+            return self.source
+        path = Path(self.source.removesuffix(".gz"))
+        return path.stem if kind_of(path) else path.name
 
     @property
     def on_hub(self) -> bool:
-        return self.source != BUILT_IN and not self.source.endswith(".jsonl")
+        if self.source in SHORT_NAMES:
+            return True
+        return self.source != BUILT_IN and not is_local(self.source)
 
     def address(self) -> HubDataset:
         """Where a set of the Hub is; what the source says goes before what its name stands for."""
@@ -125,7 +153,7 @@ def prompt_set_hash(source: PromptSource) -> str:
     if source.on_hub:
         content: Any = [source.name, *source.address(), source.limit, source.revision]
     else:
-        content = load_prompts(source)
+        content = [prompt.content for prompt in load_prompts(source)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -135,80 +163,67 @@ def load_prompts(source: PromptSource) -> list[Prompt]:
     Raises:
         ValueError: if the set is missing, empty, damaged, or has no column with prompts.
     """
+    wanted = source.address().column if source.on_hub else source.column
     rows = islice(read_rows(source), source.limit)
-    prompts = [read_prompt(row, source, number) for number, row in enumerate(rows)]
+    prompts = [
+        read_prompt(row, f"{source.name}/{number}", wanted) for number, row in enumerate(rows)
+    ]
     if not prompts:
         raise ValueError(f"prompt set {source.source!r} is empty")
     return prompts
 
 
-def read_rows(source: PromptSource) -> Iterable[dict[str, Any]]:
+def read_rows(source: PromptSource) -> Iterator[Row]:
     if source.on_hub:
         return stream_from_hub(source)
+    split = source.split or "train"
     if source.source == BUILT_IN:
-        split = source.split or "train"
         if split not in ("train", "test"):
             raise ValueError(f"{BUILT_IN} has the splits train and test, not {split!r}")
-        return read_jsonl(
-            Path(str(resources.files("peagle.tiny_target") / f"prompts_{split}.jsonl"))
-        )
-    path = Path(source.source)
-    if not path.is_file():
-        raise ValueError(f"prompt file {path} does not exist")
-    return read_jsonl(path)
+        built_in = resources.files("peagle.tiny_target") / f"prompts_{split}.jsonl"
+        return read_local(Path(str(built_in)), split)
+    return read_local(Path(source.source).expanduser(), split)
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Raises ``ValueError`` with file and line for what is not an object in JSON."""
-    with open(path, "rb") as file:  # bytes end a line at \n only; a text may hold other line ends
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            name = f"{path}, line {number}"
-            try:
-                row = json.loads(line.strip().decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{name} is not UTF-8 text") from error
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{name} is not JSON ({error.msg} column {error.colno})"
-                ) from error
-            if not isinstance(row, dict):
-                what = 'must be an object as {"prompt": "..."} is'
-                raise ValueError(f"{name} {what}, not {short_json(row)}")
-            yield row
-
-
-def stream_from_hub(source: PromptSource) -> Iterable[dict[str, Any]]:
+def stream_from_hub(source: PromptSource) -> Iterator[Row]:
     from datasets import load_dataset  # takes seconds to import
 
     repository, split, _, subset = source.address()
     try:
-        return load_dataset(
+        rows = load_dataset(
             repository, subset, split=split, revision=source.revision, streaming=True
         )
     except Exception as error:  # the client raises many kinds; all mean the set cannot be had
         raise ValueError(f"data set {repository!r} cannot be loaded: {error}") from error
+    return numbered(rows, repository)
 
 
-def read_prompt(row: dict[str, Any], source: PromptSource, number: int) -> Prompt:
-    """One row's prompt. Raises ``ValueError`` with the row's number for what is none."""
-    wanted = source.address().column if source.on_hub else source.column
-    column = wanted or next((c for c in COLUMNS if c in row), None)
-    name = f"row {number} of {source.source!r}"
-    if column is None or column not in row:
-        raise ValueError(f"{name} has no column {wanted or 'any of ' + ', '.join(COLUMNS)}")
-    messages = COLUMNS.get(column, read_messages)(row[column], name)
+def read_prompt(row: Row, id_: str, wanted: str | None) -> Prompt:
+    """One row's prompt. Raises ``ValueError`` with the row's place for what is none."""
+    messages, tools = read_row(row.content, row.place, wanted)
     # Past a tool's result nobody could go on: it answers a call that the target may not make.
     before_tools = list(takewhile(lambda message: message["role"] != "tool", messages))
     turns = tuple(m["content"] for m in before_tools if m["role"] == "user")
-    system = next((m["content"] for m in messages if m["role"] in ("system", "developer")), None)
-    if not turns or not all(turns):
-        raise ValueError(f"{name} has an empty prompt")
+    system = next((m["content"] for m in messages if m["role"] in SYSTEM_ROLES), None)
+    if not turns or not all(turn.strip() for turn in turns):
+        raise ValueError(f"{row.place} has an empty prompt")
     if any(turn.startswith(WITHHELD) for turn in turns):
         raise ValueError(
-            f"{name} is a placeholder: the authors of the data set have a script that fetches the "
-            "text; run it, and give the .jsonl file that it writes"
+            f"{row.place} is a placeholder: the authors of the data set have a script that fetches "
+            "the text; run it, and give the .jsonl file that it writes"
         )
     whole = messages if any(m["role"] == "assistant" for m in messages) else ()
-    return Prompt(f"{source.name}/{number}", system, turns, read_tools(row, name), tuple(whole))
+    if not whole:
+        refuse_late_system(messages, row.place)
+    prompt = Prompt(id_, system, turns, tools, tuple(whole), row.place)
+    try:
+        json.dumps(prompt.content, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a character
+        raise ValueError(f"{row.place} holds half of a surrogate pair, which is no text") from error
+    return prompt
+
+
+def refuse_late_system(messages: Sequence[dict[str, Any]], place: str) -> None:
+    """Raise ``ValueError`` where a system message is not the first: it would not be asked."""
+    if any(message["role"] in SYSTEM_ROLES for message in messages[1:]):
+        raise ValueError(f"{place} has a system message that is not its first and only one")

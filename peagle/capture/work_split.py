@@ -36,7 +36,7 @@ def unique_prompts(prompts: list[Prompt], config: CaptureConfig) -> list[Prompt]
     found: dict[str, Prompt] = {}
     for prompt in prompts:
         repeats = not config.regenerate or config.is_greedy(prompt.id)
-        content = prompt[1:4] if config.regenerate else prompt[1:]
+        content = prompt.content[1:4] if config.regenerate else prompt.content[1:]
         found.setdefault(json.dumps(content, default=str) if repeats else prompt.id, prompt)
     return list(found.values())
 

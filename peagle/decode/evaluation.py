@@ -1,5 +1,6 @@
 """What ``test`` decodes: every prompt set, with every drafter and K, at every temperature."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -9,10 +10,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from peagle.capture.chat import answer_text, prompt_ids
-from peagle.capture.config import DTYPES
+from peagle.capture.config import DTYPES, require_positive
 from peagle.capture.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
+from peagle.capture.rehearsal import rehearse
 from peagle.decode.decoder import Decoded, Decoder
 from peagle.model.checkpoint import check_address
+from peagle.target.target import TargetSource
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,13 @@ class EvaluationConfig:
     baseline: str | None = None
 
     def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("evaluation.prompts names no prompt set")
         refuse_equal_names(self.prompts)
+        require_positive(self, "evaluation", ("max_new_tokens", "batch_size"))
         if not self.k or min(self.k) < 1:
             raise ValueError(f"k must list numbers of drafts, each at least 1, got {self.k}")
-        if not self.temperatures or min(self.temperatures) < 0:
+        if not self.temperatures or not all(0 <= t < math.inf for t in self.temperatures):
             raise ValueError(f"temperatures must not be negative, got {self.temperatures}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
@@ -77,13 +83,20 @@ class Run(NamedTuple):
     turns: int  # answers that were given
 
 
-def prompt_batches(config: EvaluationConfig) -> list[PromptBatch]:
-    """Every prompt set, in batches."""
-    return [
-        PromptBatch(source.name, prompts[start : start + config.batch_size])
-        for source, prompts in ((source, load_prompts(source)) for source in config.prompts)
-        for start in range(0, len(prompts), config.batch_size)
-    ]
+def prompt_batches(config: EvaluationConfig, target: TargetSource) -> list[PromptBatch]:
+    """Every prompt set, in batches; the target's tokenizer renders each prompt once.
+
+    Raises:
+        ValueError: for a set that cannot be read, or a prompt that cannot be asked.
+    """
+    text, tokenizer, batches = target.config(), target.tokenizer(), []
+    for source in config.prompts:
+        prompts = rehearse(load_prompts(source), tokenizer, text, config.template_options)
+        batches += [
+            PromptBatch(source.name, prompts[start : start + config.batch_size])
+            for start in range(0, len(prompts), config.batch_size)
+        ]
+    return batches
 
 
 class Setting(NamedTuple):
@@ -141,7 +154,7 @@ def turn_prompt(
     for answer, question in zip(history, prompt.turns[1:], strict=False):
         messages.append({"role": "assistant", "content": answer_text(tokenizer, answer)})
         messages.append({"role": "user", "content": question})
-    return prompt_ids(tokenizer, messages, prompt.options(template_options))
+    return prompt_ids(tokenizer, messages, prompt.options(template_options), prompt.place)
 
 
 def decode(

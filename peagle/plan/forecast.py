@@ -160,7 +160,7 @@ def readable(config: CaptureConfig) -> tuple[list[Prompt], int, list[str]]:
         try:
             prompts += load_prompts(source)
         except ValueError as error:
-            if Path(source.source).suffix == ".jsonl":
+            if not source.on_hub:
                 raise
             unread.append(f"{source.source}: {str(error).splitlines()[0]}")
             unknown += source.limit or 0

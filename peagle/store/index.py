@@ -27,7 +27,7 @@ class Entry(NamedTuple):
 
 
 def split_of(sample_id: str, val_share: float) -> str:
-    """Split by the hash of the conversation: the same text never lies on both sides."""
+    """Split by the hash of what is asked: the same text never lies on both sides."""
     return "val" if int(sample_id[:8], 16) < val_share * 2**32 else "train"
 
 

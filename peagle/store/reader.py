@@ -80,6 +80,18 @@ class Store:
         """Numbers of the samples of a split."""
         return [i for i, entry in enumerate(self.entries) if entry.split == name]
 
+    def token_ids(self, index: int) -> Tensor:
+        """A sample's ids alone, not verified; [n]. Raises ``BadSample`` if it cannot be read."""
+        entry = self.entries[index]
+        try:
+            with self.shards.open(entry.shard) as file:
+                header = self.headers(entry.shard, self.refetched[entry.shard])
+                ids = torch.empty(entry.tokens, dtype=torch.long)
+                read_into(ids, file, header[f"{entry.slot}.{TENSORS[0]}"])
+        except (OSError, KeyError) as error:
+            raise bad_sample(entry, f"cannot be read ({error})") from error
+        return ids
+
     def read(self, index: int, states: tuple[Tensor, Tensor] | None = None) -> Sample:
         """One sample, verified; ``states`` is where ``aux`` and ``final`` go, else new memory.
 

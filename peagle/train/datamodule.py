@@ -111,6 +111,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
         self.buffers = Buffers()
         self.store: Store | None = None
         self.found: FoundStore | None = None
+        self.asked: list[PromptBatch] | None = None
         self.resumed = 0  # batches that the run had finished when its checkpoint was written
         self.rows_in_memory: int | None = None
         self.order: dict[str, Any] = {}  # what the place in the data depends on
@@ -207,14 +208,20 @@ class HiddenStatesDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """Prompts to decode; ranks share them."""
-        batches = prompt_batches(self.evaluation)
-        if len(batches) < self.trainer.world_size:
-            raise ValueError(
-                f"{len(batches)} batches of prompts cannot be shared by "
-                f"{self.trainer.world_size} processes: lower evaluation.batch_size, or use fewer"
-            )
+        batches = self.test_batches(self.trainer.world_size)
         mine = batches[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(mine, batch_size=None, collate_fn=lambda batch: batch)
+
+    def test_batches(self, world_size: int) -> list[PromptBatch]:
+        """All that ``test`` decodes, read once: ``fit`` asks before it begins."""
+        if self.asked is None:
+            self.asked = prompt_batches(self.evaluation, self.target)
+        if len(self.asked) < world_size:
+            raise ValueError(
+                f"{len(self.asked)} batches of prompts cannot be shared by {world_size} "
+                "processes: lower evaluation.batch_size, or use fewer"
+            )
+        return self.asked
 
     def loader(self, packs: PackSampler | list[Pack], cod: Cod) -> ReadAhead:
         data = PackedSequences(
@@ -259,8 +266,8 @@ class HiddenStatesDataModule(L.LightningDataModule):
         found = self.store.split(split)
         if not found:
             raise ValueError(
-                f"{self.folder} has no {split} conversation: capture more prompts, or raise "
-                "capture.val_share"
+                f"{self.folder} has no {split} conversation: capture more prompts, or "
+                f"{'raise' if split == 'val' else 'lower'} capture.val_share"
             )
         samples = [i for i in found if 1 <= self.slots(i) <= self.max_tokens]
         if not samples:

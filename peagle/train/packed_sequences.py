@@ -1,10 +1,15 @@
 """One packed sequence: its samples read from the store, side by side, and cut into segments."""
 
+from contextlib import suppress
+
+from jaxtyping import Int
+from torch import Tensor
+from tqdm import tqdm
+
 from peagle.cod.sampling import Cod, expected_rows
 from peagle.cod.segments import partition
 from peagle.store.errors import BadSample
 from peagle.store.reader import Store
-from peagle.store.sample import Sample
 from peagle.train.buffers import Buffers
 from peagle.train.packing import Batch, StatesInPlace, pack, unsupervised
 from peagle.train.sampler import Pack
@@ -40,7 +45,7 @@ class PackedSequences:
             except BadSample as error:
                 bad.append(str(error))
             else:
-                self.refuse_mask_token(samples[-1], index)
+                refuse_mask_token(self.store, index, samples[-1].input_ids, self.mask_token_id)
         packed = pack(samples or [unsupervised(self.store.manifest)])
         expected = expected_rows(packed["supervised"], packed["document"], cod=self.cod)
         segments = partition(expected, max_rows=self.max_rows)
@@ -48,9 +53,22 @@ class PackedSequences:
             packed = {name: tensor.pin_memory() for name, tensor in packed.items()}
         return Batch(**packed, segments=segments, seed=pack_.seed, bad=tuple(bad))
 
-    def refuse_mask_token(self, sample: Sample, index: int) -> None:
-        if self.mask_token_id is not None and (sample.input_ids == self.mask_token_id).any():
-            raise ValueError(
-                f"sample {self.store.entries[index].sample} contains the mask token "
-                f"{self.mask_token_id}: choose a token id that never occurs"
-            )
+
+def refuse_mask_tokens(store: Store, mask_token_id: int | None) -> None:
+    """Look through a whole store, without its states; damaged samples are left to training."""
+    if mask_token_id is None:
+        return
+    for index in tqdm(range(len(store)), desc="mask token", disable=None, leave=False):
+        with suppress(BadSample):
+            refuse_mask_token(store, index, store.token_ids(index), mask_token_id)
+
+
+def refuse_mask_token(
+    store: Store, index: int, ids: Int[Tensor, " n"], mask_token_id: int | None
+) -> None:
+    """Raise ``ValueError`` for a sample that holds the token."""
+    if mask_token_id is not None and (ids == mask_token_id).any():
+        raise ValueError(
+            f"sample {store.entries[index].sample} contains the mask token {mask_token_id}: choose "
+            "a token id that never occurs, or take its prompt out and capture into another --store"
+        )

@@ -182,7 +182,8 @@ def test_an_unknown_target_is_one_sentence():
 
 def test_prompts_that_leave_no_room_are_refused(tmp_path):
     with pytest.raises(ValueError, match="max_tokens = 10 is smaller than every prompt"):
-        capture(TARGET, replace(CONFIG, max_tokens=10), tmp_path)
+        capture(TARGET, replace(CONFIG, max_tokens=10), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
 
 
 def test_effective_norms_are_read_from_any_convention():

@@ -127,7 +127,7 @@ def test_a_first_turn_that_does_not_fit_is_left_out_and_counted(tmp_path, capsys
 
 
 def test_data_without_answers_cannot_be_taken_as_they_are(tmp_path):
-    with pytest.raises(ValueError, match=r"talks/0 has no answers.*regenerate: true"):
+    with pytest.raises(ValueError, match=r"talks\.jsonl, line 1 has no answers.*regenerate: true"):
         captured(tmp_path, data(tmp_path, {"prompt": "def f(x):"}), regenerate=False)
 
 
@@ -148,13 +148,16 @@ def test_nobody_goes_on_after_a_tool_answered_somebody_elses_call(tmp_path):
 @pytest.mark.parametrize(
     ("message", "problem"),
     [
-        ({"role": "user", "content": [{"type": "image_url"}]}, "holds images or sound"),
+        (
+            {"role": "user", "content": [{"type": "image_url"}]},
+            "holds images, sound",
+        ),
         ({"role": "user"}, "without role or content"),
         ({"content": "Hi"}, "without role or content"),
     ],
 )
 def test_a_message_that_is_none_is_refused_by_row(tmp_path, message, problem):
-    with pytest.raises(ValueError, match=f"row 0 .*{problem}"):
+    with pytest.raises(ValueError, match=f"line 1 .*{problem}"):
         load_prompts(PromptSource(data(tmp_path, {"messages": [message]})))
 
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from peagle.capture import prompts
+from peagle.capture import columns
 from peagle.capture.config import CaptureConfig
 from peagle.capture.prompts import PromptSource, load_prompts, prompt_set_hash
 from peagle.decode.evaluation import EvaluationConfig
@@ -40,9 +40,9 @@ def test_another_column_is_one_line_of_the_table(tmp_path, monkeypatch):
         return [{"role": "user", "content": line} for line in value.splitlines()]
 
     path = write(tmp_path, {"queries": "First?\nSecond?"})
-    with pytest.raises(ValueError, match=r"row 0 .* has no column any of messages, conversations"):
+    with pytest.raises(ValueError, match=r"line 1 has no column any of messages, conversations"):
         load_prompts(PromptSource(path))
-    monkeypatch.setitem(prompts.COLUMNS, "queries", read_lines)
+    monkeypatch.setitem(columns.COLUMNS, "queries", read_lines)
     assert load_prompts(PromptSource(path))[0].turns == ("First?", "Second?")
 
 
@@ -92,11 +92,11 @@ def test_a_missing_file_is_named():
         (b'"' + b"x" * 99 + b'"', r"not \"x{36}\.\.\.$"),
         (b'{"prompt": "torn', "line 2 is not JSON .Unterminated string"),
         (b'{"prompt": "\xff"}', "line 2 is not UTF-8 text"),
-        (b'{"prompt": 5}', "row 1 of .* must hold a text, texts, or messages, not 5"),
+        (b'{"prompt": 5}', "line 2 must hold a text, texts, or messages, not 5"),
         (b'{"prompt": ["a", 5]}', r'must hold a text, texts, or messages, not \["a", 5\]'),
         (b'{"messages": [{"role": "user", "content": 5}]}', "content is 5, not text"),
         (b'{"prompt": "a", "tools": {"b": 1}}', r'tools must be a list of objects, not \{"b": 1'),
-        (b'{"prompt": "FULL BENCHMARK DATA SHOULD BE FETCHED FROM"}', "row 1 .* is a placeholder"),
+        (b'{"prompt": "FULL BENCHMARK DATA SHOULD BE FETCHED FROM"}', "line 2 is a placeholder"),
     ],
 )  # fmt: skip
 def test_a_row_that_is_none_is_one_sentence_with_its_place(tmp_path, line, words):

@@ -61,7 +61,7 @@ def runs_of(decoder, config):
     tokenizer = TARGET.tokenizer()
     return [
         run
-        for batch in prompt_batches(config)
+        for batch in prompt_batches(config, TARGET)
         for run in decode_batch({"p-eagle": decoder}, batch, config, tokenizer)
     ]
 

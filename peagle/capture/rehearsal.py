@@ -1,0 +1,102 @@
+"""Renders every prompt by the tokenizer alone, before answers are asked or weights are loaded."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PretrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from peagle.capture.chat import refuse_unsaid, render, turns_from_messages
+from peagle.capture.prompts import Prompt, refuse_late_system
+
+STAND_IN = "."  # for an answer that is not there yet
+
+
+def rehearse(
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    text: PretrainedConfig,
+    template_options: dict[str, Any] | None,
+    *,
+    mask_token_id: int | None = None,
+    max_tokens: int | None = None,
+    answers_in_data: bool = False,
+) -> list[Prompt]:
+    """The prompts that leave room within the target's positions; says how many do not.
+
+    Raises:
+        ValueError: with the place of the first prompt that the template refuses or does not say
+            whole, or that holds the mask token or an id beyond the target's vocabulary; or if no
+            prompt leaves room there, or within ``max_tokens``.
+    """
+    positions = getattr(text, "max_position_embeddings", None) or math.inf
+    fit, shortest = [], math.inf
+    for prompt in tqdm(prompts, desc="prompts", disable=None, leave=False):
+        options = prompt.options(template_options)
+        sequences = said_in_data if answers_in_data else asked
+        found = list(sequences(tokenizer, prompt, options))
+        for ids in found:
+            refuse_ids(ids, tokenizer, prompt, text.vocab_size, mask_token_id)
+        shortest = min(shortest, len(found[0]) + (0 if answers_in_data else 2))
+        if len(found[0]) < positions:
+            fit.append(prompt)
+    if prompts and shortest > (max_tokens or math.inf):
+        raise ValueError(f"max_tokens = {max_tokens} is smaller than every prompt: raise it")
+    if len(fit) < len(prompts):
+        count = f"{len(prompts) - len(fit)} of {len(prompts)} prompts"
+        problem = f"longer than the target's {positions} positions"
+        if not fit:
+            raise ValueError(f"{count} are {problem}: give shorter ones")
+        print(f"{count} are {problem} and were left out")
+    return fit
+
+
+def asked(tokenizer: Tokenizer, prompt: Prompt, options: dict[str, Any]) -> Iterator[list[int]]:
+    """The first prompt, and that of the last turn with answers made up."""
+    refuse_late_system(prompt.messages, prompt.place)
+    messages = prompt.opening()
+    for number, turn in enumerate(prompt.turns):
+        if number:
+            messages += [
+                {"role": "assistant", "content": STAND_IN},
+                {"role": "user", "content": turn},
+            ]
+        if number in (0, len(prompt.turns) - 1):
+            written = render(
+                tokenizer, messages, options, add_generation_prompt=True, place=prompt.place
+            )
+            refuse_unsaid(messages, options, written, prompt.place)
+            yield tokenizer.encode(written, add_special_tokens=False)
+
+
+def said_in_data(
+    tokenizer: Tokenizer, prompt: Prompt, options: dict[str, Any]
+) -> Iterator[list[int]]:
+    """Prompt and answer of every turn that the data hold."""
+    for turn in turns_from_messages(
+        tokenizer, prompt.answered(), ends=set(), options=options, place=prompt.place
+    ):
+        yield turn.prompt + turn.answer
+
+
+def refuse_ids(
+    ids: list[int],
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    vocab_size: int,
+    mask_token_id: int | None,
+) -> None:
+    """Raise ``ValueError`` for ids that the target does not have, and for the mask token."""
+    if mask_token_id is not None and mask_token_id in ids:
+        written = tokenizer.convert_ids_to_tokens(mask_token_id)
+        raise ValueError(
+            f"{prompt.place} holds the mask token {written!r} (id {mask_token_id}): take it out, "
+            "or set model.mask_token_id to an id that never occurs"
+        )
+    if max(ids, default=0) >= vocab_size:
+        raise ValueError(
+            f"{prompt.place} has the token id {max(ids)}, beyond the target's vocabulary of "
+            f"{vocab_size}: its tokenizer is another model's"
+        )
