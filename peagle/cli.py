@@ -33,6 +33,7 @@ from peagle.store.hub import find_store, store_address
 from peagle.target.target import TargetSource
 from peagle.train.datamodule import HiddenStatesDataModule
 from peagle.train.module import PEagleModule
+from peagle.train.strategies import refuse_strategy
 
 
 class RunConfig(SaveConfigCallback):
@@ -97,6 +98,11 @@ class PEagleCLI(LightningCLI):
         ):
             parser.link_arguments(source, goal)
         parser.link_arguments("evaluation", "data.evaluation", apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        refuse_strategy(trainer)
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's hyper-parameters override the command line."""
