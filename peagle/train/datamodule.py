@@ -212,13 +212,12 @@ class HiddenStatesDataModule(L.LightningDataModule):
         return self.loader([Pack(members, 0) for members in mine], self.cod.keeping_all())
 
     def test_dataloader(self) -> DataLoader:
-        """Prompts to decode; ranks share them."""
+        """Prompts to decode; ranks share them, and one may have none."""
         batches = prompt_batches(self.evaluation)
-        if len(batches) < self.trainer.world_size:
-            raise ValueError(
-                f"{len(batches)} batches of prompts cannot be shared by "
-                f"{self.trainer.world_size} processes: lower evaluation.batch_size, or use fewer"
-            )
+        # Lightning would end a rank that has none.
+        batches += [PromptBatch(batches[0].prompt_set, [])] * (
+            self.trainer.world_size - len(batches)
+        )
         mine = batches[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(mine, batch_size=None, collate_fn=lambda batch: batch)
 
