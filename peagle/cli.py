@@ -45,6 +45,7 @@ from peagle.target.target import TargetSource
 from peagle.train.datamodule import HiddenStatesDataModule
 from peagle.train.module import PEagleModule
 from peagle.train.packed_sequences import refuse_mask_tokens
+from peagle.train.strategies import refuse_strategy
 
 
 class RunConfig(SaveConfigCallback):
@@ -118,6 +119,11 @@ class PEagleCLI(LightningCLI):
         ):
             parser.link_arguments(source, goal)
         parser.link_arguments("evaluation", "data.evaluation", apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        refuse_strategy(trainer)
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's hyper-parameters override the command line."""
@@ -193,7 +199,7 @@ class PEagleCLI(LightningCLI):
         check_drafter(self.model, target, config.capture, Path(config.run_dir))
         if self.trainer.limit_test_batches != 0:
             check_decodable(target)
-            self.datamodule.test_batches(self.trainer.world_size)  # raises for prompts
+            self.datamodule.test_batches()  # raises for prompts
         if not (store / "manifest.json").exists():  # else Lightning says so at once
             check_epochs(checkpoint, self.trainer.max_epochs)
         if store_address(config.store) is not None:

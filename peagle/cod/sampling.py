@@ -88,8 +88,10 @@ def sample_rows(
 ) -> Rows:
     """Keep every supervised row of depth 0 and geometrically fewer rows of each deeper depth.
 
-    In every document, depth ``d`` keeps at most ``cod.share(d)`` of the
-    anchors that have a depth 1 at all, drawn only from the anchors that survived depth ``d - 1``.
+    Depth ``d`` keeps at most ``cod.share(d)`` of the anchors that have a depth 1 at all, drawn only
+    from the anchors that survived depth ``d - 1``. The pack has one quota per depth, since rounding
+    down in every document would leave short documents no deep rows; documents share it by their
+    sizes, to about one row.
     A rollout is therefore a hole-free prefix ``0..d``: it never leaves its document or its run
     of supervised slots, and the attention rule never has to ask whether a parent exists.
 
@@ -98,19 +100,36 @@ def sample_rows(
         depth 1   x  x  .  x  x
         depth 2   x  .  .  x
 
-    One uniform number per anchor decides all its depths: the anchors kept at a depth are the
-    lowest-numbered of those kept before, a uniform subset of them, and need no second draw.
+    One order of the anchors decides all depths: those kept at a depth are the first of those kept
+    before, and need no second draw.
     """
     assert torch.all(document[1:] >= document[:-1]), "documents must be numbered in order"
     longest = reach(supervised, document, cod.num_depths)
     lengths = supervised.long()
     if cod.num_depths > 1:
-        number = torch.rand(
-            len(supervised), generator=generator, device=supervised.device, dtype=torch.float64
-        )
-        order = torch.argsort(document + number)  # by document, then by number
-        lengths[order] += deeper_rows(longest[order], document[order], cod)
+        order = preference(longest > 1, document, generator)
+        lengths[order] += deeper_rows(longest[order], cod)
     return rows_of(lengths)
+
+
+def preference(
+    candidate: Bool[Tensor, " S"], document: Int[Tensor, " S"], generator: torch.Generator | None
+) -> Int[Tensor, " S"]:
+    """The anchors in random order, in which every stretch holds about its share of each document.
+
+    The candidates of a document are shuffled and spread evenly over 0..1, from a random offset on.
+    """
+
+    def uniform(count: int) -> Tensor:
+        return torch.rand(count, generator=generator, device=document.device, dtype=torch.float64)
+
+    shuffled = torch.argsort(document + uniform(len(document)))  # by document, then at random
+    size = torch.bincount(document, weights=candidate.double())
+    rank = torch.empty_like(size[document])
+    rank[shuffled] = torch.cumsum(candidate[shuffled].double(), 0)
+    rank -= (torch.cumsum(size, 0) - size)[document] + uniform(len(size))[document]
+    place = torch.where(candidate, rank / size.clamp(min=1)[document], 2.0)
+    return torch.argsort(place)
 
 
 def reach(
@@ -126,19 +145,15 @@ def reach(
     return longest
 
 
-def deeper_rows(
-    longest: Int[Tensor, " S"], document: Int[Tensor, " S"], cod: Cod
-) -> Int[Tensor, " S"]:
+def deeper_rows(longest: Int[Tensor, " S"], cod: Cod) -> Int[Tensor, " S"]:
     """How many rows beyond depth 0 each anchor keeps; anchors come in order of preference."""
     alive = longest > 1
-    candidates = torch.bincount(document, weights=alive.double())
-    first = torch.searchsorted(document, document)  # where each anchor's document starts
+    candidates = int(alive.sum())
     count = torch.zeros_like(longest)
     for depth in range(1, cod.num_depths):
-        quota = torch.floor(candidates * cod.share(depth) + 1e-9)  # 0.7 * 10 is 6.999...
+        quota = int(candidates * cod.share(depth) + 1e-9)  # 0.7 * 10 is 6.999...
         alive &= longest > depth
-        seen = torch.cumsum(alive, 0)
-        alive &= seen - (seen - alive.long())[first] <= quota[document]
+        alive &= torch.cumsum(alive, 0) <= quota
         count += alive
     return count
 
@@ -155,6 +170,20 @@ def expected_rows(
     supervised: Bool[Tensor, " S"], document: Int[Tensor, " S"], *, cod: Cod
 ) -> Float[Tensor, " S"]:
     """Expected number of rows of each anchor, for balancing segments before the draw."""
-    shares = torch.tensor([cod.share(depth) for depth in range(cod.num_depths)])
-    total = torch.cat([torch.zeros(1), torch.cumsum(shares, 0)])
-    return total[reach(supervised, document, cod.num_depths)]
+    longest = reach(supervised, document, cod.num_depths)
+    reaching = [int((longest > depth).sum()) for depth in range(cod.num_depths)]
+    kept = torch.tensor(expected_per_depth(reaching, cod)) / torch.tensor(reaching).clamp(min=1)
+    return torch.cat([torch.zeros(1), torch.cumsum(kept, 0)])[longest]
+
+
+def expected_per_depth(reaching: list[int], cod: Cod) -> list[float]:
+    """Rows of each depth in a pack, of which ``reaching[d]`` anchors have a row of depth ``d``.
+
+    Anchors that survived depth ``d - 1`` reach depth ``d`` as often as all others that reached
+    ``d - 1``; the quota of the pack limits what is left.
+    """
+    rows = [float(reaching[0])]
+    for depth in range(1, cod.num_depths):
+        left = rows[-1] * reaching[depth] / max(reaching[depth - 1], 1)
+        rows.append(min(left, reaching[1] * cod.share(depth)))
+    return rows

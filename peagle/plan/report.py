@@ -10,7 +10,7 @@ from typing import Any
 
 from peagle.capture.config import CaptureConfig
 from peagle.capture.identity import manifest_fields
-from peagle.cod.sampling import Cod
+from peagle.cod.sampling import Cod, expected_per_depth
 from peagle.decode.evaluation import EvaluationConfig
 from peagle.kernels.device import has_own_memory
 from peagle.model.config import PEagleConfig
@@ -118,15 +118,23 @@ def sequence_of(run: RunShape, data: Forecast, config: PEagleConfig) -> Shape:
             recompute=run.recompute,
         )
         limit = min(run.max_rows or within, within)
-    per_slot = sum(run.cod.share(depth) for depth in range(run.cod.num_depths))
-    supervised = packs_of(run, data) or [float(run.max_tokens)]  # unknown: the most
-    rows = max(1, round(per_slot * sum(supervised) / len(supervised)))
-    most = max(1, round(per_slot * max(supervised)))
+    packs = packs_of(run, data) or [[float(run.max_tokens)]]  # unknown: the most
+    drawn = [sum(expected_per_depth(reaching(answers, run.cod), run.cod)) for answers in packs]
+    rows, most = max(1, round(sum(drawn) / len(drawn))), max(1, round(max(drawn)))
     return Shape(run.max_tokens, rows, math.ceil(most / math.ceil(most / limit)))
 
 
-def packs_of(run: RunShape, data: Forecast) -> list[float]:
-    """Supervised positions of each packed sequence of an epoch, packed as training packs them.
+def reaching(answers: list[float], cod: Cod) -> list[int]:
+    """Anchors that have a row of each depth, where every conversation has one answer.
+
+    The first token of an answer follows no token of the assistant: no row guesses it.
+    """
+    return [round(sum(max(0.0, n - 1 - depth) for n in answers)) for depth in range(cod.num_depths)]
+
+
+def packs_of(run: RunShape, data: Forecast) -> list[list[float]]:
+    """Supervised positions of each conversation of each packed sequence of an epoch, packed as
+    training packs them.
 
     Training leaves out conversations that are too long; where sizes are estimates, none is.
     """
@@ -138,7 +146,7 @@ def packs_of(run: RunShape, data: Forecast) -> list[float]:
         max_tokens=run.max_tokens,
         seed=0,
     )
-    return [float(sum(fitting[i].supervised for i in members)) for members in packs]
+    return [[float(fitting[i].supervised) for i in members] for members in packs]
 
 
 def mask_token(target: TargetSource, mask: int | None) -> str:

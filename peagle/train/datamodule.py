@@ -149,6 +149,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ReadAhead:
         """Raises ``ValueError`` when the checkpoint's place is one in another order of the data."""
         samples, lengths = self.usable("train")
+        limit = self.trainer.limit_train_batches
         self.order = {
             "seed": self.seed,
             "max_tokens": self.max_tokens,
@@ -157,6 +158,9 @@ class HiddenStatesDataModule(L.LightningDataModule):
             "block_shards": self.block_shards,
             "training samples": len(samples),
             "their hash": self.hash_of(samples),
+            # None where nothing is limited, as in checkpoints that do not know these
+            "limit_train_batches": None if repr(limit) == "1.0" else limit,
+            "overfit_batches": self.trainer.overfit_batches or None,
         }
         refuse_other_order(self.saved_order, self.order)
         # Lightning cannot know that the sampler finds its place by counting.
@@ -170,6 +174,8 @@ class HiddenStatesDataModule(L.LightningDataModule):
             world_size=self.trainer.world_size,
             done=self.batches_done,
             blocks=self.blocks(samples),
+            limit=limit,
+            repeat=self.trainer.overfit_batches > 0,
         )
         self.say_traffic("an epoch of training", sampler.epoch(0), blocks=True)
         return self.loader(sampler, self.cod)
@@ -200,27 +206,25 @@ class HiddenStatesDataModule(L.LightningDataModule):
         """Every row of every conversation of the validation split, in a fixed order."""
         samples, lengths = self.usable("val")
         packs = fill_packs(samples, lengths, max_tokens=self.max_tokens, seed=None)
-        if len(packs) < self.trainer.world_size:  # Lightning ends a rank that has none
-            packs = even_out(packs, self.trainer.world_size)
+        # Equally many, since a rank that has fewer would leave the others waiting.
+        packs = even_out(packs, self.trainer.world_size)
         self.say_traffic("a validation", [Pack(members, 0) for members in packs])
         mine = packs[self.trainer.global_rank :: self.trainer.world_size]
         return self.loader([Pack(members, 0) for members in mine], self.cod.keeping_all())
 
     def test_dataloader(self) -> DataLoader:
-        """Prompts to decode; ranks share them."""
-        batches = self.test_batches(self.trainer.world_size)
+        """Prompts to decode; ranks share them, and one may have none."""
+        batches = self.test_batches()
+        # Lightning would end a rank that has none.
+        empty = PromptBatch(batches[0].prompt_set, [])
+        batches = batches + [empty] * (self.trainer.world_size - len(batches))
         mine = batches[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(mine, batch_size=None, collate_fn=lambda batch: batch)
 
-    def test_batches(self, world_size: int) -> list[PromptBatch]:
+    def test_batches(self) -> list[PromptBatch]:
         """All that ``test`` decodes, read once: ``fit`` asks before it begins."""
         if self.asked is None:
             self.asked = prompt_batches(self.evaluation, self.target)
-        if len(self.asked) < world_size:
-            raise ValueError(
-                f"{len(self.asked)} batches of prompts cannot be shared by {world_size} "
-                "processes: lower evaluation.batch_size, or use fewer"
-            )
         return self.asked
 
     def loader(self, packs: PackSampler | list[Pack], cod: Cod) -> ReadAhead:

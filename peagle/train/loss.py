@@ -19,7 +19,6 @@ from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -313,17 +312,3 @@ def divergence(
     slope = sum(LOSSES[name].slope(row) * share for name, share in mix.items())
     slope *= every[:, None]
     return total, slope.sub_(row.q.mul_(slope.sum(-1, keepdim=True)))
-
-
-def global_mean(total: Float[Tensor, ""], count: int | float) -> Float[Tensor, ""]:
-    """``total`` over the number (or weight) of the rows of all ranks, so that a row counts the same
-    wherever it lies.
-
-    Data-parallel training averages gradients over ranks; the factor of the world size undoes it.
-    """
-    everywhere = torch.full((), float(max(count, 1)), device=total.device)
-    world = 1
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(everywhere)
-        world = dist.get_world_size()
-    return total * (world / everywhere)

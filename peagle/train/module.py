@@ -38,7 +38,7 @@ from peagle.target.end_tokens import end_tokens
 from peagle.target.head import TargetHead
 from peagle.target.layers import TargetLayers
 from peagle.train.draft_vocab import choose_vocabulary
-from peagle.train.loss import check_mix, global_mean
+from peagle.train.loss import check_mix
 from peagle.train.metrics import DepthAccuracy
 from peagle.train.objective import objective
 from peagle.train.optimizer import parameter_groups
@@ -46,6 +46,7 @@ from peagle.train.optimizer_options import impose, impose_schedule, options_of, 
 from peagle.train.packing import Batch
 from peagle.train.schedule import LinearSchedule
 from peagle.train.skip_nonfinite import SkipNonfinite, nan_unless_finite
+from peagle.train.step_mean import StepMean, rescale
 
 
 class PEagleModule(L.LightningModule):
@@ -140,7 +141,7 @@ class PEagleModule(L.LightningModule):
         self.full_head: list[TargetHead] = []
         self.decoders: dict[str, Decoder] = {}
         self.depths = DepthAccuracy(cod.num_depths)
-        self.skip_nonfinite = SkipNonfinite()
+        self.step_mean, self.skip_nonfinite = StepMean(), SkipNonfinite()
         self.rows_trained = self.tokens_trained = 0
         self.classes: dict[str, str] = {}  # of optimizer and schedule
         self.saved_classes: dict[str, str] = {}
@@ -225,15 +226,19 @@ class PEagleModule(L.LightningModule):
             depth_decay=self.depth_decay,
             recompute=self.recompute,
         )
-        loss = global_mean(outcome.loss, outcome.weight)
         self.rows_trained += len(rows.anchor)
         self.tokens_trained += len(batch.tokens)
-        self.log("train/loss", loss, prog_bar=True, batch_size=1)
-        if len(rows.anchor):
-            self.log("train/accuracy", outcome.correct.float().mean(), batch_size=1)
+        return nan_unless_finite(self.step_mean.add(outcome))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Make the gradients those of the mean over all rows of the step, and log it."""
+        step, batches = self.step_mean.finish(), self.trainer.accumulate_grad_batches
+        if batches > 1:  # Lightning has divided the loss of each batch by their number
+            rescale(self.drafter.parameters(), batches * step.factor)
+        self.log("train/loss", step.loss, prog_bar=True, batch_size=1)
+        self.log("train/accuracy", step.accuracy, batch_size=1)
         if self.skip_nonfinite.skipped:
             self.log("train/skipped_steps", float(self.skip_nonfinite.skipped), batch_size=1)
-        return nan_unless_finite(loss)
 
     def configure_gradient_clipping(
         self,
@@ -338,6 +343,7 @@ class PEagleModule(L.LightningModule):
         if self.trainer.precision == "16-mixed":
             raise ValueError("precision 16-mixed is not supported: use bf16-mixed or 32-true")
         scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+        self.step_mean = StepMean()  # an earlier fit may have ended inside a step
         impose(self.configured, self.trainer.optimizers[0], scheduler)
         impose_schedule(self.configured_schedule, scheduler)
 

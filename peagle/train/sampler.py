@@ -67,21 +67,14 @@ def fill_packs(
 def even_out(packs: list[tuple[int, ...]], world_size: int) -> list[tuple[int, ...]]:
     """Halve the largest packs until all ranks get equally many; nothing is dropped or repeated.
 
-    Raises:
-        ValueError: if there are fewer samples than processes.
+    Where every pack is one sample, empty packs fill up: a rank that has one trains no row.
     """
     packs = list(packs)
     while len(packs) % world_size:
         largest = max(range(len(packs)), key=lambda i: len(packs[i]))
-        members = packs[largest]
-        if len(members) < 2:
-            raise ValueError(
-                f"{len(packs)} packed sequences cannot be shared evenly by {world_size} processes: "
-                "use fewer processes or more data"
-            )
-        half = len(members) // 2
-        packs[largest] = members[:half]
-        packs.insert(largest + 1, members[half:])
+        members, half = packs[largest], len(packs[largest]) // 2
+        packs[largest] = members[half:]
+        packs.insert(largest, members[:half])
     return packs
 
 
@@ -107,6 +100,11 @@ class PackSampler(Sampler[Pack]):
     Iterating asks ``done`` how many batches this rank has finished since the run began and yields
     the rest of that epoch. Lightning's own epoch counter plays no part: it differs between a
     checkpoint written in the middle and one written at the end of an epoch.
+
+    Args:
+        limit: batches of an epoch, as Lightning's ``limit_train_batches``: an integer counts, a
+            float is a share. The next epoch is shuffled anew all the same.
+        repeat: train the first epoch again and again, with the same COD draws.
     """
 
     def __init__(
@@ -120,20 +118,25 @@ class PackSampler(Sampler[Pack]):
         world_size: int,
         done: Callable[[], int],
         blocks: list[int] | None = None,
+        limit: int | float = 1.0,
+        repeat: bool = False,
     ):
         groups = fill_packs(samples, lengths, max_tokens=max_tokens, seed=seed, blocks=blocks)
         self.packs = even_out(groups, world_size)
         block = dict(zip(samples, blocks or [0] * len(samples), strict=True))
-        self.blocks = [block[members[0]] for members in self.packs]
+        self.blocks = [block[members[0]] if members else 0 for members in self.packs]
         self.seed, self.rank, self.world_size, self.done = seed, rank, world_size, done
+        share = min(len(self), limit) if isinstance(limit, int) else int(len(self) * limit)
+        self.limit, self.repeat = max(1, share), repeat  # Lightning refuses or skips 0
 
     def __len__(self) -> int:
         """Batches of a whole epoch, also when resumed inside one."""
         return len(self.packs) // self.world_size
 
     def __iter__(self) -> Iterator[Pack]:
-        epoch, step = divmod(self.done(), len(self))
-        return iter(self.epoch(epoch)[self.rank :: self.world_size][step:])
+        epoch, step = divmod(self.done(), self.limit)
+        packs = self.epoch(0 if self.repeat else epoch)
+        return iter(packs[self.rank :: self.world_size][step : self.limit])
 
     def epoch(self, number: int) -> list[Pack]:
         """The packs of all ranks."""

@@ -1,4 +1,4 @@
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -78,6 +78,27 @@ def test_every_anchor_is_equally_likely_to_survive():
     assert torch.allclose(share, torch.full((19,), 9 / 19), atol=0.06)
 
 
+@pytest.mark.parametrize("lengths", [[12] * 50, [12] * 10 + [100, 40]])
+def test_short_documents_get_their_share_of_deep_rows(lengths):
+    document = [number for number, length in enumerate(lengths) for _ in range(length)]
+    kept = table(sample([1] * len(document), document, num_depths=8, keep_ratio=0.7))
+    candidates = len(document) - len(lengths)  # a document's last anchor has no depth 1
+    assert [len(kept[d]) for d in range(1, 8)] == [int(candidates * 0.7**d) for d in range(1, 8)]
+    first = Counter(document[anchor] for anchor in kept[1])
+    for number, length in enumerate(lengths):  # each document to about a row
+        assert abs(first[number] - 0.7 * (length - 1)) < 2
+
+
+def test_no_place_in_a_pack_is_favoured():
+    deepest = torch.zeros(5)
+    document = [number for number in range(5) for _ in range(9)]
+    for seed in range(400):
+        kept = table(sample([1] * 45, document, num_depths=5, keep_ratio=0.5, seed=seed))
+        for anchor in kept[4]:
+            deepest[document[anchor]] += 1
+    assert torch.allclose(deepest / 400, torch.full((5,), 2 / 5), atol=0.13)  # int(40 / 16) = 2
+
+
 def test_the_floor_keeps_deep_depths_alive():
     kept = table(sample([1] * 101, num_depths=8, keep_ratio=0.5, floor=0.2))
     counts = [len(kept[d]) for d in range(8)]
@@ -108,12 +129,19 @@ def test_no_rollout_has_a_hole_or_leaves_its_document(slots, num_depths, ratio, 
         assert depth == 0 or (anchor, depth - 1) in pairs
 
 
-def test_expected_rows_agree_with_the_mean_of_many_draws():
-    supervised = torch.ones(200, dtype=torch.bool)
-    document = torch.zeros(200, dtype=torch.long)
-    expected = expected_rows(supervised, document, cod=Cod(6, 0.8)).sum()
-    drawn = [len(sample([1] * 200, num_depths=6, keep_ratio=0.8, seed=s).anchor) for s in range(20)]
-    assert abs(sum(drawn) / 20 - expected) < 0.02 * expected
+@pytest.mark.parametrize("lengths", [[200], [12] * 20, [3, 90, 5, 5, 14]])
+def test_expected_rows_agree_with_the_mean_of_many_draws(lengths):
+    document = torch.repeat_interleave(torch.tensor(lengths))
+    supervised = torch.ones_like(document, dtype=torch.bool)
+    expected = expected_rows(supervised, document, cod=Cod(6, 0.8))
+    drawn = torch.zeros_like(expected)
+    for seed in range(100):
+        anchors = sample(
+            supervised.tolist(), document.tolist(), num_depths=6, keep_ratio=0.8, seed=seed
+        ).anchor
+        drawn += torch.bincount(anchors, minlength=len(drawn)) / 100
+    assert abs(drawn.sum() - expected.sum()) < 0.01 * expected.sum()
+    assert (drawn - expected).abs().max() < 0.6
 
 
 def test_reach_counts_slots_to_the_end_of_the_supervised_run():

@@ -1,8 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from random_parts import VOCABULARY, make_manifest, make_sample
+from short_fits import make_data
 
+from peagle.capture.prompts import PromptSource
 from peagle.cod.sampling import Cod
+from peagle.decode.evaluation import EvaluationConfig
 from peagle.store.reader import Store
 from peagle.store.writer import StoreWriter
 from peagle.train.buffers import Buffers
@@ -23,6 +28,24 @@ def test_a_batch_holds_its_documents_and_covers_every_anchor_by_segments(random_
     assert len(batch.tokens) == sum(store.entries[i].tokens - 2 for i in (0, 3, 1))
     covered = [a for s in batch.segments for a in range(s.start, s.stop)]
     assert covered == list(range(len(batch.tokens)))
+
+
+def test_an_empty_pack_has_nothing_to_learn(random_store):
+    batch = reader(Store(random_store))[Pack((), seed=7)]
+    assert not batch.supervised.any() and len(batch.segments) == 1 and not batch.bad
+
+
+@pytest.mark.parametrize("rank", range(5))
+def test_a_rank_without_validation_or_prompts_of_its_own_gets_empty_batches(random_store, rank):
+    data = make_data(random_store)
+    data.evaluation = EvaluationConfig([PromptSource("stdlib", "test", limit=2)])
+    data.trainer = SimpleNamespace(world_size=5, global_rank=rank)
+    data.store = Store(random_store)
+    assert 0 < len(data.store.split("val")) < 5
+    supervised = sum(int(batch.supervised.sum()) > 0 for batch in data.val_dataloader())
+    assert len(data.val_dataloader()) == 1 and supervised <= 1
+    (prompts,) = data.test_dataloader()
+    assert len(prompts.prompts) == (1 if rank < 2 else 0)
 
 
 def test_a_sample_with_the_mask_token_is_named(random_store):

@@ -9,7 +9,7 @@ from paths import ROOT
 from peagle.kernels.cpu.backend import Cpu
 from peagle.kernels.cpu.products import ROW_UNIT
 from peagle.kernels.reference import Reference
-from peagle.train.loss import LK_DECAY, LOSSES, check_mix, global_mean, head_loss
+from peagle.train.loss import LK_DECAY, LOSSES, check_mix, head_loss
 
 OPS = Cpu()
 
@@ -163,10 +163,6 @@ def test_the_first_choice_is_the_largest_logit(width):
 def test_a_mix_that_means_nothing_is_refused(mix):
     with pytest.raises(ValueError):
         check_mix(mix)
-
-
-def test_the_mean_over_one_process_divides_by_its_rows():
-    assert global_mean(torch.tensor(12.0), 4).item() == 3.0
 
 
 def test_autocast_rounds_the_logits_and_nothing_after_them():

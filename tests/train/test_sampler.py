@@ -7,7 +7,7 @@ LENGTHS = [10, 30, 7, 25, 12, 40, 3]
 SAMPLES = list(range(100, 107))
 
 
-def sampler(done=0, world_size=1, rank=0, seed=5):
+def sampler(done=0, world_size=1, rank=0, seed=5, **changes):
     return PackSampler(
         SAMPLES,
         LENGTHS,
@@ -16,6 +16,7 @@ def sampler(done=0, world_size=1, rank=0, seed=5):
         rank=rank,
         world_size=world_size,
         done=lambda: done,
+        **changes,
     )
 
 
@@ -45,9 +46,25 @@ def test_ranks_get_equally_many_packs_and_every_sample_once(world_size):
         assert samples_of(pack for share in shares for pack in share) == SAMPLES
 
 
-def test_more_processes_than_samples_are_refused():
-    with pytest.raises(ValueError, match="cannot be shared evenly by 8 processes"):
-        sampler(world_size=8)
+def test_packs_that_cannot_be_halved_are_filled_up_with_empty_ones():
+    shares = [list(sampler(world_size=8, rank=rank)) for rank in range(8)]
+    assert [len(share) for share in shares] == [1] * 8
+    assert sorted(pack.samples for (pack,) in shares) == [(), *((i,) for i in SAMPLES)]
+    assert even_out([(1,), (2,), (3,)], 2) == [(), (1,), (2,), (3,)]
+
+
+@pytest.mark.parametrize(("limit", "batches"), [(2, 2), (99, 4), (1.0, 4), (0.5, 2), (1, 1)])
+def test_each_limited_epoch_begins_its_own_order(limit, batches):
+    assert len(sampler()) == 4
+    for epoch in range(4):
+        for step in range(batches):
+            packs = list(sampler(epoch * batches + step, limit=limit))
+            assert packs == sampler().epoch(epoch)[step:batches]
+
+
+def test_overfitting_repeats_the_same_packs_with_the_same_draws():
+    first = list(sampler(limit=2, repeat=True))
+    assert len(first) == 2 and list(sampler(6, limit=2, repeat=True)) == first
 
 
 def test_the_largest_pack_is_halved_first():
