@@ -2,8 +2,8 @@
 
 import os
 import re
-import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from peagle.model.restore import refuse_other_target
 from peagle.model.saved_drafter import load_drafter
 from peagle.plan.report import RunShape, plan
 from peagle.serve.contract import Layout
-from peagle.serve.export import Verifier, export_drafter
+from peagle.serve.export import Verifier, export_drafter, refuse_foreign, remove_export
 from peagle.store.disk import write_atomically
 from peagle.store.hub import find_store, store_address
 from peagle.target.target import TargetSource
@@ -53,7 +53,8 @@ class RunConfig(SaveConfigCallback):
         path, number = folder / "config.yaml", 1
         if trainer.global_step == 0:
             for resumed in folder.glob("config.resume-*.yaml"):
-                resumed.unlink()
+                if re.fullmatch(r"config\.resume-\d+\.yaml", resumed.name):
+                    resumed.unlink()
         else:
             while path.exists() and path.read_bytes() != content:
                 number += 1
@@ -139,6 +140,7 @@ class PEagleCLI(LightningCLI):
         config = self.config_init.fit
         store = Path(config.store)
         self.checkpoint("fit")  # what is wrong is said now, not after capture
+        refuse_foreign_files(Path(config.run_dir))
         if config.capture.part is not None:
             raise ValueError(
                 "capture.part is for `peagle capture`: leave it out here, and what the parts have "
@@ -160,7 +162,10 @@ class PEagleCLI(LightningCLI):
     def after_fit(self) -> None:
         """Prove what was trained: the servable folder, both tables, the card."""
         trainer, run_dir = self.trainer, Path(self.config.fit.run_dir)
-        if trainer.is_global_zero:
+        if trainer.fast_dev_run:  # everything is tried, and nothing is kept
+            with tempfile.TemporaryDirectory() as folder:
+                self.export(Path(folder) / "drafter")
+        elif trainer.is_global_zero:
             self.export(run_dir / "drafter")
         trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         trainer.test(self.model, datamodule=self.datamodule, verbose=False)
@@ -169,8 +174,19 @@ class PEagleCLI(LightningCLI):
         if self.model.drafter.config.hidden_state == "shared":
             export_drafter(self.model.drafter, folder)
             return
-        shutil.rmtree(folder, ignore_errors=True)  # an earlier run's is not what was just trained
+        remove_export(folder)  # an earlier run's is not what was just trained
         print("no drafter/ is written: this hidden_state is for comparison, not for serving")
+
+
+def refuse_foreign_files(run_dir: Path) -> None:
+    """Raise ``ValueError`` before a fit would replace what no earlier fit has written."""
+    refuse_foreign(run_dir / "drafter")
+    config = run_dir / "config.yaml"
+    if config.exists() and not config.read_bytes().startswith(b"# lightning"):
+        raise ValueError(
+            f"{config} was not written by a fit, which would replace it: move it out of the run's "
+            "folder, or give another --run_dir"
+        )
 
 
 class CaptureCLI(PEagleCLI):
@@ -269,12 +285,13 @@ def export(
 
     Args:
         ckpt_path: a ``.ckpt`` of ``fit``, or hf://OWNER/NAME/FILE@REVISION.
-        out: folder to write; replaced if it exists.
+        out: folder to write; an earlier export is replaced, any other content is refused.
         format: ``eagle3`` for vLLM's --speculative-config, ``speculators`` for ``vllm serve DIR``.
         target: Hub id (or folder) of the target; the speculators format names it.
         revision: of the Hub id.
         k: drafts per round that the speculators format asks for; default the trained depth.
     """
+    refuse_foreign(Path(out))  # before a checkpoint is fetched
     verifier, drafter = None, load_drafter(ckpt_path)
     if target is not None:
         source = TargetSource(target, revision)
