@@ -25,7 +25,9 @@ from peagle.kernels.device import pick_device
 from peagle.model.checkpoint import check_address
 from peagle.model.restore import refuse_other_target
 from peagle.model.saved_drafter import load_drafter
+from peagle.next_step import after_fit, bench_command, command
 from peagle.plan.report import RunShape, plan
+from peagle.quiet import silence_libraries
 from peagle.serve.contract import Layout
 from peagle.serve.export import Verifier, export_drafter, refuse_foreign, remove_export
 from peagle.store.disk import write_atomically
@@ -90,7 +92,8 @@ class PEagleCLI(LightningCLI):
             ("revision", "data.revision"),
             ("store", "data.store"),
             ("run_dir", "trainer.default_root_dir"),
-            ("run_dir", "trainer.logger.init_args.run_dir"),
+            ("run_dir", "trainer.logger.init_args.run_dir"),  # of each logger that has it
+            ("run_dir", "trainer.logger.init_args.save_dir"),
             ("model.cod.num_depths", "data.cod.num_depths"),
             ("model.cod.keep_ratio", "data.cod.keep_ratio"),
             ("model.cod.min_keep_ratio", "data.cod.min_keep_ratio"),
@@ -169,6 +172,18 @@ class PEagleCLI(LightningCLI):
             self.export(run_dir / "drafter")
         trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            print(after_fit(run_dir, self.config.fit.target, self.config.fit.revision))
+
+    def after_validate(self) -> None:
+        if self.trainer.is_global_zero:
+            print(f"\nnext:\n{command('test', *sys.argv[2:])}")
+
+    def after_test(self) -> None:
+        config = self.config.test
+        drafter = Path(config.run_dir) / "drafter"
+        if self.trainer.is_global_zero and drafter.exists():
+            print(f"\nnext:\n{bench_command(drafter, config.target, config.revision)}")
 
     def export(self, folder: Path) -> None:
         if self.model.drafter.config.hidden_state == "shared":
@@ -203,6 +218,8 @@ class CaptureCLI(PEagleCLI):
                 "with `hf upload`"
             )
         capture(TargetSource(config.target, config.revision), config.capture, Path(config.store))
+        if config.capture.part is None:
+            print(f"the store in {config.store} is complete; next:\n{command(*sys.argv[1:])}")
 
 
 class PlanCLI(PEagleCLI):
@@ -269,7 +286,9 @@ def lightning(cli: type[PEagleCLI], arguments: list[str]) -> None:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         # The data module shares its packs among the ranks; Lightning would share them once more.
-        trainer_defaults={"use_distributed_sampler": False},
+        # Lightning's summary of the model counts no FLOPs here and warns of precisions; Progress
+        # says what is trained.
+        trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
     )
 
 
@@ -304,7 +323,7 @@ def export(
             print(f"config.json names the target by its folder on this machine, {name}: elsewhere "
                   "give a Hub id", file=sys.stderr)  # fmt: skip
     export_drafter(drafter, Path(out), layout=format, verifier=verifier, k=k)
-    print(f"wrote {out}")
+    print(f"wrote {out}; next:\n{bench_command(out, target or 'TARGET', revision)}")
 
 
 READERS: dict[str, type[PEagleCLI]] = {"capture": CaptureCLI, "plan": PlanCLI}
@@ -317,22 +336,30 @@ def underscored(arguments: list[str]) -> list[str]:
             for argument in arguments]  # fmt: skip
 
 
-def run(command: str, arguments: list[str]) -> None:
+def refuse_save_dir(arguments: list[str]) -> None:
+    """Raise ``ValueError``, rather than not do as asked: ``--run_dir`` decides."""
+    if any(re.match(r"--trainer\.logger\.(init_args\.)?save_dir\b", a) for a in arguments):
+        raise ValueError("leave out save_dir: what a logger writes goes into --run_dir")
+
+
+def run(name: str, arguments: list[str]) -> None:
     """Run one command of ``python -m peagle``; raises ``ValueError`` for what the user can mend."""
+    silence_libraries()
     refuse_tokens(arguments)
     refuse_old_names(arguments)
+    refuse_save_dir(arguments)
     sys.path.insert(0, os.getcwd())  # for a user's own class_path beside the configuration
-    if command in FUNCTIONS:
-        auto_cli(FUNCTIONS[command], args=arguments[1:], as_positional=False)
-    elif command == "bench":
+    if name in FUNCTIONS:
+        auto_cli(FUNCTIONS[name], args=arguments[1:], as_positional=False)
+    elif name == "bench":
         from peagle.bench.run import BenchConfig, bench  # it draws, and matplotlib is slow to load
 
         bench(auto_cli(BenchConfig, args=underscored(arguments[1:]), as_positional=False))
-    elif command == "publish":
+    elif name == "publish":
         from peagle.publish.publish import publish
 
         auto_cli(publish, args=arguments[1:], as_positional=False)
-    elif command in READERS:
-        lightning(READERS[command], ["fit", *arguments[1:]])
+    elif name in READERS:
+        lightning(READERS[name], ["fit", *arguments[1:]])
     else:
         lightning(PEagleCLI, arguments)

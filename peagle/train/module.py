@@ -39,7 +39,7 @@ from peagle.target.head import TargetHead
 from peagle.target.layers import TargetLayers
 from peagle.train.draft_vocab import choose_vocabulary
 from peagle.train.loss import check_mix, global_mean
-from peagle.train.metrics import DepthAccuracy
+from peagle.train.metrics import DepthAccuracy, accuracy_by_depth
 from peagle.train.objective import objective
 from peagle.train.optimizer import parameter_groups
 from peagle.train.optimizer_options import impose, impose_schedule, options_of, schedule_options_of
@@ -231,6 +231,8 @@ class PEagleModule(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
         if len(rows.anchor):
             self.log("train/accuracy", outcome.correct.float().mean(), batch_size=1)
+            for depth, accuracy in accuracy_by_depth(outcome.rows, outcome.correct).items():
+                self.log(f"train/accuracy_d{depth}", accuracy, batch_size=1)
         if self.skip_nonfinite.skipped:
             self.log("train/skipped_steps", float(self.skip_nonfinite.skipped), batch_size=1)
         return nan_unless_finite(loss)
