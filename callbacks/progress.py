@@ -44,7 +44,7 @@ class Progress(TQDMProgressBar):
         metrics.pop("v_num", None)
         return metrics
 
-    def start(self, trainer: L.Trainer, stage: str, total: float, done: int = 0) -> None:
+    def start(self, trainer: L.Trainer, stage: str, total: int | float, done: int = 0) -> None:
         if not self.shows_bar and trainer.is_global_zero:
             whole = int(total) if math.isfinite(total) else None
             self.lines, self.stage = Lines(stage, whole, done=done), stage

@@ -20,6 +20,7 @@ from peagle.arguments import refuse_old_names, refuse_tokens
 from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
 from peagle.capture.identity import refuse_other_store
+from peagle.card.run_files import read_json
 from peagle.decode.evaluation import EvaluationConfig
 from peagle.kernels.device import pick_device
 from peagle.model.checkpoint import check_address
@@ -144,6 +145,8 @@ class PEagleCLI(LightningCLI):
         store = Path(config.store)
         self.checkpoint("fit")  # what is wrong is said now, not after capture
         refuse_foreign_files(Path(config.run_dir))
+        if not self.trainer.fast_dev_run:
+            refuse_other_run(Path(config.run_dir), TargetSource(config.target, config.revision))
         if config.capture.part is not None:
             raise ValueError(
                 "capture.part is for `peagle capture`: leave it out here, and what the parts have "
@@ -201,6 +204,17 @@ def refuse_foreign_files(run_dir: Path) -> None:
         raise ValueError(
             f"{config} was not written by a fit, which would replace it: move it out of the run's "
             "folder, or give another --run_dir"
+        )
+
+
+def refuse_other_run(run_dir: Path, target: TargetSource) -> None:
+    """Raise ``ValueError`` before a fit would replace the checkpoint of another target."""
+    earlier = read_json(run_dir / "provenance.json").get("target") or {}
+    fingerprint = earlier.get("fingerprint")
+    if fingerprint is not None and fingerprint != target.fingerprint():
+        raise ValueError(
+            f"{run_dir} holds a run of another target ({earlier.get('name_or_path')}), which this "
+            "one would replace: give another --run_dir"
         )
 
 
