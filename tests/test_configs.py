@@ -25,6 +25,7 @@ def test_a_configuration_parses_and_prints_itself(path, monkeypatch, capsys):
     assert printed["model"]["cod"] == {"min_keep_ratio": 0.0, **written["model"]["cod"]}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # between Lightning and jsonargparse
 @pytest.mark.parametrize("name", ["lightning.pytorch.loggers.CSVLogger", "TensorBoardLogger",
                                   "WandbLogger"])  # fmt: skip
 def test_a_logger_of_lightning_is_added_by_its_name_and_writes_into_the_run(name, monkeypatch):
