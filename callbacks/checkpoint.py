@@ -5,6 +5,7 @@ file system, a kill or a full disk in the middle destroys the previous checkpoin
 """
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -99,9 +100,10 @@ class Checkpoint(BaseCheckpoint):
         self.finished: dict[str, Any] = {}  # the counters as they were after that step
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if trainer.is_global_zero and stage == "fit":
-            for leftover in checkpoint_folder(trainer).glob("*.tmp"):
-                leftover.unlink()
+        if trainer.is_global_zero and stage == "fit" and not trainer.fast_dev_run:
+            for leftover in checkpoint_folder(trainer).glob("*.ckpt.tmp"):
+                if re.fullmatch(r"(last|step-\d+)\.ckpt\.tmp", leftover.name):
+                    leftover.unlink()
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.saved_step = self.finished_step = trainer.global_step
@@ -142,9 +144,9 @@ class Checkpoint(BaseCheckpoint):
             trainer.strategy.barrier("checkpoint")
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write ``last.ckpt``; only the first rank does anything."""
+        """Write ``last.ckpt``; only the first rank does anything, and none in ``fast_dev_run``."""
         self.saved_step, self.saved_time = self.finished_step, time.monotonic()
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         checkpoint["loops"]["fit_loop"] = self.finished["fit_loop"]

@@ -15,7 +15,10 @@ from peagle.train.metrics import DepthReport, format_depths, format_table
 
 
 class Evaluate(L.Callback):
-    """Writes ``metrics/validate.json`` and ``metrics/acceptance.json`` of ``default_root_dir``."""
+    """Writes ``metrics/validate.json`` and ``metrics/acceptance.json`` of ``default_root_dir``.
+
+    With ``fast_dev_run`` the tables are printed only.
+    """
 
     def __init__(self) -> None:
         self.runs: list[Run] = []
@@ -57,6 +60,8 @@ class Evaluate(L.Callback):
             self.write(trainer, "acceptance.json", {"rows": rows})
 
     def write(self, trainer: L.Trainer, name: str, content: dict[str, Any]) -> None:
+        if trainer.fast_dev_run:
+            return
         record = {
             "target": trainer.datamodule.target.name,
             "revision": trainer.datamodule.target.revision,

@@ -23,7 +23,8 @@ from peagle.target.target import TargetSource
 
 
 class RunRecord(L.Callback):
-    """Writes ``provenance.json`` and ``card/``; list it after ``Evaluate``.
+    """Writes ``provenance.json`` and ``card/``; list it after ``Evaluate``. Nothing in
+    ``fast_dev_run``.
 
     Args:
         license: of the drafter; default the target's, as its README's front matter names it.
@@ -70,12 +71,12 @@ class RunRecord(L.Callback):
     def on_test_end(self, trainer: L.Trainer, *_: Any) -> None:
         run_dir = Path(trainer.default_root_dir)
         was_trained = (run_dir / "provenance.json").exists() and (run_dir / "drafter").exists()
-        if trainer.is_global_zero and was_trained:
+        if trainer.is_global_zero and was_trained and not trainer.fast_dev_run:
             write_card(run_dir, run_dir / "drafter", run_dir / "card", options=self.options)
             print(f"\nwrote {run_dir / 'card' / 'README.md'}")
 
     def write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         data = trainer.datamodule
         hours = self.hours_before + (time.monotonic() - self.started) / 3600

@@ -1,8 +1,8 @@
 """The command line: LightningCLI for fit, validate and test; plain functions for the rest."""
 
 import re
-import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -28,15 +28,18 @@ from peagle.arguments import (
 from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
 from peagle.capture.identity import refuse_other_store
+from peagle.card.run_files import read_json
 from peagle.decode.evaluation import EvaluationConfig
 from peagle.kernels.device import pick_device
 from peagle.model.checkpoint import check_address
 from peagle.model.restore import refuse_other_target
 from peagle.model.saved_drafter import load_drafter
+from peagle.next_step import after_fit, bench_command, command
 from peagle.plan.report import RunShape, plan
 from peagle.preflight import check_decodable, check_devices, check_drafter, check_epochs
+from peagle.quiet import silence_libraries
 from peagle.serve.contract import Layout
-from peagle.serve.export import Verifier, export_drafter
+from peagle.serve.export import Verifier, export_drafter, refuse_foreign, remove_export
 from peagle.shipped_configs import with_files
 from peagle.store.disk import write_atomically
 from peagle.store.hub import find_store, store_address
@@ -66,7 +69,8 @@ class RunConfig(SaveConfigCallback):
         path, number = folder / "config.yaml", 1
         if trainer.global_step == 0:
             for resumed in folder.glob("config.resume-*.yaml"):
-                resumed.unlink()
+                if re.fullmatch(r"config\.resume-\d+\.yaml", resumed.name):
+                    resumed.unlink()
         else:
             while path.exists() and path.read_bytes() != content:
                 number += 1
@@ -111,7 +115,8 @@ class PEagleCLI(LightningCLI):
             ("revision", "data.revision"),
             ("store", "data.store"),
             ("run_dir", "trainer.default_root_dir"),
-            ("run_dir", "trainer.logger.init_args.run_dir"),
+            ("run_dir", "trainer.logger.init_args.run_dir"),  # of each logger that has it
+            ("run_dir", "trainer.logger.init_args.save_dir"),
             ("model.cod.num_depths", "data.cod.num_depths"),
             ("model.cod.keep_ratio", "data.cod.keep_ratio"),
             ("model.cod.min_keep_ratio", "data.cod.min_keep_ratio"),
@@ -119,11 +124,6 @@ class PEagleCLI(LightningCLI):
         ):
             parser.link_arguments(source, goal)
         parser.link_arguments("evaluation", "data.evaluation", apply_on="instantiate")
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
-        refuse_strategy(trainer)
-        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's hyper-parameters override the command line."""
@@ -173,6 +173,7 @@ class PEagleCLI(LightningCLI):
             # Lightning raises TypeError for numbers of devices.
             remedy = "; leave one of the two out" if "callbacks list" in str(error) else ""
             raise ValueError(f"trainer: {str(error).rstrip('.')}{remedy}") from error
+        refuse_strategy(trainer)
         for callback in [] if trainer.loggers else trainer.callbacks:
             if isinstance(callback, LearningRateMonitor | DeviceStatsMonitor):
                 raise ValueError(
@@ -189,6 +190,9 @@ class PEagleCLI(LightningCLI):
         config = self.config_init.fit
         store = Path(config.store)
         checkpoint = self.checkpoint("fit")  # what is wrong is said now, not after capture
+        refuse_foreign_files(Path(config.run_dir))
+        if not self.trainer.fast_dev_run:
+            refuse_other_run(Path(config.run_dir), TargetSource(config.target, config.revision))
         if config.capture.part is not None:
             raise ValueError(
                 "capture.part is for `peagle capture`: leave it out here, and what the parts have "
@@ -219,17 +223,54 @@ class PEagleCLI(LightningCLI):
     def after_fit(self) -> None:
         """Prove what was trained: the servable folder, both tables, the card."""
         trainer, run_dir = self.trainer, Path(self.config.fit.run_dir)
-        if trainer.is_global_zero:
+        if trainer.fast_dev_run:  # everything is tried, and nothing is kept
+            with tempfile.TemporaryDirectory() as folder:
+                self.export(Path(folder) / "drafter")
+        elif trainer.is_global_zero:
             self.export(run_dir / "drafter")
         trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            print(after_fit(run_dir, self.config.fit.target, self.config.fit.revision))
+
+    def after_validate(self) -> None:
+        if self.trainer.is_global_zero:
+            print(f"\nnext:\n{command('test', *sys.argv[2:])}")
+
+    def after_test(self) -> None:
+        config = self.config.test
+        drafter = Path(config.run_dir) / "drafter"
+        if self.trainer.is_global_zero and drafter.exists():
+            print(f"\nnext:\n{bench_command(drafter, config.target, config.revision)}")
 
     def export(self, folder: Path) -> None:
         if self.model.drafter.config.hidden_state == "shared":
             export_drafter(self.model.drafter, folder)
             return
-        shutil.rmtree(folder, ignore_errors=True)  # an earlier run's is not what was just trained
+        remove_export(folder)  # an earlier run's is not what was just trained
         print("no drafter/ is written: this hidden_state is for comparison, not for serving")
+
+
+def refuse_foreign_files(run_dir: Path) -> None:
+    """Raise ``ValueError`` before a fit would replace what no earlier fit has written."""
+    refuse_foreign(run_dir / "drafter")
+    config = run_dir / "config.yaml"
+    if config.exists() and not config.read_bytes().startswith(b"# lightning"):
+        raise ValueError(
+            f"{config} was not written by a fit, which would replace it: move it out of the run's "
+            "folder, or give another --run_dir"
+        )
+
+
+def refuse_other_run(run_dir: Path, target: TargetSource) -> None:
+    """Raise ``ValueError`` before a fit would replace the checkpoint of another target."""
+    earlier = read_json(run_dir / "provenance.json").get("target") or {}
+    fingerprint = earlier.get("fingerprint")
+    if fingerprint is not None and fingerprint != target.fingerprint():
+        raise ValueError(
+            f"{run_dir} holds a run of another target ({earlier.get('name_or_path')}), which this "
+            "one would replace: give another --run_dir"
+        )
 
 
 class CaptureCLI(PEagleCLI):
@@ -248,6 +289,8 @@ class CaptureCLI(PEagleCLI):
         target = TargetSource(config.target, config.revision)
         mask = self.config[subcommand].model.mask_token_id
         capture(target, config.capture, Path(config.store), mask_token_id=mask)
+        if config.capture.part is None:
+            print(f"the store in {config.store} is complete; next:\n{command(*sys.argv[1:])}")
 
 
 class PlanCLI(PEagleCLI):
@@ -314,7 +357,9 @@ def lightning(cli: type[PEagleCLI], arguments: list[str]) -> None:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         # The data module shares its packs among the ranks; Lightning would share them once more.
-        trainer_defaults={"use_distributed_sampler": False},
+        # Lightning's summary of the model counts no FLOPs here and warns of precisions; Progress
+        # says what is trained.
+        trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
     )
 
 
@@ -330,12 +375,13 @@ def export(
 
     Args:
         ckpt_path: a ``.ckpt`` of ``fit``, or hf://OWNER/NAME/FILE@REVISION.
-        out: folder to write; replaced if it exists.
+        out: folder to write; an earlier export is replaced, any other content is refused.
         format: ``eagle3`` for vLLM's --speculative-config, ``speculators`` for ``vllm serve DIR``.
         target: Hub id (or folder) of the target; the speculators format names it.
         revision: of the Hub id.
         k: drafts per round that the speculators format asks for; default the trained depth.
     """
+    refuse_foreign(Path(out))  # before a checkpoint is fetched
     verifier, drafter = None, load_drafter(ckpt_path)
     if target is not None:
         source = TargetSource(target, revision)
@@ -348,7 +394,7 @@ def export(
             print(f"config.json names the target by its folder on this machine, {name}: elsewhere "
                   "give a Hub id", file=sys.stderr)  # fmt: skip
     export_drafter(drafter, Path(out), layout=format, verifier=verifier, k=k)
-    print(f"wrote {out}")
+    print(f"wrote {out}; next:\n{bench_command(out, target or 'TARGET', revision)}")
 
 
 READERS: dict[str, type[PEagleCLI]] = {"capture": CaptureCLI, "plan": PlanCLI}
@@ -362,23 +408,31 @@ def underscored(arguments: list[str]) -> list[str]:
             for argument in arguments]  # fmt: skip
 
 
-def run(command: str, arguments: list[str]) -> None:
+def refuse_save_dir(arguments: list[str]) -> None:
+    """Raise ``ValueError``, rather than not do as asked: ``--run_dir`` decides."""
+    if any(re.match(r"--trainer\.logger\.(init_args\.)?save_dir\b", a) for a in arguments):
+        raise ValueError("leave out save_dir: what a logger writes goes into --run_dir")
+
+
+def run(name: str, arguments: list[str]) -> None:
     """Run one command of ``python -m peagle``; raises ``ValueError`` for what the user can mend."""
+    silence_libraries()
     arguments = with_files(arguments)
     refuse_tokens(arguments)
     refuse_old_names(arguments)
+    refuse_save_dir(arguments)
     arguments = replacing_lists(expand_home(arguments))
-    if command in FUNCTIONS:
-        auto_cli(FUNCTIONS[command], args=arguments[1:], **OPTIONS)
-    elif command == "bench":
+    if name in FUNCTIONS:
+        auto_cli(FUNCTIONS[name], args=arguments[1:], **OPTIONS)
+    elif name == "bench":
         from peagle.bench.run import BenchConfig, bench  # it draws, and matplotlib is slow to load
 
         bench(auto_cli(BenchConfig, args=underscored(arguments[1:]), **OPTIONS))
-    elif command == "publish":
+    elif name == "publish":
         from peagle.publish.publish import publish
 
         auto_cli(publish, args=arguments[1:], **OPTIONS)
-    elif command in READERS:
-        lightning(READERS[command], ["fit", *arguments[1:]])
+    elif name in READERS:
+        lightning(READERS[name], ["fit", *arguments[1:]])
     else:
         lightning(PEagleCLI, arguments)

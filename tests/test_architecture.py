@@ -8,7 +8,7 @@ from paths import ROOT
 
 # Each line imports only from lines above it.
 ORDER = """
-    cod store
+    cod store progress next_step quiet
     kernels
     card target
     publish

@@ -27,6 +27,22 @@ def test_a_configuration_parses_and_prints_itself(path, monkeypatch, capsys):
     assert printed["model"]["cod"] == {"min_keep_ratio": 0.0, **written["model"]["cod"]}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # between Lightning and jsonargparse
+@pytest.mark.parametrize("name", ["lightning.pytorch.loggers.CSVLogger", "TensorBoardLogger",
+                                  "WandbLogger"])  # fmt: skip
+def test_a_logger_of_lightning_is_added_by_its_name_and_writes_into_the_run(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["peagle"])
+    monkeypatch.setattr(PEagleCLI, "instantiate_classes", lambda self: None)
+    parsed = []
+    monkeypatch.setattr(PEagleCLI, "_run_subcommand", lambda self, _: parsed.append(self.config))
+    path = str(ROOT / "configs/quickstart.yaml")
+    lightning(PEagleCLI, ["fit", "--config", path, f"--trainer.logger+={name}"])
+    ours, added = parsed[0].fit.trainer.logger
+    assert ours.class_path == "peagle.callbacks.progress.TrainCsv"
+    assert ours.init_args.run_dir == added.init_args.save_dir == "outputs/quickstart"
+    assert added.class_path.endswith(name)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_a_configuration_starts_with_command_hardware_and_disk(path):
     text = path.read_text()

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
+from peagle.progress import progress
 from peagle.serve.http import posted, request
 from peagle.serve.vllm import MODEL_NAME
 
@@ -100,12 +101,21 @@ def events(port: int, path: str, body: dict):
         raise OSError("the engine broke off an answer")
 
 
-def closed_loop(port: int, questions: Sequence[Question], concurrency: int) -> Load:
-    """Ask everything with ``concurrency`` clients, each sending its next request at once."""
+def closed_loop(
+    port: int, questions: Sequence[Question], concurrency: int, *, what: str = "answers"
+) -> Load:
+    """Ask everything with ``concurrency`` clients, each sending its next request at once.
+
+    Where that takes long, lines (or a bar) named ``what`` say how far it is.
+    """
     begin = time.perf_counter()
     clients = ThreadPoolExecutor(concurrency)
     try:
-        answers = list(clients.map(partial(ask, port), questions))
+        answers = []
+        with progress(what, len(questions), unit="answers") as bar:
+            for answer in clients.map(partial(ask, port), questions):
+                answers.append(answer)
+                bar.update()
         return Load(answers, time.perf_counter() - begin)
     finally:
         # After an error nobody waits for the answers under way: they end with the engine.

@@ -29,6 +29,7 @@ from peagle.decode.evaluation import turn_prompt
 from peagle.kernels.device import cpu_name
 from peagle.model.config import PEagleConfig
 from peagle.model.restore import refuse_other_target
+from peagle.next_step import publish_command
 from peagle.serve.contract import check_folder
 from peagle.serve.vllm import (
     Serving,
@@ -142,6 +143,8 @@ def bench(config: BenchConfig) -> None:
         run_dir = str(folder.parent)
         words = shlex.join([run_dir, str(config.drafter), f"{run_dir}/card"])
         print(f"for the card: python -m peagle.card.card {words} --options.repo_id OWNER/NAME")
+    if (folder.parent / "card" / "README.md").exists():
+        print(f"next:\n{publish_command(folder.parent)}")
 
 
 def named(drafters: dict[Path, PEagleConfig]) -> list[NamedDrafter]:
@@ -245,7 +248,8 @@ def ask_all(
     warm_up = [question._replace(max_new_tokens=16) for question in questions[: 2 * concurrency]]
     closed_loop(port, warm_up, concurrency)
     before = read_counters(port)
-    load = closed_loop(port, questions * max(repeats, 1), concurrency)
+    what = f"{prompt_set.name}, {concurrency} at once"
+    load = closed_loop(port, questions * max(repeats, 1), concurrency, what=what)
     counters = read_counters(port).since(before)
     if k and not counters.drafts:
         raise OSError("the engine counted no drafts: it served without the drafter")

@@ -11,7 +11,6 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from peagle.capture.chat import REASONING, Turn, render, turns_from_messages
@@ -19,7 +18,9 @@ from peagle.capture.config import CaptureConfig
 from peagle.capture.conversation import Answer
 from peagle.capture.prompts import Prompt
 from peagle.capture.work_split import PromptBatch
+from peagle.progress import progress
 
+LINE_START = b'{"id": '  # of every answer in the file
 Answers = Generator[list[Answer], None, None]
 # Answers the prompts of batches as far as they are not among the ids that are known.
 Generate = Callable[[list[PromptBatch], Collection[str]], Answers]
@@ -36,15 +37,15 @@ def generate_missing(
         ValueError: if a prompt that was answered has changed.
     """
     prompts = [prompt for batch in batches for prompt in batch.prompts]
-    cut_torn_line(path)
     known = {a.id: a for other in path.parent.glob("answers*.jsonl") for a in read_answers(other)}
     refuse_other_prompts(known.values(), prompts, path.parent)
+    cut_torn_line(path)
     missing = [batch for batch in batches if any(p.id not in known for p in batch.prompts)]
     if missing:
         done = sum(prompt.id in known for prompt in prompts)
         with (
             open(path, "a", encoding="utf-8") as file,
-            tqdm(total=len(prompts), initial=done, desc="answers", disable=None) as bar,
+            progress("answers", len(prompts), done=done) as bar,
             closing(generate(missing, frozenset(known))) as generated,
         ):
             for answers in generated:
@@ -146,16 +147,37 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Take off what a kill left of a line, so that the next one begins well."""
+    """Take off what a kill left of a line, so that the next one begins well.
+
+    Raises:
+        ValueError: if it is no part of an answer, and so of a file that is not ours.
+    """
     if path.exists():
         content = path.read_bytes()
-        os.truncate(path, content.rfind(b"\n") + 1)
+        whole = content.rfind(b"\n") + 1
+        if content[whole : whole + len(LINE_START)] != LINE_START[: len(content) - whole]:
+            raise foreign(path)
+        os.truncate(path, whole)
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """Finished lines; the last may be torn, or be written this moment by another process."""
+    """Finished lines; the last may be torn, or be written this moment by another process.
+
+    Raises:
+        ValueError: for a file that no capture wrote.
+    """
     content = path.read_bytes()
-    found = [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
-    return [
-        Answer(**{**fields, "turns": [Turn(*turn) for turn in fields["turns"]]}) for fields in found
-    ]
+    try:
+        found = [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+        return [
+            Answer(**{**fields, "turns": [Turn(*turn) for turn in fields["turns"]]})
+            for fields in found
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise foreign(path) from error
+
+
+def foreign(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} was not written by a capture, which would append to it: give another --store"
+    )

@@ -36,7 +36,7 @@ from peagle.capture.rehearsal import rehearse
 from peagle.capture.work_split import PromptBatch, WorkSplit, make_batches, unique_prompts
 from peagle.kernels.device import pick_device
 from peagle.store.disk import require_disk, write_atomically
-from peagle.store.index import split_of
+from peagle.store.index import split_of, unfinished_files
 from peagle.store.locks import locked
 from peagle.store.manifest import Manifest
 from peagle.target.end_tokens import end_tokens
@@ -163,7 +163,7 @@ def capture_share(
         start = config.start_layers or default_start_layers(wanted.num_layers)
         layers = target_layers_of(model, target.config(), tuple(start))
         layers.save(folder / "target_layers.safetensors", wanted.identity())
-        for leftover in folder.glob("*.tmp"):
+        for leftover in unfinished_files(folder):
             leftover.unlink()
         os.replace(folder / PARTIAL / "manifest.json", folder / "manifest.json")
         shutil.rmtree(folder / PARTIAL)

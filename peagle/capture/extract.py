@@ -9,11 +9,11 @@ import torch
 from jaxtyping import BFloat16, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from peagle.capture.chat import Document
 from peagle.capture.config import CaptureConfig
+from peagle.progress import progress
 from peagle.store.disk import require_disk
 from peagle.store.manifest import Manifest
 from peagle.store.sample import Sample
@@ -72,7 +72,7 @@ def extract(
         f"capturing {len(missing)} documents, {tokens} tokens, {needed / 1e9:.2f} GB in {folder}",
         file=sys.stderr,
     )
-    with tqdm(total=tokens, desc="hidden states", unit="tok", disable=None) as bar:
+    with progress("hidden states", tokens, unit="tok") as bar:
         for batch in (b for group in groups for b in batches_by_tokens(group, config.batch_tokens)):
             if all(member.place in done for member in batch):
                 continue

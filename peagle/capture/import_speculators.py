@@ -17,12 +17,12 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from peagle.capture.config import CaptureConfig
 from peagle.capture.extract import extract_batch, open_writer, sample_bytes_per_token
 from peagle.capture.work_split import WorkSplit
+from peagle.progress import progress
 from peagle.store.disk import require_disk
 from peagle.store.index import split_of
 from peagle.store.manifest import Manifest
@@ -60,13 +60,16 @@ def import_speculators(
     require_disk(folder, tokens * sample_bytes_per_token(manifest))
     writer = open_writer(manifest, config, folder, split.first_shard)
     done, unsupervised = {entry.place for entry in writer.done}, 0
-    for i in tqdm([i for i in mine if i not in done], desc="converting", disable=None):
-        sample = read_sample(files[i], rows[i], manifest)
-        if sample.loss_mask.any():
-            name = hashlib.sha256(sample.input_ids.numpy().tobytes()).hexdigest()[:16]
-            writer.append(name, split_of(name, config.val_share), sample, place=i)
-        else:
-            unsupervised += 1
+    missing = [i for i in mine if i not in done]
+    with progress("converting", len(missing)) as bar:
+        for i in missing:
+            sample = read_sample(files[i], rows[i], manifest)
+            if sample.loss_mask.any():
+                name = hashlib.sha256(sample.input_ids.numpy().tobytes()).hexdigest()[:16]
+                writer.append(name, split_of(name, config.val_share), sample, place=i)
+            else:
+                unsupervised += 1
+            bar.update()
     writer.flush()
     if unsupervised:
         print(f"{unsupervised} rows have nothing to train on and were left out", file=sys.stderr)

@@ -96,9 +96,16 @@ def write_card(
 def write_page(
     run_dir: Path, drafter_dir: Path, out: Path, *, options: CardOptions | None = None
 ) -> None:
-    """Write the card, and beside it the files that its figures come from."""
+    """Write the card, and beside it the files that its figures come from.
+
+    Raises:
+        ValueError: if there is no run, or ``out`` has a README that is no earlier card.
+    """
     if not (run_dir / "provenance.json").is_file():
         raise ValueError(f"{run_dir} holds no run: train it first")
+    readme = out / "README.md"
+    if readme.exists() and "library_name: peagle" not in readme.read_text("utf-8", "replace"):
+        raise ValueError(f"{readme} is no card of peagle: give a folder of its own for the card")
     write_card(run_dir, drafter_dir, out, options=options)
     sources = {name: run_dir / name for name in SOURCES}
     sources["config.json"] = drafter_dir / "config.json"

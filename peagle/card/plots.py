@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from peagle.card.markdown import as_number
-from peagle.card.run_files import Row, RunFiles
+from peagle.card.run_files import Curve, Points, Row, RunFiles, accuracy_by_depth
 
 INK, SOFT, GRID, PANEL = "#1f2328", "#59636e", "#d8dee4", "#fbfbfa"
 # Okabe and Ito's colours: told apart by readers of every kind of colour vision.
@@ -72,18 +72,58 @@ def measured_plots(run: RunFiles) -> dict[str, Any]:
     return {name: rows for name, rows in data.items() if rows}
 
 
-def _accuracy_over_steps(curve: dict[int, list[tuple[int, float]]]) -> Figure:
+def _accuracy_over_steps(curve: dict[int, Points]) -> Figure:
     figure, (axes,) = panel("Teacher-forced accuracy of each depth on validation data")
-    shades = matplotlib.colormaps["viridis"]
-    last = max(max(curve), 1)
-    for depth, points in curve.items():
-        # The far end of viridis is too pale for a light panel.
-        colour = shades(0.82 * depth / last)
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, ms=3.5, label=f"depth {depth}")
-    axes.set(xlabel="optimizer step", ylabel="top-1 accuracy", xlim=(0, None), ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _plot_accuracy(axes, curve)
     legend(figure, axes)
     return figure
+
+
+def _loss_over_steps(curve: Curve) -> Figure:
+    figure, (axes,) = panel("Loss over training")
+    _plot_loss(axes, curve)
+    legend(figure, axes)
+    return figure
+
+
+@rc_context(STYLE)
+def draw_curve(curve: Curve) -> bytes | None:
+    """Loss and accuracy of each depth, side by side: PNG, None before anything was logged.
+
+    The accuracy is of validation data, until there is any of the data in training.
+    """
+    losses = {name: points for name, points in curve.items() if name.endswith("/loss")}
+    if not losses:
+        return None
+    figure, (left, right) = panel("Loss, and teacher-forced accuracy of each depth", 2)
+    _plot_loss(left, losses)
+    validated = accuracy_by_depth(curve, "val")
+    if validated:
+        _plot_accuracy(right, validated)
+    else:
+        _plot_accuracy(right, accuracy_by_depth(curve, "train"), marker="")
+    right.set_title("on validation data" if validated else "in training")
+    legend(figure, left, right)
+    return png(figure)
+
+
+def _plot_loss(axes: Axes, curve: Curve) -> None:
+    for name, label, marker in (("train/loss", "training", ""), ("val/loss", "validation", "o")):
+        if name in curve:
+            axes.plot(*zip(*curve[name], strict=True), marker=marker, ms=3.5, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss", xlim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _plot_accuracy(axes: Axes, curve: dict[int, Points], *, marker: str = "o") -> None:
+    shades = matplotlib.colormaps["viridis"]
+    last = max([*curve, 1])
+    for depth, points in curve.items():
+        # The far end of viridis is too pale for a light panel.
+        looks = {"color": shades(0.82 * depth / last), "marker": marker, "ms": 3.5}
+        axes.plot(*zip(*points, strict=True), **looks, label=f"depth {depth}")
+    axes.set(xlabel="optimizer step", ylabel="top-1 accuracy", xlim=(0, None), ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _acceptance_over_k(rows: list[Row]) -> Figure:
@@ -233,6 +273,10 @@ def _measured(rows: Sequence[Row], *keys: str) -> list[Row]:
 # File name -> what of the run it shows, and how that is drawn.
 PLOTS: dict[str, tuple[Callable[[RunFiles], Any], Callable[[Any], Figure]]] = {
     "accuracy_over_steps.png": (lambda run: run.accuracy_curve, _accuracy_over_steps),
+    "loss_over_steps.png": (
+        lambda run: {name: p for name, p in run.curve.items() if name.endswith("/loss")},
+        _loss_over_steps,
+    ),
     "acceptance_over_k.png": (
         lambda run: _measured(run.acceptance.rows, "k", "acceptance_length"),
         _acceptance_over_k,

@@ -26,6 +26,9 @@ from safetensors import safe_open
 EMBEDDED = "tiny"  # as in peagle.target.target, which would load transformers to say so
 
 Row = dict[str, Any]
+Points = list[tuple[int, float]]  # optimizer step, value
+Curve = dict[str, Points]  # by the name of the logged metric
+CURVES = re.compile(r"(train|val)/(loss|accuracy_d\d+)")
 
 
 class Section(dict[str, Any]):
@@ -72,8 +75,13 @@ class RunFiles:
     validate: Metrics
     acceptance: Metrics
     bench: Metrics
-    accuracy_curve: dict[int, list[tuple[int, float]]]
-    """Depth -> (step, accuracy) pairs in the order of train.csv."""
+    curve: Curve
+    """Losses and accuracies in the order of train.csv."""
+
+    @property
+    def accuracy_curve(self) -> dict[int, Points]:
+        """On validation data: depth -> points."""
+        return accuracy_by_depth(self.curve, "val")
 
     @property
     def num_depths(self) -> int | None:
@@ -107,8 +115,15 @@ class RunFiles:
             validate=_read_metrics(run_dir / "metrics/validate.json"),
             acceptance=_without_baselines(acceptance),
             bench=_read_metrics(run_dir / "metrics/bench.json"),
-            accuracy_curve=_read_accuracy_curve(run_dir / "metrics/train.csv"),
+            curve=read_curve(run_dir / "metrics/train.csv"),
         )
+
+
+def accuracy_by_depth(curve: Curve, part: str) -> dict[int, Points]:
+    """Depth -> points of ``part`` ("train" or "val"), ascending by depth."""
+    start = f"{part}/accuracy_d"
+    found = {int(n.removeprefix(start)): p for n, p in curve.items() if n.startswith(start)}
+    return dict(sorted(found.items()))
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -174,15 +189,15 @@ def _read_drafter(folder: Path) -> Section:
     return config
 
 
-def _read_accuracy_curve(path: Path) -> dict[int, list[tuple[int, float]]]:
-    curve: dict[int, list[tuple[int, float]]] = {}
+def read_curve(path: Path) -> Curve:
+    """The training curve in ``train.csv``, empty without the file."""
+    curve: Curve = {}
     if not path.exists():
         return curve
     with path.open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
-            for column, cell in line.items():
-                depth = re.fullmatch(r"val/accuracy_d(\d+)", column or "")
-                if depth and cell and line.get("step"):
+            for name, cell in line.items():
+                if cell and line.get("step") and CURVES.fullmatch(name or ""):
                     point = (int(float(line["step"])), float(cell))
-                    curve.setdefault(int(depth[1]), []).append(point)
-    return dict(sorted(curve.items()))
+                    curve.setdefault(name, []).append(point)
+    return curve

@@ -1,6 +1,7 @@
 """Everything that asks which device there is: its name, memory, synchronisation and autocast."""
 
 import platform
+import resource
 from pathlib import Path
 
 import torch
@@ -40,6 +41,14 @@ def gpu_name() -> str | None:
 def has_own_memory(device: Device) -> bool:
     """Whether the device's memory is apart from the program's."""
     return torch.device(device).type != "cpu"
+
+
+def peak_memory(device: Device) -> int:
+    """Most bytes of the device that this process has held at once."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def pinned(device: Device) -> bool:

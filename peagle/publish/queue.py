@@ -14,7 +14,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peagle.card.markdown import without_folders
@@ -75,7 +75,10 @@ def add_entry(
     final: bool,
     transfer: Callable[[Path, Path], object],
 ) -> Entry:
-    """Add an entry; ``transfer(source, path)`` brings each file there: a copy, a move or a link."""
+    """Add an entry; ``transfer(source, path)`` brings each file there: a copy, a move or a link.
+
+    What waits already with the same content is not added again: the waiting entry is returned.
+    """
     refuse_secrets(files)
     with staging_folder(queue) as stage:
         for name, source in files.items():
@@ -90,6 +93,11 @@ def add_entry(
         description = {"run_id": run_id, "step": step, "channel": channel, "final": final}
         (stage / "entry.json").write_text(json.dumps(description))
         sync(stage / "entry.json")
+        staged = Entry(stage, **description)
+        for waiting in waiting_entries(queue):
+            with contextlib.suppress(FileNotFoundError):  # sent a moment ago
+                if replace(waiting, folder=stage) == staged and waiting.title() == staged.title():
+                    return waiting
         folder = queue / f"{time.time_ns()}-step-{step}-{channel}"
         stage.rename(folder)
     sync(queue)
@@ -126,5 +134,5 @@ def remove_entry(entry: Entry) -> None:
 
 def remove_leftovers(queue: Path) -> None:
     """Remove what a killed process left half written or half removed."""
-    for folder in queue.glob(".*"):
+    for folder in [*queue.glob(".stage-*"), *queue.glob(".sent-*")]:
         shutil.rmtree(folder, ignore_errors=True)

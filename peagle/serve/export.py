@@ -17,10 +17,13 @@ from peagle.serve.contract import (
     check_folder,
     check_tensors,
     plain_config,
+    read_config,
     refuse_unservable,
     servable_tensors,
 )
 from peagle.store.disk import sync
+
+EXPORTED = {"config.json", "model.safetensors"}
 
 
 class Verifier(NamedTuple):
@@ -38,7 +41,7 @@ def export_drafter(
     verifier: Verifier | None = None,
     k: int | None = None,
 ) -> None:
-    """Write the drafter in bf16; an existing folder is replaced only by a verified new one.
+    """Write the drafter in bf16; only an earlier export is replaced, by a verified new one.
 
     Args:
         layout: ``eagle3`` is vLLM's plain format (``--speculative-config`` names the folder);
@@ -48,8 +51,9 @@ def export_drafter(
 
     Raises:
         ValueError: naming the tensor that is missing, unexpected, misshapen or not finite, or the
-            setting that no engine serves.
+            setting that no engine serves, or what the folder holds that is no export.
     """
+    refuse_foreign(folder)
     refuse_unservable(drafter.config)
     tensors = servable_tensors(drafter)
     check_tensors(tensors, drafter.config)
@@ -58,8 +62,10 @@ def export_drafter(
         if verifier is None:
             raise ValueError("the speculators layout needs the target's name: give --target")
         config = speculators_config(drafter.config, verifier, k or drafter.config.num_depths)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    folder = folder.resolve()  # a link stays: what it leads to is replaced
+    staging = folder.with_name(f".{folder.name}.peagle-export")
+    shutil.rmtree(staging, ignore_errors=True)  # of a killed export
+    temporary = staging / "new"
     temporary.mkdir(parents=True)
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
     # The library writes for its own user only; an engine often runs as another one.
@@ -69,7 +75,41 @@ def export_drafter(
     written = load_file(temporary / "model.safetensors")
     if not all(torch.equal(written[name], tensor) for name, tensor in tensors.items()):
         raise OSError(f"{temporary}: what was read back differs from what was written")
-    replace_folder(temporary, folder)
+    for path in temporary.iterdir():
+        sync(path)
+    if folder.exists():
+        os.replace(folder, staging / "old")
+    os.replace(temporary, folder)
+    shutil.rmtree(staging)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise ``ValueError`` unless the folder is missing, empty, or an earlier export alone.
+
+    An export replaces its folder. Hence nothing else may lie in it, not even beside an export.
+    """
+    parent = next(path for path in folder.resolve().parents if path.exists())
+    if not parent.is_dir() or (folder.exists() and not folder.is_dir()):
+        file = folder if parent.is_dir() else parent
+        raise ValueError(f"{file} is a file: give a folder of its own for the drafter")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    foreign = sorted(names - EXPORTED)
+    if foreign:
+        raise ValueError(
+            f"{folder} holds {foreign[0]}, which no export wrote, and an export replaces its "
+            "folder: give a new folder"
+        )
+    if names:
+        try:
+            read_config(folder)
+        except ValueError as error:
+            raise ValueError(f"{error}: it is no earlier export, so give a new folder") from error
+
+
+def remove_export(folder: Path) -> None:
+    """Remove an earlier export. Raises ``ValueError`` for a folder that is none."""
+    refuse_foreign(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def speculators_config(config: PEagleConfig, verifier: Verifier, k: int) -> dict[str, Any]:
@@ -97,15 +137,3 @@ def speculators_config(config: PEagleConfig, verifier: Verifier, k: int) -> dict
             "verifier": {"name_or_path": verifier.name, "architectures": verifier.architectures},
         },
     }
-
-
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Put a finished folder in the place of an older one."""
-    for path in temporary.iterdir():
-        sync(path)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,5 +1,6 @@
 """The index of a store: a Parquet file beside every shard, with a line for each sample."""
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +49,12 @@ def shard_number(path: Path) -> int:
     if not digits.isdecimal() or not path.name.startswith(f"shard-{int(digits):05d}."):
         raise ValueError(f"{path} is not a file of a store")
     return int(digits)
+
+
+def unfinished_files(folder: Path) -> list[Path]:
+    """What a killed writer left of its shards and their index files, and nothing else."""
+    name = re.compile(r"shard-\d{5,}\.(safetensors|parquet)\.tmp")
+    return [path for path in folder.glob("shard-*.tmp") if name.fullmatch(path.name)]
 
 
 def index_files(folder: Path) -> list[Path]:

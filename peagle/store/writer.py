@@ -16,6 +16,7 @@ from peagle.store.index import (
     index_files,
     read_index,
     shard_number,
+    unfinished_files,
     write_index,
 )
 from peagle.store.sample import TENSORS, Sample, digest
@@ -34,7 +35,7 @@ class StoreWriter:
         self.folder, self.shard_bytes, self.identity = folder, shard_bytes, identity
         folder.mkdir(parents=True, exist_ok=True)
         mine = range(first_shard, first_shard + SHARDS_PER_PROCESS)
-        for leftover in folder.glob("shard-*.tmp"):
+        for leftover in unfinished_files(folder):
             if shard_number(leftover) in mine:
                 leftover.unlink()
         files = index_files(folder)

@@ -74,6 +74,15 @@ class DepthAccuracy(Metric):
         )
 
 
+def accuracy_by_depth(rows: Rows, correct: Bool[Tensor, " N"]) -> dict[int, Tensor]:
+    """Depth -> share of its rows that are right, for each depth that has rows."""
+    depth = rows.depth.to(correct.device)
+    hits = torch.zeros(len(rows.depth.bincount()), device=correct.device)
+    hits.index_add_(0, depth, correct.float())
+    counts = rows.depth.bincount().tolist()
+    return {d: hits[d] / count for d, count in enumerate(counts) if count}
+
+
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Right-aligned columns under a rule, for terminals."""
     lines = [header, *rows]

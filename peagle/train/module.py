@@ -39,7 +39,7 @@ from peagle.target.head import TargetHead
 from peagle.target.layers import TargetLayers
 from peagle.train.draft_vocab import choose_vocabulary
 from peagle.train.loss import check_mix
-from peagle.train.metrics import DepthAccuracy
+from peagle.train.metrics import DepthAccuracy, accuracy_by_depth
 from peagle.train.objective import objective
 from peagle.train.optimizer import parameter_groups
 from peagle.train.optimizer_options import impose, impose_schedule, options_of, schedule_options_of
@@ -228,6 +228,8 @@ class PEagleModule(L.LightningModule):
         )
         self.rows_trained += len(rows.anchor)
         self.tokens_trained += len(batch.tokens)
+        for depth, accuracy in accuracy_by_depth(outcome.rows, outcome.correct).items():
+            self.log(f"train/accuracy_d{depth}", accuracy, batch_size=1)
         return nan_unless_finite(self.step_mean.add(outcome))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

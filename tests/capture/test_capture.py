@@ -10,7 +10,7 @@ import torch
 from random_parts import make_target
 
 from peagle.capture import extract as extract_module
-from peagle.capture.answers import read_answers, refuse_other_prompts
+from peagle.capture.answers import generate_missing, read_answers, refuse_other_prompts
 from peagle.capture.capture import capture
 from peagle.capture.chat import prompt_ids
 from peagle.capture.config import CaptureConfig
@@ -18,6 +18,7 @@ from peagle.capture.conversation import Answer
 from peagle.capture.generate import generate
 from peagle.capture.identity import wanted_manifest
 from peagle.capture.prompts import Prompt, PromptSource
+from peagle.store.index import unfinished_files
 from peagle.store.reader import Store
 from peagle.target.head import TargetHead, target_head_of
 from peagle.target.target import TargetSource
@@ -207,3 +208,19 @@ def test_a_repetition_penalty_of_the_target_does_not_bend_its_answers():
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.no_repeat_ngram_size = 1
     assert generate(model, tokenizer, prompts, True, CONFIG) == plain
+
+
+@pytest.mark.parametrize("content", ['{"question": 1}\n', "my notes", '{"id": 1}\n'])
+def test_answers_that_no_capture_wrote_are_refused_and_stay(tmp_path, content):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="was not written by a capture"):
+        generate_missing(lambda *_: iter(()), [], path)
+    assert path.read_text() == content
+
+
+def test_only_what_a_writer_left_counts_as_unfinished(tmp_path):
+    ours = {"shard-00001.safetensors.tmp", "shard-00001.parquet.tmp"}
+    for name in (*ours, "thesis.tmp", "shard-plan.tmp", "shard-00001.tmp"):
+        (tmp_path / name).touch()
+    assert {path.name for path in unfinished_files(tmp_path)} == ours

@@ -10,15 +10,15 @@ from PIL import Image
 
 from peagle.card.card import write_card
 
-PLOTS = {"accuracy_over_steps.png", "acceptance_over_k.png", "acceptance_per_position.png",
-         "throughput_over_concurrency.png"}  # fmt: skip
+PLOTS = {"accuracy_over_steps.png", "loss_over_steps.png", "acceptance_over_k.png",
+         "acceptance_per_position.png", "throughput_over_concurrency.png"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
         (full_run, PLOTS),
-        (embedded_run, {"accuracy_over_steps.png"}),
+        (embedded_run, {"accuracy_over_steps.png", "loss_over_steps.png"}),
         (folder_run, {"acceptance_over_k.png", "acceptance_per_position.png"}),
         (empty_run, set()),
     ],
@@ -74,7 +74,7 @@ def test_the_plot_follows_the_numbers(tmp_path):
 def test_equal_files_give_equal_bytes(full, tmp_path):
     write_card(full, full / "drafter", tmp_path)
     first = {path.name: path.read_bytes() for path in (full / "card").iterdir()}
-    assert len(first) == 5
+    assert len(first) == 6
     assert first == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
@@ -82,7 +82,9 @@ def test_a_plot_of_an_earlier_card_does_not_stay_behind(full, tmp_path):
     card = shutil.copytree(full / "card", tmp_path / "card")
     run = embedded_run(tmp_path / "run")
     write_card(run, run / "drafter", card)
-    assert {path.name for path in card.iterdir()} == {"README.md", "accuracy_over_steps.png"}
+    assert {path.name for path in card.iterdir()} == {
+        "README.md", "accuracy_over_steps.png", "loss_over_steps.png",
+    }  # fmt: skip
 
 
 def test_a_plot_takes_any_name_for_a_prompt_set(tmp_path):

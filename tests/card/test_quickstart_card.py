@@ -86,5 +86,9 @@ def test_the_command_writes_the_card_with_the_files_of_its_figures(tmp_path):
         "metrics/acceptance.json", "metrics/bench.json", "acceptance_over_k.png",
         "acceptance_per_position.png", "throughput_over_concurrency.png",
     }  # fmt: skip
+    (tmp_path / "README.md").write_text("# My project")
+    foreign = make_card(run, tmp_path)
+    assert foreign.returncode == 1 and "is no card of peagle" in foreign.stderr
+    assert (tmp_path / "README.md").read_text() == "# My project"
     nothing = make_card(tmp_path / "nowhere", tmp_path / "page")
     assert nothing.returncode == 1 and "holds no run: train it first" in nothing.stderr

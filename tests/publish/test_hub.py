@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from peagle.callbacks.hub import HubPublisher
 from peagle.card.card import CardOptions, write_card
 from peagle.publish.allowed_files import files_to_publish
+from peagle.publish.publish import enqueue_run
 from peagle.publish.publish import publish as publish_command
 from peagle.publish.queue import MAIN, add_entry
 from peagle.publish.sender import Sender
@@ -108,6 +109,15 @@ def test_publishing_again_or_twice_at_once_makes_no_second_commit(hub, tmp_path)
         hub.add_commit(repo, "main", f"edit {number}", "", repo.at("main").files)
     assert publish(tmp_path, hub.url).complete
     assert sum("step 1 " in commit.title for commit in hub.history(REPO)) == 1
+
+
+def test_what_waits_is_not_added_to_the_queue_again(tmp_path):
+    finish_run(tmp_path, step=1)
+    entries = [enqueue_run(tmp_path, tmp_path / "hub_spool") for _ in range(3)]
+    assert entries[0] == entries[1] == entries[2] and queued(tmp_path) == [1]
+    (tmp_path / "metrics/bench.json").write_text('{"rows": []}')
+    assert enqueue_run(tmp_path, tmp_path / "hub_spool") != entries[0]
+    assert queued(tmp_path) == [1, 1]
 
 
 def test_a_later_publication_leaves_no_figures_of_other_weights(hub, tmp_path):

@@ -9,7 +9,7 @@ from peagle.model.config import PEagleConfig, default_layer_ids
 from peagle.model.eagle3 import Eagle3Drafter
 from peagle.model.p_eagle import PEagleDrafter
 from peagle.serve.contract import as_served, check_tensors, servable_tensors
-from peagle.serve.export import Verifier, export_drafter
+from peagle.serve.export import Verifier, export_drafter, remove_export
 
 VARIANTS = [
     {},
@@ -179,3 +179,52 @@ def test_rotary_tables_survive_a_reload(tmp_path):
     ):
         assert torch.equal(ours, theirs)
     assert isinstance(loaded.config, PEagleConfig)
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_an_earlier_export_is_replaced(tmp_path):
+    folder = tmp_path / "drafter"
+    for name in ("drafter.tmp", "drafter.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "backup").write_text("keep")
+    for layers in (1, 2):
+        export_drafter(make_drafter(num_hidden_layers=layers), folder)
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"drafter", "drafter.tmp", "drafter.old"}
+    assert (tmp_path / "drafter.old" / "backup").read_text() == "keep"
+    (folder / "notes.txt").write_text("keep")
+    before = tree(tmp_path)
+    for act in (lambda: export_drafter(make_drafter(), folder), lambda: remove_export(folder)):
+        with pytest.raises(ValueError, match=r"holds notes\.txt, which no export wrote"):
+            act()
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("files", "out", "message"),
+    [
+        (["run/checkpoints/last.ckpt"], "run", "holds checkpoints, which no export wrote"),
+        (["last.ckpt"], "last.ckpt", "last.ckpt is a file"),
+        (["last.ckpt"], "last.ckpt/drafter", "last.ckpt is a file"),
+        (["model/config.json", "model/model.safetensors"], "model", "it is no earlier export"),
+    ],
+)
+def test_what_is_no_export_is_refused_and_stays(tmp_path, files, out, message):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"model_type": "llama"}')
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        export_drafter(make_drafter(), tmp_path / out)
+    assert tree(tmp_path) == before
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for layers in (1, 2):
+        export_drafter(make_drafter(num_hidden_layers=layers), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "real"}

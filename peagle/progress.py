@@ -1,0 +1,61 @@
+"""How far a long stage is: a bar on terminals, a line now and then where nobody watches."""
+
+import sys
+import time
+from contextlib import AbstractContextManager
+
+from tqdm import tqdm
+
+LINE_EVERY_S = 30.0
+
+
+class Lines(AbstractContextManager):
+    """Prints ``WHAT: DONE/TOTAL (SHARE), RATE, TIME left`` to stderr, at most every half minute.
+
+    Args:
+        what: the stage.
+        total: units of the whole stage; None if nobody knows.
+        done: units that an earlier start has done.
+        unit: what is counted.
+    """
+
+    def __init__(self, what: str, total: int | None, *, done: int = 0, unit: str = "it"):
+        self.what, self.total, self.done, self.unit = what, total, done, unit
+        self.first = done
+        self.started = self.printed = time.monotonic()
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self.printed >= LINE_EVERY_S
+
+    def update(self, count: int = 1) -> None:
+        """Also print a last line, unless the stage was over before a line was due."""
+        self.done += count
+        long = time.monotonic() - self.started >= LINE_EVERY_S
+        if self.is_due() or (long and self.done == self.total):
+            self.show()
+
+    def show(self, *figures: str) -> None:
+        """Print the line, with what is measured on the way in its middle."""
+        self.printed = time.monotonic()
+        seconds = self.printed - self.started
+        rate = (self.done - self.first) / max(seconds, 1e-9)
+        of = f"/{self.total} ({self.done / max(self.total, 1):.0%})" if self.total else ""
+        words = [f"{self.what}: {self.done}{of}", *figures]
+        if not figures:
+            words.append(f"{tqdm.format_sizeof(rate)} {self.unit}/s")
+        if self.total == self.done:
+            words.append(f"took {tqdm.format_interval(seconds)}")
+        elif self.total and rate:
+            left = tqdm.format_interval((self.total - self.done) / rate)
+            words.append(f"{left} left")
+        print(", ".join(words), file=sys.stderr, flush=True)
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is open."""
+
+
+def progress(what: str, total: int | None, *, done: int = 0, unit: str = "it") -> "tqdm | Lines":
+    """What to ``update`` as a stage goes on; a context manager."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, initial=done, desc=what, unit=unit)
+    return Lines(what, total, done=done, unit=unit)
