@@ -106,9 +106,9 @@ def lightning_parser():
     return ParseOnly.built
 
 
-def only_parse(component, args, as_positional):
+def only_parse(component, args, as_positional, exit_on_error):
     """In the place of ``auto_cli``; raises ``ArgumentError`` for what the component lacks."""
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=exit_on_error)
     is_class = inspect.isclass(component)
     add = parser.add_class_arguments if is_class else parser.add_function_arguments
     add(component, as_positional=as_positional)
