@@ -1,6 +1,7 @@
 """What a run was: ``provenance.json`` as it trains, the model card once its figures exist."""
 
 import json
+import re
 import sys
 import time
 import uuid
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.cli import SaveConfigCallback
 
 from peagle.capture.prompts import PromptSource
 from peagle.card.card import CardOptions, write_card
@@ -159,3 +161,30 @@ def data_section(store: Store) -> dict[str, Any]:
         "manifest_sha256": sha256(store.folder / "manifest.json"),
         "datasets": [source.address().repository for source in sources if source.on_hub],
     }
+
+
+class RunConfig(SaveConfigCallback):
+    """Keeps the configuration of ``fit`` in the run's folder; no other command touches it.
+
+    A new run replaces what an earlier one has left there; a run that is continued with other
+    settings keeps both.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Too early: whether a checkpoint is loaded is known when training starts."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        content = self.parser.dump(self.config, skip_none=False).encode()
+        path, number = folder / "config.yaml", 1
+        if trainer.global_step == 0:
+            for resumed in folder.glob("config.resume-*.yaml"):
+                if re.fullmatch(r"config\.resume-\d+\.yaml", resumed.name):
+                    resumed.unlink()
+        else:
+            while path.exists() and path.read_bytes() != content:
+                number += 1
+                path = folder / f"config.resume-{number}.yaml"
+        write_atomically(path, content)

@@ -112,3 +112,15 @@ def lists_of_settings(tree: Any, prefix: str = "") -> Iterator[str]:
             yield from lists_of_settings(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
         yield prefix
+
+
+def underscored(arguments: list[str]) -> list[str]:
+    """``--vllm-python`` is as good as ``--vllm_python``."""
+    return [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), argument)
+            for argument in arguments]  # fmt: skip
+
+
+def refuse_save_dir(arguments: list[str]) -> None:
+    """Raise ``ValueError``, rather than not do as asked: ``--run_dir`` decides."""
+    if any(re.match(r"--trainer\.logger\.(init_args\.)?save_dir\b", a) for a in arguments):
+        raise ValueError("leave out save_dir: what a logger writes goes into --run_dir")

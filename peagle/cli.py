@@ -1,6 +1,5 @@
 """The command line: LightningCLI for fit, validate and test; plain functions for the rest."""
 
-import re
 import sys
 import tempfile
 import time
@@ -11,9 +10,8 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -22,13 +20,15 @@ from peagle.arguments import (
     folder,
     home,
     refuse_old_names,
+    refuse_save_dir,
     refuse_tokens,
     replacing_lists,
+    underscored,
 )
+from peagle.callbacks.record import RunConfig
 from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
 from peagle.capture.identity import refuse_other_store
-from peagle.card.run_files import read_json
 from peagle.decode.evaluation import EvaluationConfig
 from peagle.kernels.device import pick_device
 from peagle.model.checkpoint import check_address
@@ -36,12 +36,20 @@ from peagle.model.restore import refuse_other_target
 from peagle.model.saved_drafter import load_drafter
 from peagle.next_step import after_fit, bench_command, command
 from peagle.plan.report import RunShape, plan
-from peagle.preflight import check_decodable, check_devices, check_drafter, check_epochs
+from peagle.preflight import (
+    check_decodable,
+    check_devices,
+    check_drafter,
+    check_epochs,
+    refuse_foreign_files,
+    refuse_other_run,
+    require_gpu,
+    require_logger,
+)
 from peagle.quiet import silence_libraries
 from peagle.serve.contract import Layout
 from peagle.serve.export import Verifier, export_drafter, refuse_foreign, remove_export
 from peagle.shipped_configs import with_files
-from peagle.store.disk import write_atomically
 from peagle.store.hub import find_store, store_address
 from peagle.store.reader import Store
 from peagle.target.target import TargetSource
@@ -49,33 +57,6 @@ from peagle.train.datamodule import HiddenStatesDataModule
 from peagle.train.module import PEagleModule
 from peagle.train.packed_sequences import refuse_mask_tokens
 from peagle.train.strategies import refuse_strategy
-
-
-class RunConfig(SaveConfigCallback):
-    """Keeps the configuration of ``fit`` in the run's folder; no other command touches it.
-
-    A new run replaces what an earlier one has left there; a run that is continued with other
-    settings keeps both.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Too early: whether a checkpoint is loaded is known when training starts."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        folder = Path(trainer.default_root_dir)
-        content = self.parser.dump(self.config, skip_none=False).encode()
-        path, number = folder / "config.yaml", 1
-        if trainer.global_step == 0:
-            for resumed in folder.glob("config.resume-*.yaml"):
-                if re.fullmatch(r"config\.resume-\d+\.yaml", resumed.name):
-                    resumed.unlink()
-        else:
-            while path.exists() and path.read_bytes() != content:
-                number += 1
-                path = folder / f"config.resume-{number}.yaml"
-        write_atomically(path, content)
 
 
 class PEagleCLI(LightningCLI):
@@ -160,13 +141,7 @@ class PEagleCLI(LightningCLI):
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         """Raises ``ValueError`` for a missing GPU, and for settings that exclude each other."""
-        wanted = self.config[self.subcommand].trainer.accelerator
-        if wanted in ("gpu", "cuda") and pick_device("auto") == "cpu":
-            raise ValueError(
-                f"this configuration asks for a GPU (trainer.accelerator: {wanted}) and there is "
-                "none here: give --trainer.accelerator cpu --trainer.devices 1 "
-                "--trainer.precision 32-true"
-            )
+        require_gpu(self.config[self.subcommand].trainer.accelerator)
         try:
             trainer = super().instantiate_trainer(**settings)
         except (MisconfigurationException, TypeError) as error:
@@ -174,12 +149,7 @@ class PEagleCLI(LightningCLI):
             remedy = "; leave one of the two out" if "callbacks list" in str(error) else ""
             raise ValueError(f"trainer: {str(error).rstrip('.')}{remedy}") from error
         refuse_strategy(trainer)
-        for callback in [] if trainer.loggers else trainer.callbacks:
-            if isinstance(callback, LearningRateMonitor | DeviceStatsMonitor):
-                raise ValueError(
-                    f"{type(callback).__name__} needs a logger: leave out --trainer.logger false, "
-                    "or the callback"
-                )
+        require_logger(trainer)
         return trainer
 
     def before_fit(self) -> None:
@@ -189,23 +159,8 @@ class PEagleCLI(LightningCLI):
         """
         config = self.config_init.fit
         store = Path(config.store)
-        checkpoint = self.checkpoint("fit")  # what is wrong is said now, not after capture
-        refuse_foreign_files(Path(config.run_dir))
-        if not self.trainer.fast_dev_run:
-            refuse_other_run(Path(config.run_dir), TargetSource(config.target, config.revision))
-        if config.capture.part is not None:
-            raise ValueError(
-                "capture.part is for `peagle capture`: leave it out here, and what the parts have "
-                "not captured yet is captured now"
-            )
         target = TargetSource(config.target, config.revision)
-        check_devices(config.capture, config.evaluation)
-        check_drafter(self.model, target, config.capture, Path(config.run_dir))
-        if self.trainer.limit_test_batches != 0:
-            check_decodable(target)
-            self.datamodule.test_batches()  # raises for prompts
-        if not (store / "manifest.json").exists():  # else Lightning says so at once
-            check_epochs(checkpoint, self.trainer.max_epochs)
+        self.check_fit(config, target)
         if store_address(config.store) is not None:
             if rank_zero_only.rank == 0:
                 found = self.datamodule.on_hub()
@@ -219,6 +174,25 @@ class PEagleCLI(LightningCLI):
             refuse_mask_tokens(Store(store, allow_missing=True), mask)
         while not (store / "manifest.json").exists():
             time.sleep(1)
+
+    def check_fit(self, config: Any, target: TargetSource) -> None:
+        """Raise ``ValueError`` now for what would end the run after hours."""
+        checkpoint, run_dir = self.checkpoint("fit"), Path(config.run_dir)
+        if config.capture.part is not None:
+            raise ValueError(
+                "capture.part is for `peagle capture`: leave it out here, and what the parts have "
+                "not captured yet is captured now"
+            )
+        refuse_foreign_files(run_dir)
+        if not self.trainer.fast_dev_run:
+            refuse_other_run(run_dir, target)
+        check_devices(config.capture, config.evaluation)
+        check_drafter(self.model, target, config.capture, run_dir)
+        if self.trainer.limit_test_batches != 0:
+            check_decodable(target)
+            self.datamodule.test_batches()  # raises for prompts
+        if not (Path(config.store) / "manifest.json").exists():  # else Lightning says so at once
+            check_epochs(checkpoint, self.trainer.max_epochs)
 
     def after_fit(self) -> None:
         """Prove what was trained: the servable folder, both tables, the card."""
@@ -249,28 +223,6 @@ class PEagleCLI(LightningCLI):
             return
         remove_export(folder)  # an earlier run's is not what was just trained
         print("no drafter/ is written: this hidden_state is for comparison, not for serving")
-
-
-def refuse_foreign_files(run_dir: Path) -> None:
-    """Raise ``ValueError`` before a fit would replace what no earlier fit has written."""
-    refuse_foreign(run_dir / "drafter")
-    config = run_dir / "config.yaml"
-    if config.exists() and not config.read_bytes().startswith(b"# lightning"):
-        raise ValueError(
-            f"{config} was not written by a fit, which would replace it: move it out of the run's "
-            "folder, or give another --run_dir"
-        )
-
-
-def refuse_other_run(run_dir: Path, target: TargetSource) -> None:
-    """Raise ``ValueError`` before a fit would replace the checkpoint of another target."""
-    earlier = read_json(run_dir / "provenance.json").get("target") or {}
-    fingerprint = earlier.get("fingerprint")
-    if fingerprint is not None and fingerprint != target.fingerprint():
-        raise ValueError(
-            f"{run_dir} holds a run of another target ({earlier.get('name_or_path')}), which this "
-            "one would replace: give another --run_dir"
-        )
 
 
 class CaptureCLI(PEagleCLI):
@@ -400,18 +352,6 @@ def export(
 READERS: dict[str, type[PEagleCLI]] = {"capture": CaptureCLI, "plan": PlanCLI}
 FUNCTIONS: dict[str, Callable[..., Any]] = {"export": export}
 OPTIONS = {"as_positional": False, "exit_on_error": False}  # of jsonargparse
-
-
-def underscored(arguments: list[str]) -> list[str]:
-    """``--vllm-python`` is as good as ``--vllm_python``."""
-    return [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), argument)
-            for argument in arguments]  # fmt: skip
-
-
-def refuse_save_dir(arguments: list[str]) -> None:
-    """Raise ``ValueError``, rather than not do as asked: ``--run_dir`` decides."""
-    if any(re.match(r"--trainer\.logger\.(init_args\.)?save_dir\b", a) for a in arguments):
-        raise ValueError("leave out save_dir: what a logger writes goes into --run_dir")
 
 
 def run(name: str, arguments: list[str]) -> None:

@@ -1,17 +1,21 @@
-"""What ``fit`` can know before its first long stage is checked before it."""
+"""What a run can know before its first long stage is checked before it."""
 
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor
 
 from peagle.capture.config import CaptureConfig
 from peagle.capture.identity import wanted_manifest
+from peagle.card.run_files import read_json
 from peagle.decode.evaluation import EvaluationConfig
 from peagle.decode.sliding_window import sliding_window_of_layers
 from peagle.kernels.device import pick_device
 from peagle.model.build import build_drafter
 from peagle.model.checkpoint import read_checkpoint
 from peagle.model.restore import refuse_incomplete
+from peagle.serve.export import refuse_foreign
 from peagle.store.disk import require_disk
 from peagle.target.target import TargetSource
 from peagle.train.module import PEagleModule
@@ -69,3 +73,45 @@ def check_epochs(path: str | None, max_epochs: int | None) -> None:
             f"{path} has trained {trained} epochs, and this run ends after {max_epochs}: raise "
             "--trainer.max_epochs"
         )
+
+
+def refuse_foreign_files(run_dir: Path) -> None:
+    """Raise ``ValueError`` before a fit would replace what no earlier fit has written."""
+    refuse_foreign(run_dir / "drafter")
+    config = run_dir / "config.yaml"
+    if config.exists() and not config.read_bytes().startswith(b"# lightning"):
+        raise ValueError(
+            f"{config} was not written by a fit, which would replace it: move it out of the run's "
+            "folder, or give another --run_dir"
+        )
+
+
+def refuse_other_run(run_dir: Path, target: TargetSource) -> None:
+    """Raise ``ValueError`` before a fit would replace the checkpoint of another target."""
+    earlier = read_json(run_dir / "provenance.json").get("target") or {}
+    fingerprint = earlier.get("fingerprint")
+    if fingerprint is not None and fingerprint != target.fingerprint():
+        raise ValueError(
+            f"{run_dir} holds a run of another target ({earlier.get('name_or_path')}), which this "
+            "one would replace: give another --run_dir"
+        )
+
+
+def require_gpu(accelerator: str) -> None:
+    """Raise ``ValueError`` if a GPU is asked for and there is none."""
+    if accelerator in ("gpu", "cuda") and pick_device("auto") == "cpu":
+        raise ValueError(
+            f"this configuration asks for a GPU (trainer.accelerator: {accelerator}) and there is "
+            "none here: give --trainer.accelerator cpu --trainer.devices 1 "
+            "--trainer.precision 32-true"
+        )
+
+
+def require_logger(trainer: Trainer) -> None:
+    """Raise ``ValueError`` for a callback that has nowhere to log to."""
+    for callback in [] if trainer.loggers else trainer.callbacks:
+        if isinstance(callback, LearningRateMonitor | DeviceStatsMonitor):
+            raise ValueError(
+                f"{type(callback).__name__} needs a logger: leave out --trainer.logger false, "
+                "or the callback"
+            )

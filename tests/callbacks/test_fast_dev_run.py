@@ -10,7 +10,7 @@ from peagle.callbacks.checkpoint import Checkpoint
 from peagle.callbacks.evaluate import Evaluate
 from peagle.callbacks.progress import TrainCsv
 from peagle.callbacks.record import RunRecord
-from peagle.cli import refuse_foreign_files, refuse_other_run
+from peagle.preflight import refuse_foreign_files, refuse_other_run
 from peagle.target.target import TargetSource
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 from short_fits import make_data, make_module, make_trainer
 
 from peagle import progress
+from peagle.arguments import refuse_save_dir
 from peagle.callbacks.progress import Progress, Speed, TrainCsv
-from peagle.cli import refuse_save_dir
 
 LOGGED = {"train/loss", "train/accuracy_d0", "train/tokens_per_second", "train/memory_gb",
           "train/lr", "val/loss", "val/accuracy_d0", "val/acceptance_length"}  # fmt: skip
