@@ -48,7 +48,7 @@ def test_a_file_of_any_kind_is_read_and_known_by_its_content(tmp_path, monkeypat
         ("a.json", b'[{"prompt": "x"},\n7 8]', r"a\.json is not JSON .* line 2 column 3"),
         ("a.json", b"7", r"a\.json must hold a list of objects, not 7"),
         ("a.jsonl.gz", b"junk", "cannot be unpacked"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], "cannot be unpacked"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "cannot be unpacked"),
         ("a.parquet", b"junk", "cannot be read after 0 rows"),
         ("a.csv", b"prompt,note\nx\n", "row 1 has not as many cells"),
         ("a.csv", b'prompt\n"x\n', "is not CSV"),
