@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import re
-import sys
+from argparse import ArgumentError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from peagle.cli import PEagleCLI, lightning
+from peagle.mistakes import sentence
 from peagle.store.reader import Store
 from peagle.train.sampler import fill_packs
 
@@ -129,19 +130,16 @@ def resolved(recipe: Recipe, config: Path) -> dict[str, Any]:
     Raises:
         ValueError: for a setting that ``fit`` does not know, or a value of another type.
     """
-    printed, refused, arguments = io.StringIO(), io.StringIO(), sys.argv[1:]
+    printed = io.StringIO()
+    arguments = ["fit", "--config", str(config), *recipe.arguments(), "--print_config"]
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(refused):
-            lightning(
-                PEagleCLI,
-                ["fit", "--config", str(config), *recipe.arguments(), "--print_config"],
-            )
-    except SystemExit as end:
-        if end.code:
-            reason = " ".join(refused.getvalue().partition("error:")[2].split())
-            raise ValueError(f"recipe {recipe.name!r}: fit would refuse it: {reason}") from None
-    finally:
-        sys.argv[1:] = arguments
+        with contextlib.redirect_stdout(printed):
+            lightning(PEagleCLI, arguments)
+    except ArgumentError as error:
+        reason = sentence(error)
+        raise ValueError(f"recipe {recipe.name!r}: fit would refuse it: {reason}") from None
+    except SystemExit:  # after printing
+        pass
     return yaml.safe_load(printed.getvalue())
 
 

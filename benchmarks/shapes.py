@@ -51,7 +51,7 @@ class Shape:
         }
 
     @property
-    def deeper_rows(self) -> float:
+    def mtp_rows(self) -> float:
         """Rows of depth >= 1."""
         shares = [max(self.keep_ratio**d, self.min_keep_ratio) for d in range(1, self.depths)]
         return sum((self.n - d) * share for d, share in enumerate(shares, 1))
@@ -66,11 +66,11 @@ class Shape:
         layers = first + (self.layers - 1) * later + self.layers * (output + feed_forward)
         combine = self.captured * self.hidden**2
         head = self.hidden * self.draft_vocab
-        n, deeper = self.n, self.deeper_rows
+        n, mtp = self.n, self.mtp_rows
         return {
             "depth 0": 6 * n * (layers + combine),
-            "rollouts": 6 * deeper * (layers - first),  # their layer 0 reads one vector
-            "draft head": 6 * (n + deeper) * head,
+            "rollouts": 6 * mtp * (layers - first),  # their layer 0 reads one vector
+            "draft head": 6 * (n + mtp) * head,
             "target head": 2 * n * head,  # once per position
-            "attention": self.layers * 14 * queries * (n * n / 2 + deeper * n / 2),
+            "attention": self.layers * 14 * queries * (n * n / 2 + mtp * n / 2),
         }

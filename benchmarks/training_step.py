@@ -88,7 +88,7 @@ def rate(dtype: str, device: torch.device) -> float:
 def measured(step: Step, args: argparse.Namespace) -> dict:
     shape = step.shape(args.shape)
     # One rollout more than the share: the cut is made between anchors.
-    limit = ceil((shape.n + shape.deeper_rows) / step.segments) + shape.depths
+    limit = ceil((shape.n + shape.mtp_rows) / step.segments) + shape.depths
     options = ("--max_rows", str(limit), "--steps", str(args.steps), "--device", args.device)
     return run_step("peagle_step.py", asdict(shape), *options)
 

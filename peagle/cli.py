@@ -242,7 +242,9 @@ class CaptureCLI(PEagleCLI):
         mask = self.config[subcommand].model.mask_token_id
         capture(target, config.capture, Path(config.store), mask_token_id=mask)
         if config.capture.part is None:
-            print(f"the store in {config.store} is complete; next:\n{command(*sys.argv[1:])}")
+            print(
+                f"the store in {config.store} is complete; next:\n{command('fit', *sys.argv[2:])}"
+            )
 
 
 class PlanCLI(PEagleCLI):
@@ -299,12 +301,14 @@ def run_shape(config: Any, optimizer: str) -> RunShape:
 
 
 def lightning(cli: type[PEagleCLI], arguments: list[str]) -> None:
-    sys.argv[1:] = arguments  # what Lightning's launcher repeats for further processes
+    # sys.argv stays as it was typed: Lightning's launcher repeats it for further processes.
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
     # Between Lightning 2.6 and torch 2.13; nothing that a user could do about it.
     warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec", FutureWarning)
     cli(
         PEagleModule,
         HiddenStatesDataModule,
+        args=arguments,
         save_config_callback=RunConfig,
         auto_configure_optimizers=False,
         seed_everything_default=0,

@@ -37,7 +37,7 @@ class Cod:
         """Share of the anchors that depth ``depth`` keeps at most."""
         return max(self.keep_ratio**depth, self.min_keep_ratio)
 
-    def deeper_share(self) -> float:
+    def mtp_share(self) -> float:
         """Share of the rows that are of depth 1 or more, at most."""
         return 1 - 1 / sum(self.share(depth) for depth in range(self.num_depths))
 
@@ -66,7 +66,7 @@ class Rows(NamedTuple):
         """The rows ``first`` to ``last - 1`` in their order."""
         return Rows(self.anchor[first:last], self.depth[first:last])
 
-    def deeper(self) -> "Rows":
+    def mtp(self) -> "Rows":
         """The rows of depth >= 1."""
         return self.where(self.depth > 0)
 
@@ -86,7 +86,7 @@ def sample_rows(
     cod: Cod,
     generator: torch.Generator | None,
 ) -> Rows:
-    """Keep every supervised row of depth 0 and geometrically fewer rows of each deeper depth.
+    """Keep every supervised row of depth 0 (NTP) and geometrically fewer MTP rows of each further depth.
 
     Depth ``d`` keeps at most ``cod.share(d)`` of the anchors that have a depth 1 at all, drawn only
     from the anchors that survived depth ``d - 1``. The pack has one quota per depth, since rounding
@@ -108,7 +108,7 @@ def sample_rows(
     lengths = supervised.long()
     if cod.num_depths > 1:
         order = preference(longest > 1, document, generator)
-        lengths[order] += deeper_rows(longest[order], cod)
+        lengths[order] += mtp_rows(longest[order], cod)
     return rows_of(lengths)
 
 
@@ -145,7 +145,7 @@ def reach(
     return longest
 
 
-def deeper_rows(longest: Int[Tensor, " S"], cod: Cod) -> Int[Tensor, " S"]:
+def mtp_rows(longest: Int[Tensor, " S"], cod: Cod) -> Int[Tensor, " S"]:
     """How many rows beyond depth 0 each anchor keeps; anchors come in order of preference."""
     alive = longest > 1
     candidates = int(alive.sum())

@@ -47,12 +47,12 @@ def partition(expected: Float[Tensor, " S"], *, max_rows: int) -> tuple[Segment,
 class Piece(NamedTuple):
     """What is trained in one backward pass.
 
-    ``deeper`` runs through the layers: the MTP rows among ``rows``, and behind them as many of the
+    ``mtp`` runs through the layers: the MTP rows among ``rows``, and behind them as many of the
     next piece's as fill up whole units. Those fillers are computed for nothing.
     """
 
     rows: Rows
-    deeper: Rows
+    mtp: Rows
 
 
 def pieces(rows: Rows, segments: Sequence[Segment], *, unit: int = 1) -> Iterator[Piece]:
@@ -63,28 +63,28 @@ def pieces(rows: Rows, segments: Sequence[Segment], *, unit: int = 1) -> Iterato
     there can be one piece more than segments. Where NTP rows stand alone, the number of all rows
     limits a piece.
     """
-    deeper = rows.deeper()
+    mtp = rows.mtp()
     if len(segments) == 1:
-        yield Piece(rows, deeper)
+        yield Piece(rows, mtp)
         return
     longest = int(rows.depth.max()) + 1 if len(rows.depth) else 1
-    mean = len(deeper.anchor) / len(segments)
+    mean = len(mtp.anchor) / len(segments)
     whole = int(mean * ROOM / unit) * unit
     size = max(whole or int(mean), longest)
     share = max(whole / mean, 1) if whole else 1
     most = max(int(share * len(rows.anchor) / len(segments)) + unit, longest)
-    begins = torch.nonzero(deeper.depth == 1).flatten()
-    start = first = 0  # of the piece, among all rows and among deeper ones
+    begins = torch.nonzero(mtp.depth == 1).flatten()
+    start = first = 0  # of the piece, among all rows and among MTP rows
     while start < len(rows.anchor):
-        stop, cut = len(rows.anchor), len(deeper.anchor)
+        stop, cut = len(rows.anchor), len(mtp.anchor)
         last = cut
-        if first + size < len(deeper.anchor):
+        if first + size < len(mtp.anchor):
             cut = int(begins[torch.searchsorted(begins, first + size, right=True) - 1])
-            stop = int(torch.searchsorted(rows.anchor, deeper.anchor[cut]))
+            stop = int(torch.searchsorted(rows.anchor, mtp.anchor[cut]))
             last = first + size if whole and unit > 1 else cut
         if stop - start > most:
             anchor = rows.anchor[start + most]
             stop = int(torch.searchsorted(rows.anchor, anchor))
-            cut = last = int(torch.searchsorted(deeper.anchor, anchor))
-        yield Piece(rows.between(start, stop), deeper.between(first, last))
+            cut = last = int(torch.searchsorted(mtp.anchor, anchor))
+        yield Piece(rows.between(start, stop), mtp.between(first, last))
         start, first = stop, cut

@@ -76,8 +76,8 @@ class Eagle3Drafter(Drafter):
                 query, key, value = layer.self_attn(x, ops)
                 own = grown(pairs[index], going_on, ops.rotate(key, angles), value.to(dtype))
                 pairs[index] = own
-                prefix = Pairs(ntp.keys[index], ntp.values[index])
-                context = chain_attention(ops.rotate(query, angles), own, prefix, blocks)
+                ntp_pairs = Pairs(ntp.keys[index], ntp.values[index])
+                context = chain_attention(ops.rotate(query, angles), own, ntp_pairs, blocks)
                 hidden = layer.leave(residual, context.to(value.dtype), ops)
             before = anchor
             found.append(hidden)
@@ -134,26 +134,26 @@ def blocks_of(
 
 
 def chain_attention(
-    query: Float[Tensor, "M A E"], own: Pairs, prefix: Pairs, blocks: list[RowBlock]
+    query: Float[Tensor, "M A E"], own: Pairs, ntp_pairs: Pairs, blocks: list[RowBlock]
 ) -> Float[Tensor, "M A E"]:
     """Every row sees its document's depth-0 slots up to its anchor, and its rollout so far.
 
     The scores are kept for the backward pass, [heads, rows, slots] for every depth and layer: less
     than the rest of a row while documents are short, and bounded by the rows of a segment.
     """
-    by_group = query.unflatten(1, (prefix.key.shape[1], -1))  # [M, G, R, E]
+    by_group = query.unflatten(1, (ntp_pairs.key.shape[1], -1))  # [M, G, R, E]
     parts = []
     with without_autocast(query.device):
         for rows, slots, hidden in blocks:
             asked = by_group[rows] * query.shape[-1] ** -0.5
-            known, mine = torch.einsum("mgre,sge->grms", asked, prefix.key[slots]), own.key[rows]
+            known, mine = torch.einsum("mgre,sge->grms", asked, ntp_pairs.key[slots]), own.key[rows]
             known = known.masked_fill(hidden, -torch.inf)
             scores = torch.cat([known, torch.einsum("mgre,mdge->grmd", asked, mine)], -1)
             weights = torch.softmax(scores, -1, dtype=at_least_float32(scores.dtype)).to(
                 query.dtype
             )
             count = known.shape[-1]
-            context = torch.einsum("grms,sge->mgre", weights[..., :count], prefix.value[slots])
+            context = torch.einsum("grms,sge->mgre", weights[..., :count], ntp_pairs.value[slots])
             mine = torch.einsum("grmd,mdge->mgre", weights[..., count:], own.value[rows])
             parts.append((context + mine).flatten(1, 2))
     return torch.cat(parts)

@@ -113,7 +113,7 @@ def sequence_of(run: RunShape, data: Forecast, config: PEagleConfig) -> Shape:
             config,
             slots=run.max_tokens,
             rollout=run.cod.num_depths,
-            deeper=run.cod.deeper_share(),
+            mtp_share=run.cod.mtp_share(),
             element=2 if run.half else 4,
             recompute=run.recompute,
         )

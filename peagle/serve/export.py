@@ -17,13 +17,13 @@ from peagle.serve.contract import (
     check_folder,
     check_tensors,
     plain_config,
-    read_config,
     refuse_unservable,
     servable_tensors,
 )
 from peagle.store.disk import sync
 
 EXPORTED = {"config.json", "model.safetensors"}
+ARCHITECTURES = {"LlamaForCausalLMEagle3", "PEagleSpeculator", "Eagle3Speculator"}  # in config.json
 
 
 class Verifier(NamedTuple):
@@ -99,11 +99,16 @@ def refuse_foreign(folder: Path) -> None:
             f"{folder} holds {foreign[0]}, which no export wrote, and an export replaces its "
             "folder: give a new folder"
         )
-    if names:
-        try:
-            read_config(folder)
-        except ValueError as error:
-            raise ValueError(f"{error}: it is no earlier export, so give a new folder") from error
+    if names and not is_export(folder / "config.json"):
+        raise ValueError(f"{folder} is no earlier export, and would be replaced: give a new folder")
+
+
+def is_export(config: Path) -> bool:
+    """Whether an export wrote this file: an old or a damaged one, too, may be replaced."""
+    try:
+        return json.loads(config.read_text("utf-8"))["architectures"][0] in ARCHITECTURES
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def remove_export(folder: Path) -> None:

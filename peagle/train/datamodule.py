@@ -252,7 +252,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
                 config,
                 slots=self.max_tokens,
                 rollout=self.cod.num_depths,
-                deeper=self.cod.deeper_share(),
+                mtp_share=self.cod.mtp_share(),
                 element=2 if str(self.trainer.precision).startswith("bf16") else 4,
                 recompute=recompute,
             )

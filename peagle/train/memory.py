@@ -23,7 +23,7 @@ def rows_within(
     *,
     slots: int,
     rollout: int,
-    deeper: float,
+    mtp_share: float,
     element: int,
     recompute: bool,
 ) -> int:
@@ -32,7 +32,7 @@ def rows_within(
     Args:
         slots: longest packed sequence.
         rollout: rows of the longest rollout; a segment is at least one.
-        deeper: share of the rows that are of depth 1 or more, and pass through the layers again.
+        mtp_share: share of the rows that are of depth 1 or more, and pass through the layers again.
         element: bytes of an activation, 2 under bf16 and else 4.
         recompute: NTP runs again in the backward pass instead of keeping its activations.
 
@@ -44,7 +44,7 @@ def rows_within(
     ntp += target_head_bytes(config)
     fixed = SEGMENT * weights + copied_bytes(config, element) + ntp
     fixed += CHUNKS * 4 * Reference.head_chunk * config.draft_vocab_size
-    layers = deeper * config.num_hidden_layers
+    layers = mtp_share * config.num_hidden_layers
     row = row_bytes(config, element, layers) + score_bytes(config, slots)
     again = slots * layer_bytes(config, element) if recompute else 0
     others = max(NTP * weights + ntp + again, STEP * weights)

@@ -110,7 +110,7 @@ def piece_loss(
     of_ntp, of_mtp = (torch.nonzero(x).flatten() for x in (rows.depth == 0, rows.depth > 0))
     hidden = ntp.hidden.index_select(0, moved(rows.anchor[of_ntp]))
     if len(of_mtp):
-        states = drafter.mtp_forward(piece.deeper, ntp, batch.position, batch.document, ops)
+        states = drafter.mtp_forward(piece.mtp, ntp, batch.position, batch.document, ops)
         hidden = torch.cat([hidden, states[: len(of_mtp)].to(hidden.dtype)])
     order = torch.cat([of_ntp, of_mtp])
     position = rows.position[order]

@@ -135,13 +135,13 @@ def test_expected_rows_agree_with_the_mean_of_many_draws(lengths):
     supervised = torch.ones_like(document, dtype=torch.bool)
     expected = expected_rows(supervised, document, cod=Cod(6, 0.8))
     drawn = torch.zeros_like(expected)
-    for seed in range(100):
+    for seed in range(300):
         anchors = sample(
             supervised.tolist(), document.tolist(), num_depths=6, keep_ratio=0.8, seed=seed
         ).anchor
-        drawn += torch.bincount(anchors, minlength=len(drawn)) / 100
+        drawn += torch.bincount(anchors, minlength=len(drawn)) / 300
     assert abs(drawn.sum() - expected.sum()) < 0.01 * expected.sum()
-    assert (drawn - expected).abs().max() < 0.6
+    assert (drawn - expected).abs().max() < 0.45
 
 
 def test_reach_counts_slots_to_the_end_of_the_supervised_run():

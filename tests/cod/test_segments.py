@@ -40,13 +40,13 @@ def test_every_row_is_in_one_piece_and_rollouts_stay_whole(lengths, count):
     for index, field in enumerate(rows):
         assert torch.equal(torch.cat([field[:0], *(piece.rows[index] for piece in found)]), field)
     for piece in found:
-        own = piece.rows.deeper()
-        assert all(torch.equal(a[: len(b)], b) for a, b in zip(piece.deeper, own, strict=True))
+        own = piece.rows.mtp()
+        assert all(torch.equal(a[: len(b)], b) for a, b in zip(piece.mtp, own, strict=True))
         assert len(piece.rows.anchor) == 0 or piece.rows.depth[0] == 0
-        begins = piece.deeper.depth == 1
-        follows = piece.deeper.depth[1:] == piece.deeper.depth[:-1] + 1
+        begins = piece.mtp.depth == 1
+        follows = piece.mtp.depth[1:] == piece.mtp.depth[:-1] + 1
         assert len(begins) == 0 or (begins[0] and (begins[1:] | follows).all())
-        assert len(piece.deeper.anchor) - len(own.anchor) < 6
+        assert len(piece.mtp.anchor) - len(own.anchor) < 6
 
 
 def test_pieces_of_long_sequences_have_equally_many_rows_in_whole_units():
@@ -58,8 +58,8 @@ def test_pieces_of_long_sequences_have_equally_many_rows_in_whole_units():
         generator=torch.Generator().manual_seed(0),
     )
     segments = partition(torch.full((4096,), 3.37), max_rows=870)
-    *most, last = (len(piece.deeper.anchor) for piece in pieces(rows, segments, unit=ROW_UNIT))
-    mean = len(rows.deeper().anchor) / len(segments)
+    *most, last = (len(piece.mtp.anchor) for piece in pieces(rows, segments, unit=ROW_UNIT))
+    mean = len(rows.mtp().anchor) / len(segments)
     assert len(segments) == 16 and len(set(most)) == 1
     assert most[0] % ROW_UNIT == 0 and mean - ROW_UNIT < most[0] <= mean
     assert 0 < last <= most[0]
@@ -68,15 +68,15 @@ def test_pieces_of_long_sequences_have_equally_many_rows_in_whole_units():
 def test_no_piece_is_made_for_a_small_rest():
     rows = rows_of(torch.full((2548,), 4))  # a mean of 1911 deeper rows, of 29.9 units
     found = list(pieces(rows, [Segment(0, 1)] * 4, unit=ROW_UNIT))
-    assert [len(piece.deeper.anchor) for piece in found] == [1920, 1920, 1920, 1884]
+    assert [len(piece.mtp.anchor) for piece in found] == [1920, 1920, 1920, 1884]
     rows = rows_of(torch.full((112,), 4))  # a mean of 84: two units would be half again as much
-    assert len(next(pieces(rows, [Segment(0, 1)] * 4, unit=ROW_UNIT)).deeper.anchor) == 64
+    assert len(next(pieces(rows, [Segment(0, 1)] * 4, unit=ROW_UNIT)).mtp.anchor) == 64
 
 
 def test_one_segment_is_one_piece():
     rows = rows_of(torch.full((500,), 4))
     (piece,) = pieces(rows, [Segment(0, 500)])
-    assert len(piece.rows.anchor) == 2000 and len(piece.deeper.anchor) == 1500
+    assert len(piece.rows.anchor) == 2000 and len(piece.mtp.anchor) == 1500
 
 
 @pytest.mark.parametrize("alone", [1, 3000], ids=["all", "many"])
@@ -93,5 +93,5 @@ def test_rows_of_depth_zero_that_stand_alone_are_limited_too(alone):
 def test_segments_below_a_unit_fill_nothing_up():
     rows = rows_of(torch.full((40,), 4))
     found = list(pieces(rows, [Segment(10 * i, 10 * i + 10) for i in range(4)], unit=ROW_UNIT))
-    assert [len(piece.deeper.anchor) for piece in found] == [30] * 4
+    assert [len(piece.mtp.anchor) for piece in found] == [30] * 4
     assert [len(piece.rows.anchor) for piece in found] == [40] * 4

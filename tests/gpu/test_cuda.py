@@ -125,7 +125,7 @@ def near_float64(on_gpu, on_cpu, inputs, dtype, near):
 def test_long_documents_are_attended_in_shared_tiles(lengths, tiles):
     document = torch.repeat_interleave(torch.tensor(lengths))
     supervised = torch.ones(len(document), dtype=torch.bool)
-    rows = sample_rows(supervised, document, cod=COD, generator=None).deeper()
+    rows = sample_rows(supervised, document, cod=COD, generator=None).mtp()
     inputs = attention_inputs(len(rows.anchor), len(document))
     value = inputs[4]
     plan = Cuda().plan_mtp_attention(rows, document, value=value.to("cuda", torch.bfloat16))

@@ -39,13 +39,13 @@ def assert_ntp_and_mtp_equal(drafter, rows, documents, lengths, expected):
     document, position, tokens, aux = documents
     deep = rows.depth > 0
     ntp = drafter.ntp_forward(tokens, aux, position, document_lengths=list(lengths))
-    deeper = drafter.mtp_forward(rows.deeper(), ntp, position, document, drafter.ops)
+    mtp = drafter.mtp_forward(rows.mtp(), ntp, position, document, drafter.ops)
     assert torch.allclose(ntp.hidden, expected[~deep], atol=1e-9)
-    assert torch.allclose(deeper, expected[deep], atol=1e-9)
+    assert torch.allclose(mtp, expected[deep], atol=1e-9)
 
     weights = torch.randn_like(expected)
     parameters = [p for n, p in drafter.named_parameters() if not n.startswith(("norm", "lm_"))]
     wanted = torch.autograd.grad((expected * weights).sum(), parameters)
-    ours = (ntp.hidden * weights[~deep]).sum() + (deeper * weights[deep]).sum()
+    ours = (ntp.hidden * weights[~deep]).sum() + (mtp * weights[deep]).sum()
     for got, want in zip(torch.autograd.grad(ours, parameters), wanted, strict=True):
         assert torch.allclose(got, want, rtol=1e-7, atol=1e-9)

@@ -12,4 +12,4 @@ def drawn(*lengths, seed=0):
     supervised = torch.rand(len(document), generator=torch.Generator().manual_seed(seed)) < 0.95
     generator = torch.Generator().manual_seed(seed)
     rows = sample_rows(supervised, document, cod=Cod(6, 0.8), generator=generator)
-    return rows.deeper(), document
+    return rows.mtp(), document

@@ -32,7 +32,8 @@ def finish_run(run_dir: Path, *, step: int, run_id: str = "run-1") -> str:
     values = np.random.default_rng(step).standard_normal((50, 40), dtype=np.float32)
     save_file({"fc.weight": values}, weights)
     sha = hashlib.sha256(weights.read_bytes()).hexdigest()
-    (run_dir / "drafter/config.json").write_text(json.dumps({"num_hidden_layers": 1}))
+    config = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1}
+    (run_dir / "drafter/config.json").write_text(json.dumps(config))
     (run_dir / "card/README.md").write_text(
         f"---\nlicense: mit\n---\n# Step {step}\n\n| Drafter weights, sha256 | `{sha}` |\n"
         f"| Run | `{run_id}` |\n| Steps | {step:,} |\n"

@@ -112,8 +112,8 @@ def test_training_rows_equal_drafting_when_its_guesses_are_the_tokens():
         believed[anchor + 1 : anchor + depths] = guesses[:-1]
         rows = Rows(torch.full((depths - 1,), anchor), torch.arange(1, depths))
         ntp = drafter.ntp_forward(believed, aux, position, document_lengths=[14])
-        deeper = drafter.mtp_forward(rows, ntp, position, document, drafter.ops)
-        states = torch.cat([ntp.hidden[anchor][None], deeper])
+        mtp = drafter.mtp_forward(rows, ntp, position, document, drafter.ops)
+        states = torch.cat([ntp.hidden[anchor][None], mtp])
         assert guesses.tolist() == drafter.logits(states).argmax(-1).tolist()
 
 

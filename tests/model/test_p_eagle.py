@@ -72,7 +72,7 @@ def test_ntp_and_mtp_equal_the_flat_masked_form(lengths, changes, monkeypatch):
     rows = all_rows(document, Cod(5, 0.8))
     deep = rows.depth > 0
     assert deep.sum() > 32
-    assert attention_tiles.tile_rollouts(rows.deeper(), document).full  # tiles that need no mask
+    assert attention_tiles.tile_rollouts(rows.mtp(), document).full  # tiles that need no mask
 
     expected = flat_form(drafter, rows, document, position, tokens, aux)
     found = (document, position, tokens, aux)
@@ -101,9 +101,9 @@ def test_training_rows_equal_a_drafting_pass_in_vllms_slot_layout(design):
         torch.ones(12, dtype=torch.bool), document, cod=Cod(depths, 1.0), generator=None
     )
     ntp = drafter.ntp_forward(tokens, aux, position, document_lengths=[12])
-    deeper = drafter.mtp_forward(rows.deeper(), ntp, position, document, drafter.ops)
+    mtp = drafter.mtp_forward(rows.mtp(), ntp, position, document, drafter.ops)
     trained = {}
-    for row, state in zip(zip(*rows.deeper(), strict=True), deeper, strict=True):
+    for row, state in zip(zip(*rows.mtp(), strict=True), mtp, strict=True):
         trained[tuple(map(int, row))] = drafter.logits(state[None]).argmax().item()
     for anchor in range(12):
         trained[anchor, 0] = drafter.logits(ntp.hidden[anchor][None]).argmax().item()

@@ -209,7 +209,7 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
         (["run/checkpoints/last.ckpt"], "run", "holds checkpoints, which no export wrote"),
         (["last.ckpt"], "last.ckpt", "last.ckpt is a file"),
         (["last.ckpt"], "last.ckpt/drafter", "last.ckpt is a file"),
-        (["model/config.json", "model/model.safetensors"], "model", "it is no earlier export"),
+        (["model/config.json", "model/model.safetensors"], "model", "is no earlier export"),
     ],
 )
 def test_what_is_no_export_is_refused_and_stays(tmp_path, files, out, message):

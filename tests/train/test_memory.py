@@ -18,7 +18,7 @@ from peagle.train.memory import copied_bytes, parameters, rows_within
 from peagle.train.objective import objective
 from peagle.train.packing import Batch, pack
 
-SETTINGS = {"slots": 64, "rollout": 8, "deeper": 0.7, "element": 4, "recompute": False}
+SETTINGS = {"slots": 64, "rollout": 8, "mtp_share": 0.7, "element": 4, "recompute": False}
 
 
 def large(**changes):
@@ -54,7 +54,7 @@ def test_more_memory_means_more_rows_and_longer_sequences_leave_fewer():
     assert rows(4.0, slots=8192) < rows(4.0)
     assert rows(4.0, element=2) > rows(4.0)
     assert rows(4.0, recompute=True) > rows(4.0)
-    assert rows(4.0, deeper=0.5) > rows(4.0)  # only those pass through the layers again
+    assert rows(4.0, mtp_share=0.5) > rows(4.0)  # only those pass through the layers again
 
 
 def test_rows_of_eagle3_keep_their_attention_weights():
@@ -140,7 +140,7 @@ def peak_of_steps(batch, config, *, bf16, recompute):
 )
 def test_a_step_stays_within_its_budget_and_makes_use_of_it(bf16, recompute, budget, slots, heads):
     element, config = 2 if bf16 else 4, medium(heads)
-    settings = {"slots": slots, "rollout": 8, "deeper": COD.deeper_share(), "element": element}
+    settings = {"slots": slots, "rollout": 8, "mtp_share": COD.mtp_share(), "element": element}
     limit = rows_within(budget, config, **settings, recompute=recompute)
     batch = batch_within(limit, slots)
     assert len(batch.segments) > 1, "the budget would not be the limit"

@@ -38,9 +38,7 @@ def plain_loss(drafter, head, batch, rows, depth_decay=1.0):
     ntp = drafter.ntp_forward(batch.tokens, batch.aux, batch.position, document_lengths=lengths)
     deep = rows.depth > 0
     hidden = ntp.hidden[rows.anchor]
-    hidden[deep] = drafter.mtp_forward(
-        rows.deeper(), ntp, batch.position, batch.document, drafter.ops
-    )
+    hidden[deep] = drafter.mtp_forward(rows.mtp(), ntp, batch.position, batch.document, drafter.ops)
     logits = drafter.logits(hidden)
     p = torch.softmax(head(batch.final).double(), -1)[rows.position]
     weights = depth_decay ** rows.depth.double()
@@ -188,7 +186,7 @@ def test_gradients_of_a_segment_are_not_kept_beside_their_sums(monkeypatch):
 
 def test_gradients_of_ntp_are_added_to_their_sums():
     document = torch.zeros(40, dtype=torch.long)
-    rows = sample_rows(document == 0, document, cod=COD, generator=None).deeper()
+    rows = sample_rows(document == 0, document, cod=COD, generator=None).mtp()
     count = len(rows.anchor)
     inputs = [torch.randn(n, heads, 8) for n, heads in ((count, 4), *[(count, 2)] * 2)]
     ntp = [torch.randn(40, 2, 8, requires_grad=True) for _ in range(2)]

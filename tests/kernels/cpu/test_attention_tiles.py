@@ -12,7 +12,7 @@ from peagle.kernels.cpu.attention_tiles import UNIT, Tiling, tile_documents, til
 
 def rollouts(document: torch.Tensor, supervised: torch.Tensor, seed: int) -> Rows:
     generator = torch.Generator().manual_seed(seed)
-    return sample_rows(supervised, document, cod=Cod(6, 0.8), generator=generator).deeper()
+    return sample_rows(supervised, document, cod=Cod(6, 0.8), generator=generator).mtp()
 
 
 def wanted(rows: Rows, document: torch.Tensor) -> torch.Tensor:

@@ -151,7 +151,7 @@ def rollout_rows() -> Rows:
         cod=Cod(4, 0.8),
         generator=torch.Generator().manual_seed(0),
     )
-    return rows.deeper()
+    return rows.mtp()
 
 
 def rollout_inputs(rows: Rows) -> list[torch.Tensor]:
