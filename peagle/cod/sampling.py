@@ -86,7 +86,7 @@ def sample_rows(
     cod: Cod,
     generator: torch.Generator | None,
 ) -> Rows:
-    """Keep every supervised row of depth 0 (NTP) and geometrically fewer MTP rows of each further depth.
+    """Keep every supervised row of depth 0 (NTP) and geometrically fewer MTP rows of each depth.
 
     Depth ``d`` keeps at most ``cod.share(d)`` of the anchors that have a depth 1 at all, drawn only
     from the anchors that survived depth ``d - 1``. The pack has one quota per depth, since rounding
