@@ -5,10 +5,18 @@ out reads this file too, and before the others start.
 """
 
 import gc
+import os
 import threading
 
 import pytest
 from stand_in import make_stand_in
+
+
+def pytest_configure(config):
+    """Without a GPU, Triton's interpreter runs its kernels. It must be asked for before Triton is
+    loaded."""
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_finish():

@@ -4,7 +4,7 @@ It explains the others, they are tested against it, and it serves devices that h
 their own (MPS, ROCm, XPU).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -147,9 +147,7 @@ class Reference:
         """With rows of zeros up to a number that the device is fast at."""
         return states
 
-    def fused_loss(
-        self, mix: Mapping[str, float], dtype: torch.dtype
-    ) -> tuple[Callable, ...] | None:
+    def fused_loss(self, dtype: torch.dtype) -> tuple[Callable, Callable] | None:
         """Kernels that take the place of ``loss.target_of`` and ``loss.finish``, if there are."""
         return None
 

@@ -9,45 +9,51 @@
     lk_hybrid  lambda * kl + (1 - lambda) * tv,               arXiv 2602.23881;
                lambda = exp(-3 * alpha), held constant        kl early, acceptance late
 
-To add a loss, write its value and its slope and add one line to ``LOSSES``. On CUDA the losses that
-``kernels/cuda/loss.py`` names run as Triton kernels; any other runs as it stands here.
+To add a loss, write its value and its slope and add one line to ``LOSSES``. Both forms of the loss
+use that entry: the one here, and on CUDA the Triton kernels of ``kernels/cuda/loss.py``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from peagle.kernels.device import without_autocast
 from peagle.kernels.precision import at_least_float32, compute_dtype
 from peagle.kernels.reference import Reference
 
-LK_DECAY = 3.0
-
 
 class Target(NamedTuple):
     """The target's distribution at some positions."""
 
     p: Float[Tensor, "P W"]
+    logits: Float[Tensor, "P W"]
+    lse: Float[Tensor, " P"]  # log(sum(exp(logits)))
     neg_entropy: Float[Tensor, " P"]  # sum(p * log(p))
     label: Int[Tensor, " P"]  # argmax p
-
-    def of(self, which: Int[Tensor, " C"]) -> "Target":
-        """One entry for each row that guesses one of the positions."""
-        return Target(*(x.index_select(0, which) for x in self))
 
 
 @dataclass
 class RowStats:
-    """What losses are made of: both distributions in every row of a chunk, [C, W]."""
+    """What losses are made of, in every row of a chunk: each is computed when first asked for."""
 
     target: Target
+    shared: Int[Tensor, " C"]  # which position each row guesses
     logits: Float[Tensor, "C W"]
     first: Int[Tensor, " C"]  # argmax of the logits
+
+    @cached_property
+    def p(self) -> Float[Tensor, "C W"]:
+        return self.target.p.index_select(0, self.shared)
+
+    @cached_property
+    def log_p(self) -> Float[Tensor, "C W"]:
+        lse = self.target.lse[self.shared]
+        return self.target.logits.index_select(0, self.shared).sub_(lse[:, None])
 
     @cached_property
     def q(self) -> Float[Tensor, "C W"]:
@@ -59,71 +65,69 @@ class RowStats:
         return log_sum_exp(self.logits, self.q, self.first)
 
     @cached_property
-    def below(self) -> Bool[Tensor, "C W"]:
-        """Where the drafter gives less than the target."""
-        return self.q < self.target.p
+    def log_q(self) -> Float[Tensor, "C W"]:
+        return self.logits - self.lse[:, None]
 
     @cached_property
-    def alpha(self) -> Float[Tensor, " C"]:
+    def hit(self) -> Float[Tensor, "C W"]:
+        """1 at the target's first choice, else 0."""
+        label = self.target.label[self.shared]
+        return torch.zeros_like(self.logits).scatter_(1, label[:, None], 1.0)
+
+    @cached_property
+    def alpha(self) -> Float[Tensor, "C 1"]:
         """Chance that rejection sampling accepts the guess."""
-        return torch.minimum(self.target.p, self.q).sum(-1)
-
-    @cached_property
-    def blend(self) -> Float[Tensor, " C"]:
-        return torch.exp(-LK_DECAY * self.alpha)
-
-    @property
-    def labels(self) -> tuple[Tensor, Tensor]:
-        """Where the target's first choices stand."""
-        return torch.arange(len(self.first), device=self.first.device), self.target.label
+        return torch.minimum(self.p, self.q).sum(-1, keepdim=True)
 
 
 class Loss(NamedTuple):
-    """One divergence between ``p`` and ``q``, per row.
+    """One divergence between ``p`` and ``q``, token by token of the draft vocabulary.
 
-    ``slope`` is ``q * d value / d q``. The gradient with respect to the logits follows from it:
-    ``slope - q * sum(slope)``.
+    Both functions take an ``x`` with ``p``, ``q``, ``log_p``, ``log_q``, ``hit`` (1 at the target's
+    first choice, else 0) and ``alpha`` of the row. Triton compiles them as well, so they consist of
+    arithmetic, calls of each other, and what torch and ``triton.language`` both have (``exp log
+    where maximum``), written ``torch.exp``. They must be finite where ``p`` and ``q`` are 0.
+
+    ``value`` is summed over a row. ``slope`` is ``q * d value / d q``: the gradient with respect to
+    the logits, ``slope - q * sum(slope)``, follows from it.
     """
 
-    value: Callable[[RowStats], Float[Tensor, " C"]]
-    slope: Callable[[RowStats], Float[Tensor, "C W"]]
+    value: Callable
+    slope: Callable
 
 
-def kl_value(row: RowStats) -> Float[Tensor, " C"]:
-    """Without a logarithm of [C, W]: ``sum(p log p) - sum(p * logits) + lse``."""
-    cross = torch.linalg.vecdot(row.target.p, row.logits)
-    return row.target.neg_entropy - cross + row.lse
+def kl_value(x):
+    return x.p * (x.log_p - x.log_q)
 
 
-def kl_slope(row: RowStats) -> Float[Tensor, "C W"]:
-    return -row.target.p
+def kl_slope(x):
+    return -x.p
 
 
-def ce_value(row: RowStats) -> Float[Tensor, " C"]:
-    return row.lse - row.logits[row.labels]
+def ce_value(x):
+    return -x.hit * x.log_q
 
 
-def ce_slope(row: RowStats) -> Float[Tensor, "C W"]:
-    slope = torch.zeros_like(row.q)
-    slope[row.labels] = -1.0
-    return slope
+def ce_slope(x):
+    return -x.hit
 
 
-def tv_value(row: RowStats) -> Float[Tensor, " C"]:
-    return 1 - row.alpha
+def tv_value(x):
+    return torch.where(x.q < x.p, x.p - x.q, 0.0)
 
 
-def tv_slope(row: RowStats) -> Float[Tensor, "C W"]:
-    return -(row.q * row.below)
+def tv_slope(x):
+    return torch.where(x.q < x.p, -x.q, 0.0)
 
 
-def lk_value(row: RowStats) -> Float[Tensor, " C"]:
-    return row.blend * kl_value(row) + (1 - row.blend) * tv_value(row)
+def lk_value(x):
+    blend = torch.exp(-3.0 * x.alpha)
+    return blend * kl_value(x) + (1 - blend) * tv_value(x)
 
 
-def lk_slope(row: RowStats) -> Float[Tensor, "C W"]:
-    blend = row.blend[:, None]
-    return blend * kl_slope(row) + (1 - blend) * tv_slope(row)
+def lk_slope(x):
+    blend = torch.exp(-3.0 * x.alpha)
+    return blend * kl_slope(x) + (1 - blend) * tv_slope(x)
 
 
 LOSSES = {
@@ -132,6 +136,7 @@ LOSSES = {
     "tv": Loss(tv_value, tv_slope),
     "lk_hybrid": Loss(lk_value, lk_slope),
 }
+Terms = Sequence[tuple[Loss, float]]  # what is summed, each by its weight
 
 
 def check_mix(mix: Mapping[str, float]) -> dict[str, float]:
@@ -184,15 +189,14 @@ def head_loss(
     """
     dtype = compute_dtype(hidden)
     needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    terms = [(LOSSES[name], float(share)) for name, share in mix.items()]
     with without_autocast(hidden.device):  # it would round sums of float32, too
-        return _HeadLoss.apply(
-            hidden, weight, dtype, needed, target, position, dict(mix), weights, ops
-        )
+        return _HeadLoss.apply(hidden, weight, dtype, needed, target, position, terms, weights, ops)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, dtype, needed, target, position, mix, weights, ops):
+    def forward(ctx, hidden, weight, dtype, needed, target, position, terms, weights, ops):
         order = torch.argsort(position)
         position, order = position[order], order.to(hidden.device, non_blocking=True)
         states = ops.pad_rows(hidden[order].to(dtype))
@@ -203,7 +207,7 @@ class _HeadLoss(torch.autograd.Function):
         if needed:
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros_like(weight) if main_grad is None else main_grad
-        at_positions, at_rows = ops.fused_loss(mix, dtype) or (target_of, finish)
+        at_positions, at_rows = ops.fused_loss(dtype) or (target_of, finish)
         for rows in slices(len(order), ops.head_chunk):
             # The last chunk takes the zeros behind it along: they add nothing.
             chunk = rows if rows.stop < len(order) else slice(rows.start, len(states))
@@ -215,7 +219,7 @@ class _HeadLoss(torch.autograd.Function):
                 lines = order[rows][some]
                 share = None if weights is None else weights[lines].to(total.dtype)
                 loss, guess[lines] = at_rows(
-                    logits[some], known, shared[some], share, mix, needed, ops
+                    logits[some], known, shared[some], share, terms, needed, ops
                 )
                 total += loss
             if needed:
@@ -259,8 +263,8 @@ def target_at(
 
 def target_of(logits: Float[Tensor, "P W"], ops: Reference) -> Target:
     p, label = torch.softmax(logits, -1), ops.first_choice(logits)
-    neg_entropy = torch.linalg.vecdot(p, logits) - log_sum_exp(logits, p, label)
-    return Target(p, neg_entropy, label)
+    lse = log_sum_exp(logits, p, label)
+    return Target(p, logits, lse, torch.linalg.vecdot(p, logits) - lse, label)
 
 
 def log_sum_exp(
@@ -276,39 +280,26 @@ def finish(
     target: Target,
     shared: Int[Tensor, " C"],
     weights: Float[Tensor, " C"] | None,
-    mix: Mapping[str, float],
+    terms: Terms,
     with_grad: bool,
     ops: Reference,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, " C"]]:
     """Summed loss of some rows and their first choices; the logits' gradient takes their place."""
     exact = logits.to(target.p.dtype)
-    row = RowStats(target.of(shared), exact, ops.first_choice(exact))
-    loss, grad = divergence(row, mix=mix, weights=weights, with_grad=with_grad)
-    if grad is not None:
-        logits.copy_(grad)
-    return loss, row.first
-
-
-def divergence(
-    row: RowStats,
-    *,
-    mix: Mapping[str, float],
-    weights: Float[Tensor, " C"] | None,
-    with_grad: bool,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "C W"] | None]:
-    """Summed loss of a chunk, each row by its weight, and its gradient with respect to the logits.
-
-    The gradient takes the place of ``q``. That of ``kl`` alone is ``q - p``.
-    """
-    every = torch.ones_like(row.lse) if weights is None else weights
-    total = sum((share * every * LOSSES[name].value(row)).sum() for name, share in mix.items())
-    if not with_grad:
-        return total, None
-    if set(mix) == {"kl"}:
-        grad = row.q.sub_(row.target.p)
-        return total, grad if weights is None and mix["kl"] == 1 else grad.mul_(
-            (mix["kl"] * every)[:, None]
-        )
-    slope = sum(LOSSES[name].slope(row) * share for name, share in mix.items())
-    slope *= every[:, None]
-    return total, slope.sub_(row.q.mul_(slope.sum(-1, keepdim=True)))
+    x = RowStats(target, shared, exact, ops.first_choice(exact))
+    weights = torch.ones_like(x.lse) if weights is None else weights
+    alone = len(terms) == 1 and terms[0][0] is LOSSES["kl"]
+    if alone:
+        # The default, in half the passes over [C, W]: with no logarithm, and no slope but q - p.
+        value = x.target.neg_entropy[shared] - torch.linalg.vecdot(x.p, exact) + x.lse
+        weights = weights * terms[0][1]
+    else:
+        value = sum(entry.value(x) * share for entry, share in terms).sum(-1)
+    if with_grad:
+        if alone:
+            grad = x.q.sub_(x.p)
+        else:
+            slope = sum(entry.slope(x) * share for entry, share in terms)
+            grad = slope.sub_(x.q * slope.sum(-1, keepdim=True))
+        logits.copy_(grad.mul_(weights[:, None]))
+    return (value * weights).sum(), x.first

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from peagle.kernels.device import without_slow_bf16
+
 MATRICES = "matrices"  # key of a parameter group that holds hidden matrices
 
 
@@ -54,7 +56,9 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.muon.step()
+        matrix = self.muon.param_groups[0]["params"][0]
+        with without_slow_bf16(matrix.device):
+            self.muon.step()
         self.adamw.step()
         return loss
 

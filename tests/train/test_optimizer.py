@@ -21,7 +21,8 @@ def gradients(ps, step):
         p.grad = torch.randn(p.shape, generator=generator)
 
 
-def test_each_group_moves_as_under_its_own_optimizer():
+def test_each_group_moves_as_under_its_own_optimizer(monkeypatch):
+    monkeypatch.setattr("peagle.kernels.cpu.products.FAST_BF16", True)
     ours, alone = parameters(), parameters()
     both = MuonAdamW(groups(ours), lr=0.01)
     parts = [
@@ -35,6 +36,19 @@ def test_each_group_moves_as_under_its_own_optimizer():
         for part in parts:
             part.step()
     assert all(torch.equal(a, b) for a, b in zip(ours, alone, strict=True))
+
+
+def test_muon_computes_in_float32_where_bf16_is_slow(monkeypatch):
+    """A gradient's singular values follow the iteration's polynomial, which bf16 blurs."""
+    monkeypatch.setattr("peagle.kernels.cpu.products.FAST_BF16", False)
+    moved = torch.nn.Parameter(torch.zeros(4, 4))
+    both = MuonAdamW([{"params": [moved], MATRICES: True}, {"params": parameters()[3:]}], lr=1.0)
+    moved.grad = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
+    both.step()
+    x = moved.grad.diagonal().double() / moved.grad.norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.775 * x**3 + 2.0315 * x**5
+    assert torch.allclose(-moved.diagonal().double() / (0.2 * 4**0.5), x, atol=1e-4)
 
 
 def test_a_schedule_reaches_both_groups():

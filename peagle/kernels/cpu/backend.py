@@ -1,6 +1,6 @@
 """The CPU: few passes over memory, pieces that its cache holds, and oneDNN where it is faster."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -34,20 +34,15 @@ def turn(
     return out
 
 
-def gate_up_by_rows(*tensors: Float[Tensor, "T I"]) -> None:
-    for rows in cached_rows(*tensors):
-        gate_up(*rows)
+def by_rows(function: Callable[..., None]) -> Callable[..., None]:
+    """``function``, on as many rows of its tensors at a time as a cache holds."""
 
+    def run(*tensors: Tensor) -> None:
+        count = max(1, CACHE_ELEMENTS // tensors[0].shape[1])
+        for rows in zip(*(x.split(count) for x in tensors), strict=True):
+            function(*rows)
 
-def gate_up_backward_by_rows(*tensors: Float[Tensor, "T I"]) -> None:
-    for rows in cached_rows(*tensors):
-        gate_up_backward(*rows)
-
-
-def cached_rows(*tensors: Float[Tensor, "T I"]) -> Iterator[tuple[Float[Tensor, "t I"], ...]]:
-    """The same rows of each, as many as a cache holds."""
-    count = max(1, CACHE_ELEMENTS // tensors[0].shape[1])
-    return zip(*(x.split(count) for x in tensors), strict=True)
+    return run
 
 
 class Cpu(Accelerated):
@@ -59,8 +54,8 @@ class Cpu(Accelerated):
     rms_norm = staticmethod(rms_norm)
     ntp_attention = staticmethod(ntp_attention)
     turn = staticmethod(turn)
-    gate_up = staticmethod(gate_up_by_rows)
-    gate_up_backward = staticmethod(gate_up_backward_by_rows)
+    gate_up = staticmethod(by_rows(gate_up))
+    gate_up_backward = staticmethod(by_rows(gate_up_backward))
 
     def prefers_product(self, x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"]) -> bool:
         return prefers_onednn(x, weight) and not torch.is_autocast_enabled("cpu")

@@ -12,7 +12,6 @@ A step of 4,096 slots on an Intel Xeon with AMX: 8.5 s for 12.8 s with the kerne
 """
 
 import math
-from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from peagle.kernels.precision import at_least_float32
 
 TILE = 1280  # rows and slots, at most, whose weights exist at a time: whole units
+COLUMNS = {torch.bfloat16: 3}  # that add up to a float32
 UNIT = 128  # tiles are multiples of it: oneDNN makes code for each size, and keeps that of few
 
 
@@ -40,9 +40,9 @@ def attend_gemm(
     scores = _Scores(stacked(query), key[0], stacked(lse))
     total = query.new_zeros(*scores.shape, query.shape[3], dtype=at_least_float32(query.dtype))
     weight = total.new_zeros(scores.shape)
-    by_slots = [scores.keys, tiles(value[0])]
-    by_rows = [scores.queries, evenly(total), evenly(weight)]
-    for keys, values, queries, sums, counts in each(by_slots, by_rows):
+    by_slots = zip(scores.keys, tiles(value[0]), strict=True)
+    by_rows = zip(scores.queries, evenly(total), evenly(weight), strict=True)
+    for (keys, values), (queries, sums, counts) in product(by_slots, by_rows):
         weights = scores.exponential(queries, keys)
         sums += weights @ values
         counts += weights.sum(-1)
@@ -66,11 +66,12 @@ def attend_gemm_backward(
     slope = with_columns(stacked(grad), -stacked(delta))
     for_key, for_value = query.new_zeros(2, *key.shape[1:], dtype=at_least_float32(query.dtype))
     for_query = for_key.new_zeros(len(for_key), width, scores.shape[1])
-    by_slots = [scores.keys, across(key[0]), with_ones(value[0])]
-    by_slots += [evenly(for_key), evenly(for_value)]
+    columns = [tile.mT.contiguous() for tile in evenly(key[0])]
+    by_slots = [scores.keys, columns, with_ones(value[0]), evenly(for_key), evenly(for_value)]
     by_rows = [scores.queries, narrow(scores.queries, width), slope, narrow(slope, width)]
-    for tile in each(by_slots, [*by_rows, evenly(for_query, dim=2)]):
-        keys, keys_across, values, sum_key, sum_value, *rows = tile
+    by_rows.append(evenly(for_query, dim=2))
+    for slots, rows in product(zip(*by_slots, strict=True), zip(*by_rows, strict=True)):
+        keys, keys_across, values, sum_key, sum_value = slots
         queries, narrow_queries, onward, narrow_onward, sum_query = rows
         weights = scores.exponential(keys, queries)
         sum_value += weights @ narrow_onward
@@ -109,23 +110,9 @@ class _Scores:
         return scores.exp2_()
 
 
-def each(
-    by_slots: list[Sequence[Float[Tensor, "G ..."]]],
-    by_rows: list[Sequence[Float[Tensor, "G ..."]]],
-) -> Iterator[tuple[Float[Tensor, "g ..."], ...]]:
-    """What belongs to each tile, of slots and of rows."""
-    for there, here in product(zip(*by_slots, strict=True), zip(*by_rows, strict=True)):
-        yield *there, *here
-
-
 def tiles(x: Float[Tensor, "G N E"]) -> list[Float[Tensor, "G _ E"]]:
     """Each in one piece of memory, as the products want it."""
     return [tile.contiguous() for tile in evenly(x)]
-
-
-def across(x: Float[Tensor, "G N E"]) -> list[Float[Tensor, "G E _"]]:
-    """Columns as rows."""
-    return [tile.mT.contiguous() for tile in evenly(x)]
 
 
 def narrow(found: list[Float[Tensor, "G _ C"]], width: int) -> list[Float[Tensor, "G _ E"]]:
@@ -154,11 +141,6 @@ def unstacked(
     return x[:, : heads * rows].unflatten(1, (heads, rows)).transpose(0, 1)
 
 
-def columns(dtype: torch.dtype) -> int:
-    """A float32 is the sum of three bf16."""
-    return 3 if dtype == torch.bfloat16 else 1
-
-
 def with_columns(
     x: Float[Tensor, "G N E"], addend: Float[Tensor, "G N"]
 ) -> list[Float[Tensor, "G _ C"]]:
@@ -170,7 +152,7 @@ def with_columns(
 def split(x: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "... C"]:
     """Parts in ``dtype`` that add up to ``x``."""
     parts = []
-    for _ in range(columns(dtype)):
+    for _ in range(COLUMNS.get(dtype, 1)):
         parts.append(x.to(dtype))
         x = x - parts[-1].to(x.dtype)
     return torch.stack(parts, -1)
@@ -178,5 +160,5 @@ def split(x: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "... C"]
 
 def with_ones(x: Float[Tensor, "G S E"]) -> list[Float[Tensor, "G _ C"]]:
     """Tiles of ``x`` with what takes up the columns of ``with_columns``."""
-    ones = x.new_ones(*x.shape[:2], columns(x.dtype))
+    ones = x.new_ones(*x.shape[:2], COLUMNS.get(x.dtype, 1))
     return tiles(torch.cat([x, ones], 2))

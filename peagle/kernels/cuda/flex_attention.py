@@ -51,8 +51,8 @@ class Ranges(NamedTuple):
 
 
 class FlexPlan(NamedTuple):
-    """How the rows of a piece (depth >= 1, sorted) see the prefix and their own rollouts; all
-    its layers share it."""
+    """How the rows of a piece (depth >= 1, sorted) see the NTP slots and their own rollouts;
+    all its layers share it."""
 
     mask: BlockMask
     shared: list[SharedTile]  # what the mask leaves out
@@ -81,17 +81,17 @@ def block_mask(
     begin = torch.searchsorted(document, document[rows.anchor])
     for tile in shared:
         begin[tile.rows] = tile.slots.stop
-    prefix = Ranges(begin[row], anchor)
+    ntp = Ranges(begin[row], anchor)
     start = torch.where(number < count, row - rows.depth[row] + 1, number)
     own = Ranges(slots + start, slots + number)
     total = (slots + len(number)) // BLOCK
-    some, full = prefix.blocks(total)
+    some, full = ntp.blocks(total)
     beside, _ = own.blocks(total)
     return BlockMask.from_kv_blocks(
         *ordered((some & ~full) | beside, device),
         *ordered(full, device),
         BLOCK_SIZE=BLOCK,
-        mask_mod=seen_by(prefix, own, device),
+        mask_mod=seen_by(ntp, own, device),
         seq_lengths=(len(number), slots + len(number)),
     )
 
@@ -110,9 +110,9 @@ def ordered(
     )
 
 
-def seen_by(prefix: Ranges, own: Ranges, device: torch.device) -> Callable[..., Tensor]:
+def seen_by(ntp: Ranges, own: Ranges, device: torch.device) -> Callable[..., Tensor]:
     """Tensors only, no lengths: a kernel compiled once then serves pieces of every length."""
-    begin, anchor, first, last = (x.int().to(device, non_blocking=True) for x in (*prefix, *own))
+    begin, anchor, first, last = (x.int().to(device, non_blocking=True) for x in (*ntp, *own))
 
     return lambda batch, head, query, key: (
         ((key >= begin[query]) & (key <= anchor[query]))
