@@ -97,6 +97,11 @@ class TargetSource:
     @contextmanager
     def opening(self) -> Iterator[None]:
         """What transformers raises for a target that it cannot open becomes one sentence."""
+        if self.name.endswith(".gguf"):
+            raise ValueError(
+                f"target {self.name!r} is a GGUF file, and a folder of safetensors is needed; make "
+                f"it once: python -m peagle.target.from_gguf {self.name} FOLDER"
+            )
         try:
             yield
         except Exception as error:  # of any kind: missing packages, torn files, odd settings

@@ -138,6 +138,11 @@ def test_what_cannot_become_a_target_is_refused_in_a_sentence(file, tmp_path):
     assert not list(out.parent.glob("*")) and (taken / "notes.txt").read_text() == "keep"
 
 
+def test_a_file_as_target_is_sent_to_the_command_that_makes_its_folder():
+    with pytest.raises(ValueError, match=r"peagle\.target\.from_gguf m\.gguf FOLDER"):
+        TargetSource("m.gguf").config()
+
+
 def test_a_disk_without_room_is_known_before_weights_are_read(file, tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
