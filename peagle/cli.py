@@ -43,6 +43,7 @@ from peagle.preflight import (
     check_epochs,
     refuse_foreign_files,
     refuse_other_run,
+    refuse_strategy,
     require_gpu,
     require_logger,
 )
@@ -56,7 +57,6 @@ from peagle.target.target import TargetSource
 from peagle.train.datamodule import HiddenStatesDataModule
 from peagle.train.module import PEagleModule
 from peagle.train.packed_sequences import refuse_mask_tokens
-from peagle.train.strategies import refuse_strategy
 
 
 class PEagleCLI(LightningCLI):

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from peagle.capture.config import CaptureConfig
 from peagle.capture.identity import wanted_manifest
@@ -115,3 +116,19 @@ def require_logger(trainer: Trainer) -> None:
                 f"{type(callback).__name__} needs a logger: leave out --trainer.logger false, "
                 "or the callback"
             )
+
+
+def refuse_strategy(trainer: Trainer) -> None:
+    """Raise ``ValueError`` for a strategy under which a run would end badly.
+
+    Processes that are forked or spawned from this one (``ddp_spawn``, ``ddp_notebook``) hand back
+    no trained drafter. Strategies that cut weights or gradients into parts need every call to pass
+    through ``forward``, and gradients that are whole before clipping.
+    """
+    strategy = trainer.strategy
+    single = isinstance(strategy, SingleDeviceStrategy)
+    ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    if single or (ddp and strategy._start_method == "popen"):
+        return
+    name = getattr(strategy, "_start_method", type(strategy).__name__)
+    raise ValueError(f"this strategy ({name}) cannot train a drafter: give --trainer.strategy ddp")

@@ -24,8 +24,7 @@ ORDER = """
 """
 LEVEL = {name: n for n, line in enumerate(ORDER.split("\n")) for name in line.split()}
 SOURCES = sorted([*ROOT.glob("peagle/**/*.py"), *ROOT.glob("callbacks/*.py")])
-LIGHTNING = {"train/module.py", "train/datamodule.py", "train/strategies.py"}
-LIGHTNING |= {"cli.py", "preflight.py"}
+LIGHTNING = {"train/module.py", "train/datamodule.py", "preflight.py", "cli.py"}
 
 
 def name_of(path):

@@ -2,13 +2,14 @@
 
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from transformers import DeepseekV3Config, Qwen3NextConfig
 
 from peagle.capture.config import CaptureConfig
 from peagle.capture.prompts import PromptSource
-from peagle.preflight import check_decodable, check_drafter, check_epochs
+from peagle.preflight import check_decodable, check_drafter, check_epochs, refuse_strategy
 from peagle.target.target import TargetSource
 from peagle.train.module import PEagleModule
 
@@ -68,3 +69,22 @@ def test_a_run_must_not_end_before_the_epoch_of_its_checkpoint(monkeypatch):
     check_epochs("last.ckpt", 3)
     with pytest.raises(ValueError, match=r"last.ckpt has trained 3 epochs.*ends after 1"):
         check_epochs("last.ckpt", 1)
+
+
+def trainer(strategy):
+    return L.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_a_strategy_that_starts_from_this_process_is_refused(strategy):
+    with pytest.raises(ValueError, match=r"cannot train a drafter: give --trainer\.strategy ddp"):
+        refuse_strategy(trainer(strategy))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
+def test_ddp_is_allowed(strategy):
+    refuse_strategy(trainer(strategy))
+
+
+def test_one_device_is_allowed():
+    refuse_strategy(L.Trainer(accelerator="cpu", devices=1, logger=False))
