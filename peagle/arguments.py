@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from peagle.store.disk import existing
+
 OLD_NAMES = {
     r"(?<![\w./])callbacks\.(average|checkpoint|evaluate|hub|progress|record|signals)\.[A-Z]\w+": (
         "write peagle.callbacks in place of callbacks"
@@ -60,10 +62,8 @@ def home(path: str) -> str:
 def folder(path: str) -> str:
     """A folder that may not be there yet. Raises ``ValueError`` where a file is in its place."""
     path = home(path)
-    if "://" not in path:
-        for place in (Path(path), *Path(path).parents):
-            if place.is_file():
-                raise FolderError(f"{place} is a file, and a folder is needed: give another path")
+    if "://" not in path and (place := existing(Path(path))).is_file():
+        raise FolderError(f"{place} is a file, and a folder is needed: give another path")
     return path
 
 

@@ -40,9 +40,7 @@ def check_drafter(
         optimizer = module.optimizer(parameter_groups(drafter))
         module.lr_scheduler(optimizer, 1000)
     weights = sum(parameter.numel() for parameter in drafter.parameters())
-    places = (run_dir.absolute(), *run_dir.absolute().parents)
-    there = next(place for place in places if place.exists())
-    require_disk(there, CHECKPOINTS * STATES * weights * torch.float32.itemsize)
+    require_disk(run_dir, CHECKPOINTS * STATES * weights * torch.float32.itemsize)
 
 
 def check_devices(*configs: CaptureConfig | EvaluationConfig) -> None:

@@ -1,9 +1,6 @@
 """``python -m peagle plan``: what a run will cost, said before anything of it runs."""
 
 import math
-import resource
-import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +9,11 @@ from peagle.capture.config import CaptureConfig
 from peagle.capture.identity import manifest_fields
 from peagle.cod.sampling import Cod, expected_per_depth
 from peagle.decode.evaluation import EvaluationConfig
-from peagle.kernels.device import has_own_memory
+from peagle.kernels.device import has_own_memory, peak_memory
 from peagle.model.config import PEagleConfig
 from peagle.plan.cost import Cost, Shape, cost_of, matrix_rate
 from peagle.plan.forecast import Forecast, forecast, tokenizer_of
+from peagle.store.disk import free_bytes
 from peagle.store.hub import FoundStore
 from peagle.store.manifest import Manifest
 from peagle.target.target import TargetSource
@@ -64,7 +62,8 @@ def plan(
         answers: prompts that the target answers to learn how long answers are.
         seconds: how long this machine's speed is measured.
     """
-    program, text = program_bytes(), target.config()
+    # What Python and its libraries take, in this process as in one that trains.
+    program, text = peak_memory("cpu"), target.config()
     shape = manifest_fields(text, capture)
     manifest = Manifest(target.name, target.revision, "", tokenizer="", answers="", **shape)
     data = forecast(target, capture, manifest, place, answers=answers)
@@ -96,12 +95,6 @@ def plan(
         *warnings(data, config, capture, evaluation, run, place),
     ]
     return "\n".join(lines)
-
-
-def program_bytes() -> int:
-    """What Python and its libraries take, in this process as in one that trains."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def sequence_of(run: RunShape, data: Forecast, config: PEagleConfig) -> Shape:
@@ -232,8 +225,7 @@ def warnings(
             f"{capture.max_tokens}: longer conversations are captured, but not trained"
         )
     if isinstance(place, Path) and not (place / "manifest.json").exists():
-        there = next(p for p in (place, *place.absolute().parents) if p.exists())
-        free = shutil.disk_usage(there).free
+        free = free_bytes(place)
         if data.bytes > free:
             problems.append(f"the disk is too small: {size(data.bytes)} needed, {size(free)} free")
     return [f"warning    {problem}" for problem in problems]

@@ -20,7 +20,7 @@ from peagle.serve.contract import (
     refuse_unservable,
     servable_tensors,
 )
-from peagle.store.disk import sync
+from peagle.store.disk import existing, sync
 
 EXPORTED = {"config.json", "model.safetensors"}
 ARCHITECTURES = {"LlamaForCausalLMEagle3", "PEagleSpeculator", "Eagle3Speculator"}  # in config.json
@@ -88,10 +88,8 @@ def refuse_foreign(folder: Path) -> None:
 
     An export replaces its folder. Hence nothing else may lie in it, not even beside an export.
     """
-    parent = next(path for path in folder.resolve().parents if path.exists())
-    if not parent.is_dir() or (folder.exists() and not folder.is_dir()):
-        file = folder if parent.is_dir() else parent
-        raise ValueError(f"{file} is a file: give a folder of its own for the drafter")
+    if not (place := existing(folder)).is_dir():
+        raise ValueError(f"{place} is a file: give a folder of its own for the drafter")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     foreign = sorted(names - EXPORTED)
     if foreign:

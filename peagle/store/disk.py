@@ -28,10 +28,19 @@ def write_atomically(path: Path, content: bytes) -> None:
     rename_durably(temporary, path)
 
 
+def existing(path: Path) -> Path:
+    """The path, or the nearest of the folders above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """Of the disk that a path, which may not be there yet, is on."""
+    return shutil.disk_usage(existing(path)).free
+
+
 def require_disk(folder: Path, needed: int) -> None:
     """Raise ``ValueError`` with need and have when the disk under ``folder`` is too small."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if needed > free:
         raise ValueError(
             f"not enough disk at {folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"

@@ -4,7 +4,6 @@ Commands read targets as safetensors beside a tokenizer, the form that vLLM serv
 once, in bf16. Weights that the file holds in fewer bits keep the values they were rounded to.
 """
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -12,7 +11,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from jsonargparse import auto_cli
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from peagle.store.disk import require_disk
 
 NEEDED_LIBRARIES = "reading GGUF needs two libraries: pip install 'peagle[gguf]'"
 
@@ -25,6 +27,8 @@ def make_folder(
     Nothing is left behind when it fails.
 
     Args:
+        file: in the GGUF format.
+        folder: where the target goes.
         sha256: what the file's hash must be.
         hub_id: the same model on the Hub, for cards and serving lines.
 
@@ -44,6 +48,7 @@ def make_folder(
         raise ValueError(NEEDED_LIBRARIES) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"wrote {folder}: --target {folder}")
 
 
 def check(file: Path, folder: Path, sha256: str | None) -> None:
@@ -60,12 +65,7 @@ def check(file: Path, folder: Path, sha256: str | None) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists: give another folder, or remove it first")
     # Files hold 2 to 16 bits a weight; 4 is usual, and bf16 then four times as large.
-    needed = 4 * file.stat().st_size
-    nearest = next(parent for parent in folder.absolute().parents if parent.exists())
-    if (free := shutil.disk_usage(nearest).free) < needed:
-        raise ValueError(
-            f"{nearest} has {free / 1e9:.1f} GB free, {folder} may need {needed / 1e9:.1f} GB"
-        )
+    require_disk(folder, 4 * file.stat().st_size)
 
 
 def convert(file: Path, folder: Path) -> None:
@@ -105,21 +105,8 @@ def front_matter(file: Path, hub_id: str | None) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--sha256", help="refuse another file")
-    parser.add_argument("--hub_id", help="the same model on the Hub")
-    arguments = parser.parse_args()
-    try:
-        make_folder(
-            arguments.file, arguments.folder, sha256=arguments.sha256, hub_id=arguments.hub_id
-        )
-    except ValueError as error:
-        parser.exit(1, f"peagle: {error}\n")
-    print(f"wrote {arguments.folder}: --target {arguments.folder}")
-
-
 if __name__ == "__main__":
-    main()
+    try:
+        auto_cli(make_folder)
+    except ValueError as error:
+        raise SystemExit(f"peagle: {error}") from None
