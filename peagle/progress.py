@@ -2,14 +2,17 @@
 
 import sys
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 from tqdm import tqdm
 
 LINE_EVERY_S = 30.0
+Item = TypeVar("Item")
 
 
-class Lines(AbstractContextManager):
+class Lines:
     """Prints ``WHAT: DONE/TOTAL (SHARE), RATE, TIME left`` to stderr, at most every half minute.
 
     Args:
@@ -50,12 +53,21 @@ class Lines(AbstractContextManager):
             words.append(f"{left} left")
         print(", ".join(words), file=sys.stderr, flush=True)
 
-    def __exit__(self, *error: object) -> None:
-        """Nothing is open."""
 
-
-def progress(what: str, total: int | None, *, done: int = 0, unit: str = "it") -> "tqdm | Lines":
-    """What to ``update`` as a stage goes on; a context manager."""
+def progress(
+    what: str, total: int, *, done: int = 0, unit: str = "it"
+) -> AbstractContextManager["tqdm | Lines"]:
+    """What to ``update`` as a stage goes on."""
     if sys.stderr.isatty():
         return tqdm(total=total, initial=done, desc=what, unit=unit)
-    return Lines(what, total, done=done, unit=unit)
+    return nullcontext(Lines(what, total, done=done, unit=unit))
+
+
+def track(
+    what: str, items: Iterable[Item], total: int | None = None, *, unit: str = "it"
+) -> Iterator[Item]:
+    """The items, of which ``progress`` counts each that is done; default total: all there are."""
+    with progress(what, len(items) if total is None else total, unit=unit) as bar:
+        for item in items:
+            yield item
+            bar.update()

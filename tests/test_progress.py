@@ -6,7 +6,7 @@ import pytest
 
 from peagle import progress as module
 from peagle.next_step import after_fit
-from peagle.progress import progress
+from peagle.progress import progress, track
 from peagle.quiet import is_needed
 
 
@@ -31,10 +31,8 @@ def test_a_long_stage_prints_a_line_every_half_minute_and_a_last_one(clock, caps
 
 
 def test_a_short_stage_says_nothing(clock, capsys):
-    with progress("answers", 3) as bar:
-        for _ in range(3):
-            clock[0] += 5
-            bar.update()
+    for _ in track("answers", range(3)):
+        clock[0] += 5
     assert capsys.readouterr().err == ""
 
 

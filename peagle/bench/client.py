@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-from peagle.progress import progress
+from peagle.progress import track
 from peagle.serve.http import posted, request
 from peagle.serve.vllm import MODEL_NAME
 
@@ -111,11 +111,8 @@ def closed_loop(
     begin = time.perf_counter()
     clients = ThreadPoolExecutor(concurrency)
     try:
-        answers = []
-        with progress(what, len(questions), unit="answers") as bar:
-            for answer in clients.map(partial(ask, port), questions):
-                answers.append(answer)
-                bar.update()
+        found = clients.map(partial(ask, port), questions)
+        answers = list(track(what, found, len(questions), unit="answers"))
         return Load(answers, time.perf_counter() - begin)
     finally:
         # After an error nobody waits for the answers under way: they end with the engine.

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from peagle.capture.config import CaptureConfig
 from peagle.capture.extract import extract_batch, open_writer, sample_bytes_per_token
 from peagle.capture.work_split import WorkSplit
-from peagle.progress import progress
+from peagle.progress import track
 from peagle.store.disk import require_disk
 from peagle.store.index import split_of
 from peagle.store.manifest import Manifest
@@ -61,15 +61,13 @@ def import_speculators(
     writer = open_writer(manifest, config, folder, split.first_shard)
     done, unsupervised = {entry.place for entry in writer.done}, 0
     missing = [i for i in mine if i not in done]
-    with progress("converting", len(missing)) as bar:
-        for i in missing:
-            sample = read_sample(files[i], rows[i], manifest)
-            if sample.loss_mask.any():
-                name = hashlib.sha256(sample.input_ids.numpy().tobytes()).hexdigest()[:16]
-                writer.append(name, split_of(name, config.val_share), sample, place=i)
-            else:
-                unsupervised += 1
-            bar.update()
+    for i in track("converting", missing):
+        sample = read_sample(files[i], rows[i], manifest)
+        if sample.loss_mask.any():
+            name = hashlib.sha256(sample.input_ids.numpy().tobytes()).hexdigest()[:16]
+            writer.append(name, split_of(name, config.val_share), sample, place=i)
+        else:
+            unsupervised += 1
     writer.flush()
     if unsupervised:
         print(f"{unsupervised} rows have nothing to train on and were left out", file=sys.stderr)

@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from peagle.capture.chat import refuse_unsaid, render, turns_from_messages
 from peagle.capture.prompts import Prompt, refuse_late_system
+from peagle.progress import track
 
 STAND_IN = "."  # for an answer that is not there yet
 
@@ -33,7 +33,7 @@ def rehearse(
     """
     positions = getattr(text, "max_position_embeddings", None) or math.inf
     fit, shortest = [], math.inf
-    for prompt in tqdm(prompts, desc="prompts", disable=None, leave=False):
+    for prompt in track("prompts", prompts):
         options = prompt.options(template_options)
         sequences = said_in_data if answers_in_data else asked
         found = list(sequences(tokenizer, prompt, options))

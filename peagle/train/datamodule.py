@@ -8,7 +8,7 @@ Nothing random is stored: the order of an epoch and the seed of every COD draw f
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from peagle.cod.sampling import Cod
 from peagle.decode.evaluation import EvaluationConfig, PromptBatch, prompt_batches
 from peagle.kernels.device import pinned
 from peagle.model.config import PEagleConfig
-from peagle.progress import progress
+from peagle.progress import track
 from peagle.store.errors import BadSample
 from peagle.store.hub import FoundStore, HubStore, find_store, open_store, store_address
 from peagle.store.reader import Store
@@ -292,14 +292,11 @@ class HiddenStatesDataModule(L.LightningDataModule):
 
     def assistant_tokens(self) -> Tensor:
         """How often each token is the assistant's in the training split; [V]."""
-        train = self.store.split("train")
-        with progress("token counts", len(train)) as bar:
-            samples = self.readable(train, bar.update)
-            return token_counts(samples, self.store.manifest.vocab_size)
+        samples = self.readable(track("token counts", self.store.split("train")))
+        return token_counts(samples, self.store.manifest.vocab_size)
 
-    def readable(self, indices: Iterable[int], report: Callable[[], object]) -> Iterator[Sample]:
+    def readable(self, indices: Iterable[int]) -> Iterator[Sample]:
         for index in indices:
-            report()
             try:
                 yield self.store.read(index)
             except BadSample as error:

@@ -4,10 +4,10 @@ from contextlib import suppress
 
 from jaxtyping import Int
 from torch import Tensor
-from tqdm import tqdm
 
 from peagle.cod.sampling import Cod, expected_rows
 from peagle.cod.segments import partition
+from peagle.progress import track
 from peagle.store.errors import BadSample
 from peagle.store.reader import Store
 from peagle.train.buffers import Buffers
@@ -58,7 +58,7 @@ def refuse_mask_tokens(store: Store, mask_token_id: int | None) -> None:
     """Look through a whole store, without its states; damaged samples are left to training."""
     if mask_token_id is None:
         return
-    for index in tqdm(range(len(store)), desc="mask token", disable=None, leave=False):
+    for index in track("mask token", range(len(store))):
         with suppress(BadSample):
             refuse_mask_token(store, index, store.token_ids(index), mask_token_id)
 
