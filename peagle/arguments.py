@@ -55,7 +55,7 @@ class FolderError(ValueError, ArgumentTypeError):
 
 
 def home(path: str) -> str:
-    """The same with a leading ``~`` written out; a shell does so only at the start of a word."""
+    """The same with a leading ``~`` written out."""
     return os.path.expanduser(path)
 
 
@@ -68,9 +68,9 @@ def folder(path: str) -> str:
 
 
 def expand_home(arguments: list[str]) -> list[str]:
-    """Write ``~`` out in values, which a shell leaves alone after ``=``."""
+    """Write ``~`` out, which a shell leaves alone after ``=``."""
     parts = [argument.partition("=") for argument in arguments]
-    return [f"{key}{sign}{home(value)}" for key, sign, value in parts]
+    return [f"{home(key)}{sign}{home(value)}" for key, sign, value in parts]
 
 
 def replacing_lists(arguments: list[str]) -> list[str]:

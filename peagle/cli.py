@@ -361,11 +361,11 @@ OPTIONS = {"as_positional": False, "exit_on_error": False}  # of jsonargparse
 def run(name: str, arguments: list[str]) -> None:
     """Run one command of ``python -m peagle``; raises ``ValueError`` for what the user can mend."""
     silence_libraries()
-    arguments = with_files(arguments)
+    arguments = with_files(expand_home(arguments))
     refuse_tokens(arguments)
     refuse_old_names(arguments)
     refuse_save_dir(arguments)
-    arguments = replacing_lists(expand_home(arguments))
+    arguments = replacing_lists(arguments)
     if name in FUNCTIONS:
         auto_cli(FUNCTIONS[name], args=arguments[1:], **OPTIONS)
     elif name == "bench":

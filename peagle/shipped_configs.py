@@ -111,8 +111,8 @@ def config_file(given: str) -> str:
     """
     if ":" in given:  # the settings themselves, or a URL
         return given
-    if Path(given).expanduser().is_file():
-        return str(Path(given).expanduser())
+    if Path(given).is_file():
+        return given
     own = Path(f"{given}.yaml")
     if not own.is_file() and given not in shipped():
         known = Path(given).stem in shipped()

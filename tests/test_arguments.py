@@ -32,9 +32,8 @@ def test_settings_added_to_a_list_keep_what_is_there(tmp_path):
 
 def test_a_home_folder_is_written_out(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    assert expand_home(["fit", "--out=~/x", "--limit=3", "~"]) == [
-        *("fit", "--out=/home/me/x", "--limit=3", "~")
-    ]
+    given = ["fit", "--out=~/x", "--limit=3", "--config", "~/y"]
+    assert expand_home(given) == ["fit", "--out=/home/me/x", "--limit=3", "--config", "/home/me/y"]
     assert folder("~/run") == "/home/me/run"
 
 

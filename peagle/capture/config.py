@@ -112,6 +112,10 @@ class CaptureConfig:
                 "vllm_python and vllm_args need engine: vllm: set it, or leave them out"
             )
 
+    @property
+    def speculators_folder(self) -> Path:
+        return Path(self.speculators).expanduser()
+
     def made_with(self) -> dict[str, Any]:
         """What the conversations and states of a store depend on, besides its target.
 
@@ -123,7 +127,7 @@ class CaptureConfig:
         own = {key: getattr(self, key) for key in IDENTITY_SETTINGS}
         if self.speculators is not None:
             kept = {key: own[key] for key in ("val_share", "start_layers")}
-            data = dataset_fingerprint(Path(self.speculators).expanduser())
+            data = dataset_fingerprint(self.speculators_folder)
             return {"speculators": data, **kept, "prompts": {}}
         return {**own, "prompts": {source.name: prompt_set_hash(source) for source in self.prompts}}
 

@@ -43,7 +43,7 @@ def import_speculators(
     Raises:
         ValueError: naming the file, where a sample is not what the store needs.
     """
-    source = Path(config.speculators).expanduser()
+    source = config.speculators_folder
     rows = load_rows(source)
     files = {i: source / "hidden_states" / f"hs_{i}.safetensors" for i in range(len(rows))}
     there = [i for i, path in files.items() if path.exists()]

@@ -145,7 +145,7 @@ def counted(store: Store, size: int) -> Forecast:
 
 def to_convert(target: TargetSource, config: CaptureConfig, manifest: Manifest) -> Forecast:
     """What speculators' data set holds."""
-    rows = load_rows(Path(config.speculators))
+    rows = load_rows(config.speculators_folder)
     sizes = [Size(len(row["input_ids"]), int(row["loss_mask"].sum())) for row in rows]
     basis = f"counted in {config.speculators}"
     ids = frozenset(token for row in rows for token in row["input_ids"].tolist())

@@ -86,9 +86,10 @@ def test_data_prepared_anew_at_the_same_place_are_other_data(folder):
     assert config(folder).answers_hash() != before
 
 
-def test_a_plan_counts_what_is_going_to_be_converted(folder, tmp_path):
+def test_a_plan_counts_what_is_going_to_be_converted(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
     wanted = wanted_manifest(TARGET, config(folder))
-    plan = forecast(TARGET, config(folder), wanted, tmp_path / "store", answers=0)
+    plan = forecast(TARGET, config(f"~/{folder.name}"), wanted, tmp_path / "store", answers=0)
     capture(TARGET, config(folder), tmp_path / "store")
     store = Store(tmp_path / "store")
     silent = len(TARGET.tokenizer()(TEXTS[3])["input_ids"])  # of the row that is left out
