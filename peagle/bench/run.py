@@ -23,7 +23,7 @@ from peagle.bench.report import (
     format_best,
 )
 from peagle.capture.config import require_positive
-from peagle.capture.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
+from peagle.capture.prompts import Prompt, PromptSource, check_sources, load_prompts
 from peagle.card.provenance import environment
 from peagle.decode.evaluation import turn_prompt
 from peagle.kernels.device import cpu_name
@@ -87,7 +87,7 @@ class BenchConfig:
     vllm_args: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        refuse_equal_names(self.prompts)
+        check_sources(self.prompts, "bench")
         require_positive(self, "bench", ("max_new_tokens",))
         for name in ("k", "concurrency"):
             numbers = getattr(self, name)

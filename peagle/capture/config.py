@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from peagle.capture.prompts import PromptSource, prompt_set_hash, refuse_equal_names
+from peagle.capture.prompts import PromptSource, check_sources, prompt_set_hash
 
-DTYPES = ("float32", "bfloat16", "float16")
+Dtype = Literal["float32", "bfloat16", "float16"]
 SIZES = ("max_new_tokens", "max_tokens", "batch_size", "batch_tokens")
 IDENTITY_SETTINGS = (
     "max_new_tokens",
@@ -73,7 +73,7 @@ class CaptureConfig:
     temperature: float = 1.0
     batch_size: int = 32
     batch_tokens: int = 16384
-    dtype: str = "bfloat16"
+    dtype: Dtype = "bfloat16"
     device: str = "auto"
     val_share: float = 0.05
     shard_mb: int = 512
@@ -88,13 +88,9 @@ class CaptureConfig:
     vllm_args: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not self.prompts:
-            raise ValueError("capture.prompts names no prompt set")
-        refuse_equal_names(self.prompts)
+        check_sources(self.prompts, "capture")
         if not 0 <= self.greedy_share <= 1:
             raise ValueError(f"greedy_share must lie in 0..1, got {self.greedy_share}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not 0 < self.val_share < 1:
             raise ValueError(f"val_share must lie between 0 and 1, got {self.val_share}")
         require_positive(self, "capture", SIZES)

@@ -135,8 +135,10 @@ class PromptSource:
         return named._replace(**{key: value for key, value in given.items() if value})
 
 
-def refuse_equal_names(sources: Sequence[PromptSource]) -> None:
-    """Raise ``ValueError`` when two sets share a name: their prompts and figures would mix."""
+def check_sources(sources: Sequence[PromptSource], section: str) -> None:
+    """Raise ``ValueError`` if there is no set, or two of one name, whose figures would mix."""
+    if not sources:
+        raise ValueError(f"{section}.prompts names no prompt set")
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:

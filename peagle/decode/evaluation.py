@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from peagle.capture.chat import answer_text, prompt_ids
-from peagle.capture.config import DTYPES, require_positive
-from peagle.capture.prompts import Prompt, PromptSource, load_prompts, refuse_equal_names
+from peagle.capture.config import Dtype, require_positive
+from peagle.capture.prompts import Prompt, PromptSource, check_sources, load_prompts
 from peagle.capture.rehearsal import rehearse
 from peagle.decode.decoder import Decoded, Decoder
 from peagle.model.checkpoint import check_address
@@ -44,23 +44,19 @@ class EvaluationConfig:
     temperatures: tuple[float, ...] = (0.0,)
     max_new_tokens: int = 256
     batch_size: int = 1
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     device: str = "auto"
     seed: int = 0
     template_options: dict[str, Any] | None = None
     baseline: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.prompts:
-            raise ValueError("evaluation.prompts names no prompt set")
-        refuse_equal_names(self.prompts)
+        check_sources(self.prompts, "evaluation")
         require_positive(self, "evaluation", ("max_new_tokens", "batch_size"))
         if not self.k or min(self.k) < 1:
             raise ValueError(f"k must list numbers of drafts, each at least 1, got {self.k}")
         if not self.temperatures or not all(0 <= t < math.inf for t in self.temperatures):
             raise ValueError(f"temperatures must not be negative, got {self.temperatures}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.baseline is not None:
             check_address(self.baseline)
 

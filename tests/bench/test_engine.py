@@ -241,6 +241,7 @@ def test_a_k_beyond_the_trained_depth_warns(capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"prompts": []}, "bench.prompts names no prompt set"),
         ({"k": ()}, "k must list different numbers from 1 up"),
         ({"k": (3, 3)}, "k must list"),
         ({"concurrency": (0, 1)}, "concurrency must list"),

@@ -195,11 +195,6 @@ def test_effective_norms_are_read_from_any_convention():
     assert torch.allclose(head(states).double(), wanted, atol=1e-4)
 
 
-def test_a_precision_that_does_not_exist_is_said_at_once():
-    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16"):
-        replace(CONFIG, dtype="fp32")
-
-
 def test_a_repetition_penalty_of_the_target_does_not_bend_its_answers():
     model, tokenizer = TARGET.model(dtype=torch.float32, device="cpu"), TARGET.tokenizer()
     talk = [{"role": "user", "content": "def close(self):"}]
