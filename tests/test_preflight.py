@@ -36,6 +36,7 @@ def test_the_embedded_target_can_be_decoded_and_its_skeleton_has_no_weights():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"mask_token_id": 512}, r"mask_token_id must lie in 0\.\.511, got 512"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"num_key_value_heads": 2}, "num_key_value_heads must divide the 3 heads"),
         ({"hidden_size": 100}, "hidden_size must be a multiple of the 3 heads"),
@@ -50,7 +51,7 @@ def test_a_drafter_that_cannot_be_trained_is_refused_before_its_store_is_made(
 ):
     check_drafter(PEagleModule(mask_token_id=3), TargetSource("tiny"), CONFIG, tmp_path / "run")
     with pytest.raises(ValueError, match=words):
-        module = PEagleModule(mask_token_id=3, **settings)
+        module = PEagleModule(**{"mask_token_id": 3, **settings})
         check_drafter(module, TargetSource("tiny"), CONFIG, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -112,10 +113,10 @@ def drop_too_long(answers: dict[str, Answer], config: CaptureConfig) -> dict[str
     return fit
 
 
-def require_answers(answers: Collection[str], config: CaptureConfig) -> None:
-    """Raise ``ValueError`` if no prompt left room for an answer."""
-    if not answers:
-        raise ValueError(f"max_tokens = {config.max_tokens} is smaller than every prompt: raise it")
+def require_room(fits: Any, max_tokens: int) -> None:
+    """Raise ``ValueError`` if nothing ``fits``: no prompt leaves room for an answer."""
+    if not fits:
+        raise ValueError(f"max_tokens = {max_tokens} is smaller than every prompt: raise it")
 
 
 def say_past_the_turn(answers: Collection[Answer], tokenizer: Tokenizer) -> None:

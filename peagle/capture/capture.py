@@ -20,7 +20,7 @@ from peagle.capture.answers import (
     answers_in_data,
     drop_too_long,
     generate_missing,
-    require_answers,
+    require_room,
     say_past_the_turn,
 )
 from peagle.capture.chat import conversation_id, documents, mask_reasoning
@@ -194,7 +194,7 @@ def named_documents(
     places = {prompt.id: number for number, prompt in enumerate(prompts)}
     groups = [documents_of(batch, answers, places, tokenizer, config) for batch in batches]
     if split.count == 1:  # else others may have all the work
-        require_answers(answers, config)
+        require_room(answers, config.max_tokens)
         if not any(groups):
             raise ValueError(
                 "no answer has supervised tokens: check chat template and max_new_tokens"

@@ -44,7 +44,7 @@ class Document(NamedTuple):
 
 
 def conversation_id(messages: Sequence[Message]) -> str:
-    """Hash of a conversation's text, which names it in messages."""
+    """Hash of a conversation's text, which names its sample."""
     text = json.dumps([[m["role"], m.get("content")] for m in messages], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -55,13 +55,12 @@ def render(
     options: Options | None,
     *,
     add_generation_prompt: bool,
-    place: str | None = None,
+    place: str = "a prompt",
 ) -> str:
     """The template's text.
 
     Raises:
-        ValueError: for a missing template, or one that refuses; with the ``place`` of the messages,
-            else with their hash.
+        ValueError: for a missing template, or one that refuses; with the ``place`` of the messages.
     """
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template")
@@ -69,15 +68,14 @@ def render(
     try:
         return tokenizer.apply_chat_template(list(messages), **fixed, **(options or {}))
     except Exception as error:  # templates raise what they like, in words of their own
-        name = place or f"sample {conversation_id(messages)}"
-        raise ValueError(f"{name}: the chat template refuses it ({error})") from error
+        raise ValueError(f"{place}: the chat template refuses it ({error})") from error
 
 
 def prompt_ids(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     options: Options | None = None,
-    place: str | None = None,
+    place: str = "a prompt",
 ) -> list[int]:
     """The conversation so far, ending where the assistant's next token comes."""
     text = render(tokenizer, messages, options, add_generation_prompt=True, place=place)
@@ -90,7 +88,7 @@ def turns_from_messages(
     *,
     ends: set[int],
     options: Options | None = None,
-    place: str | None = None,
+    place: str = "a prompt",
 ) -> list[Turn]:
     """The turns of a conversation whose answers are given as text.
 
@@ -99,42 +97,42 @@ def turns_from_messages(
     does. It ends with the first of the tokens ``ends``; what follows is the template's.
 
     Raises:
-        ValueError: naming the sample or its ``place``, if the template drops a message, a call or
+        ValueError: naming the ``place``, if the template drops a message, a call or
             the reasoning, or rewrites an answer, or if an answer is empty.
     """
-    name, turns = place or f"sample {conversation_id(messages)}", []
+    turns = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = render(tokenizer, messages[:i], options, add_generation_prompt=True, place=name)
+        before = render(tokenizer, messages[:i], options, add_generation_prompt=True, place=place)
         after = render(
-            tokenizer, messages[: i + 1], options, add_generation_prompt=False, place=name
+            tokenizer, messages[: i + 1], options, add_generation_prompt=False, place=place
         )
         text = after[len(before) :]
-        refuse_unsaid(messages[:i], options, before, name)
+        refuse_unsaid(messages[:i], options, before, place)
         lost = unsaid(message, text, own_turn=True)
         if lost or not after.startswith(before):
             what = f"the assistant's {lost or 'words'}"
-            raise ValueError(f"{name}: the chat template drops or rewrites turns ({what})")
+            raise ValueError(f"{place}: the chat template drops or rewrites turns ({what})")
         prompt, answer = (tokenizer.encode(t, add_special_tokens=False) for t in (before, text))
         stop = next((n + 1 for n, token in enumerate(answer) if token in ends), len(answer))
         turns.append(Turn(prompt, answer[:stop]))
     if not turns or not all(turn.answer for turn in turns):
-        raise ValueError(f"{name} has no supervised tokens: check the chat template")
+        raise ValueError(f"{place} has no supervised tokens: check the chat template")
     return turns
 
 
 def refuse_unsaid(
-    messages: Sequence[Message], options: Options | None, text: str, name: str
+    messages: Sequence[Message], options: Options | None, text: str, place: str
 ) -> None:
     """Raise ``ValueError`` unless a rendering says the messages, and offers the tools."""
     for message in messages:
         if lost := unsaid(message, text):
             what = f"the {message['role']}'s {lost}"
-            raise ValueError(f"{name}: the chat template drops or rewrites turns ({what})")
+            raise ValueError(f"{place}: the chat template drops or rewrites turns ({what})")
     for tool in (options or {}).get("tools") or ():
         if tool["function"]["name"] not in text:
-            raise ValueError(f"{name}: the chat template does not offer the row's tools")
+            raise ValueError(f"{place}: the chat template does not offer the row's tools")
 
 
 def unsaid(message: Message, text: str, *, own_turn: bool = False) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from peagle.capture.answers import require_room
 from peagle.capture.chat import refuse_unsaid, render, turns_from_messages
 from peagle.capture.prompts import Prompt, refuse_late_system
 from peagle.progress import track
@@ -42,8 +43,8 @@ def rehearse(
         shortest = min(shortest, len(found[0]) + (0 if answers_in_data else 2))
         if len(found[0]) < positions:
             fit.append(prompt)
-    if prompts and shortest > (max_tokens or math.inf):
-        raise ValueError(f"max_tokens = {max_tokens} is smaller than every prompt: raise it")
+    if prompts and max_tokens is not None:
+        require_room(shortest <= max_tokens, max_tokens)
     if len(fit) < len(prompts):
         count = f"{len(prompts) - len(fit)} of {len(prompts)} prompts"
         problem = f"longer than the target's {positions} positions"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from peagle.capture.answers import answers_in_data, drop_too_long, require_answers
+from peagle.capture.answers import answers_in_data, drop_too_long, require_room
 from peagle.capture.chat import documents, prompt_ids
 from peagle.capture.config import CaptureConfig
 from peagle.capture.conversation import Answer
@@ -86,7 +86,9 @@ def forecast(
     if tokenizer is None or not prompts:
         prompts, unknown = [], unknown + len(prompts)
     openings = [
-        prompt_ids(tokenizer, prompt.opening(), prompt.options(config.template_options))
+        prompt_ids(
+            tokenizer, prompt.opening(), prompt.options(config.template_options), prompt.place
+        )
         for prompt in prompts
     ]
     fits = [i for i, ids in enumerate(openings) if len(ids) < config.max_tokens - 1]
@@ -187,7 +189,7 @@ def measured(
     if prompts and not config.regenerate:
         ends = {tokenizer.eos_token_id}
         answered = drop_too_long(answers_in_data(tokenizer, prompts, config, ends), config)
-        require_answers(answered, config)
+        require_room(answered, config.max_tokens)
         return lengths_of(list(answered.values())), "all read"
     if not prompts or not weights or not answers:
         most = min(config.max_new_tokens, config.max_tokens)

@@ -124,11 +124,6 @@ class HiddenStatesDataModule(L.LightningDataModule):
         if self.store is None and not (stage == "test" and not self.folder.exists()):
             self.store = self.opened()
             self.bad.samples = len(self.store)
-            vocab_size = self.store.manifest.vocab_size
-            if self.mask_token_id is not None and not 0 <= self.mask_token_id < vocab_size:
-                raise ValueError(
-                    f"mask_token_id must lie in 0..{vocab_size - 1}, got {self.mask_token_id}"
-                )
 
     def opened(self) -> Store:
         """The store, if it is on the Hub at the commit that the first process found."""

@@ -7,7 +7,6 @@ from chat_templates import HARMONY, QWEN3, TEMPLATES, tokenizer_with
 from peagle.capture.answers import turns_within
 from peagle.capture.chat import (
     Turn,
-    conversation_id,
     documents,
     mask_reasoning,
     prompt_ids,
@@ -176,11 +175,10 @@ def test_turns_that_do_not_fit_are_left_out_whole():
          "no supervised"),
     ],
 )  # fmt: skip
-def test_a_template_that_hides_the_assistant_is_an_error_naming_the_sample(template, words):
+def test_a_template_that_hides_the_assistant_is_an_error_naming_the_place(template, words):
     talk = [TALK[0], {"role": "assistant", "content": ""}]
-    with pytest.raises(ValueError, match=words) as error:
-        rendered(tokenizer_with(template), talk)
-    assert conversation_id(talk) in str(error.value)
+    with pytest.raises(ValueError, match=f"x.jsonl, line 2.*{words}"):
+        turns_from_messages(tokenizer_with(template), talk, ends=set(), place="x.jsonl, line 2")
 
 
 @pytest.mark.parametrize(
@@ -201,9 +199,9 @@ def test_a_template_that_drops_or_rewrites_turns_is_refused(template, talk, word
         rendered(tokenizer_with(template), talk)
 
 
-def test_what_a_template_refuses_is_said_with_the_sample():
+def test_what_a_template_refuses_is_said_with_its_place():
     talk = [TALK[0], *TALK]
-    with pytest.raises(ValueError, match=r"sample \w{16}: the chat template refuses .*alternate"):
+    with pytest.raises(ValueError, match=r"a prompt: the chat template refuses .*alternate"):
         rendered(tokenizer_with(TEMPLATES["gemma"]), talk)
 
 

@@ -224,13 +224,6 @@ def test_a_memory_budget_decides_the_rows_per_segment(random_store, tmp_path):
         assert data.segment_rows() == min(data.max_rows, allowed)
 
 
-def test_a_mask_token_outside_the_vocabulary_is_refused(random_store):
-    data = make_data(random_store)
-    data.mask_token_id = 48
-    with pytest.raises(ValueError, match=r"mask_token_id must lie in 0\.\.47, got 48"):
-        data.setup("fit")
-
-
 def test_the_schedule_warms_up_and_decays_by_step():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = LinearSchedule(optimizer, 10, warmup_ratio=0.2)
