@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from peagle.card.run_files import read_curve
+from peagle.card.run_files import accuracies, read_curve
 from peagle.decode.acceptance import acceptance_length
 from peagle.decode.evaluation import Run
 from peagle.kernels.device import peak_memory
@@ -35,8 +35,7 @@ class Progress(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 1):
         self.shows_bar = sys.stderr.isatty()
         super().__init__(refresh_rate=refresh_rate if self.shows_bar else 0)
-        self.lines: Lines | None = None
-        self.stage = ""  # that the lines are of
+        self.lines: dict[str, Lines] = {}  # by stage; none on terminals
         self.speed = Speed()
 
     def get_metrics(self, *args: Any) -> dict[str, Any]:
@@ -47,14 +46,13 @@ class Progress(TQDMProgressBar):
     def start(self, trainer: L.Trainer, stage: str, total: int | float, done: int = 0) -> None:
         if not self.shows_bar and trainer.is_global_zero:
             whole = int(total) if math.isfinite(total) else None
-            self.lines, self.stage = Lines(stage, whole, done=done), stage
+            self.lines[stage] = Lines(stage, whole, done=done)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
         if trainer.is_global_zero:
             print(f"training {parameters(module.drafter)}", file=sys.stderr)
         self.start(trainer, "fit", trainer.estimated_stepping_batches, trainer.global_step)
-        self.training_lines = self.lines
         self.speed.start(trainer.global_step, module.tokens_trained)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *rest: Any) -> None:
@@ -64,8 +62,7 @@ class Progress(TQDMProgressBar):
         self.speed.step = trainer.global_step
         if trainer.global_step % trainer.log_every_n_steps == 0:
             self.log_speed(trainer, module)
-        lines = self.training_lines
-        if lines is not None:
+        if lines := self.lines.get("fit"):
             lines.done = trainer.global_step
             if lines.is_due() or lines.done == lines.total:
                 per_second = self.speed.over_all(module.tokens_trained) * trainer.world_size
@@ -91,13 +88,13 @@ class Progress(TQDMProgressBar):
 
     def on_validation_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
         super().on_validation_batch_end(trainer, *rest)
-        if self.lines is not None and self.stage == "validate":
-            self.lines.update()
+        if not trainer.sanity_checking and (lines := self.lines.get("validate")):
+            lines.update()
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_validation_end(trainer, module)
         self.speed.resume()
-        if self.lines is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if self.lines and trainer.state.fn == "fit" and not trainer.sanity_checking:
             found = ", ".join(figures(trainer, "val"))
             print(f"step {trainer.global_step}, validation: {found}", file=sys.stderr)
 
@@ -110,13 +107,13 @@ class Progress(TQDMProgressBar):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: list[Run], *rest: Any
     ) -> None:
         super().on_test_batch_end(trainer, module, outputs, *rest)
-        if self.lines is not None:
+        if lines := self.lines.get("test"):
             widest = max((run.k for run in outputs), default=0)
             self.accepted += [x for r in outputs if r.k == widest for x in r.decoded.accepted]
-            self.lines.done += 1
-            if self.lines.is_due():
+            lines.done += 1
+            if lines.is_due():
                 length = acceptance_length(self.accepted)
-                self.lines.show(f"acceptance length {length:.2f} at K = {widest}")
+                lines.show(f"acceptance length {length:.2f} at K = {widest}")
 
 
 class Speed:
@@ -151,13 +148,8 @@ def figures(trainer: L.Trainer, part: str) -> list[str]:
     """Loss, accuracy by depth and acceptance, as far as they were logged."""
     metrics = trainer.callback_metrics
     found = [f"loss {metrics[f'{part}/loss']:.3f}"] if f"{part}/loss" in metrics else []
-    depths = sorted(
-        (int(name.rpartition("_d")[2]), float(value))
-        for name, value in metrics.items()
-        if name.startswith(f"{part}/accuracy_d")
-    )
-    if depths:
-        found.append("accuracy by depth " + " ".join(f"{value:.2f}" for _, value in depths))
+    if depths := accuracies(metrics, part).values():
+        found.append("accuracy by depth " + " ".join(f"{value:.2f}" for value in depths))
     if "val/acceptance_length" in metrics:
         found.append(f"acceptance {float(metrics['val/acceptance_length']):.2f} (teacher-forced)")
     return found

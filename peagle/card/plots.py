@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from peagle.card.markdown import as_number
-from peagle.card.run_files import Curve, Points, Row, RunFiles, accuracy_by_depth
+from peagle.card.run_files import Curve, Points, Row, RunFiles, accuracies
 
 INK, SOFT, GRID, PANEL = "#1f2328", "#59636e", "#d8dee4", "#fbfbfa"
 # Okabe and Ito's colours: told apart by readers of every kind of colour vision.
@@ -92,16 +92,15 @@ def draw_curve(curve: Curve) -> bytes | None:
 
     The accuracy is of validation data, until there is any of the data in training.
     """
-    losses = {name: points for name, points in curve.items() if name.endswith("/loss")}
-    if not losses:
+    if not curve:
         return None
     figure, (left, right) = panel("Loss, and teacher-forced accuracy of each depth", 2)
-    _plot_loss(left, losses)
-    validated = accuracy_by_depth(curve, "val")
+    _plot_loss(left, curve)
+    validated = accuracies(curve, "val")
     if validated:
         _plot_accuracy(right, validated)
     else:
-        _plot_accuracy(right, accuracy_by_depth(curve, "train"), marker="")
+        _plot_accuracy(right, accuracies(curve, "train"), marker="")
     right.set_title("on validation data" if validated else "in training")
     legend(figure, left, right)
     return png(figure)
@@ -272,7 +271,7 @@ def _measured(rows: Sequence[Row], *keys: str) -> list[Row]:
 
 # File name -> what of the run it shows, and how that is drawn.
 PLOTS: dict[str, tuple[Callable[[RunFiles], Any], Callable[[Any], Figure]]] = {
-    "accuracy_over_steps.png": (lambda run: run.accuracy_curve, _accuracy_over_steps),
+    "accuracy_over_steps.png": (lambda run: accuracies(run.curve, "val"), _accuracy_over_steps),
     "loss_over_steps.png": (
         lambda run: {name: p for name, p in run.curve.items() if name.endswith("/loss")},
         _loss_over_steps,

@@ -15,9 +15,10 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -25,6 +26,7 @@ from safetensors import safe_open
 
 EMBEDDED = "tiny"  # as in peagle.target.target, which would load transformers to say so
 
+Value = TypeVar("Value")
 Row = dict[str, Any]
 Points = list[tuple[int, float]]  # optimizer step, value
 Curve = dict[str, Points]  # by the name of the logged metric
@@ -79,11 +81,6 @@ class RunFiles:
     """Losses and accuracies in the order of train.csv."""
 
     @property
-    def accuracy_curve(self) -> dict[int, Points]:
-        """On validation data: depth -> points."""
-        return accuracy_by_depth(self.curve, "val")
-
-    @property
     def num_depths(self) -> int | None:
         return self.training["num_depths"] or self.drafter["num_depths"]
 
@@ -113,17 +110,22 @@ class RunFiles:
             **{name: Section(provenance.get(name) or {}) for name in sections},
             drafter=_read_drafter(drafter_dir),
             validate=_read_metrics(run_dir / "metrics/validate.json"),
-            acceptance=_without_baselines(acceptance),
+            acceptance=replace(acceptance, rows=rows_of_first_method(acceptance.rows)),
             bench=_read_metrics(run_dir / "metrics/bench.json"),
             curve=read_curve(run_dir / "metrics/train.csv"),
         )
 
 
-def accuracy_by_depth(curve: Curve, part: str) -> dict[int, Points]:
-    """Depth -> points of ``part`` ("train" or "val"), ascending by depth."""
+def accuracies(logged: Mapping[str, Value], part: str) -> dict[int, Value]:
+    """Depth -> accuracy, or its curve, of ``part`` ("train" or "val"), ascending by depth."""
     start = f"{part}/accuracy_d"
-    found = {int(n.removeprefix(start)): p for n, p in curve.items() if n.startswith(start)}
+    found = {int(n.removeprefix(start)): x for n, x in logged.items() if n.startswith(start)}
     return dict(sorted(found.items()))
+
+
+def rows_of_first_method(rows: list[Row]) -> list[Row]:
+    """The run's own drafter stands before those that it is compared with."""
+    return [row for row in rows if row.get("method") == rows[0].get("method")]
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -164,12 +166,6 @@ def _read_metrics(path: Path) -> Metrics:
     totals = Section(read_json(path))
     rows, environment = totals.pop("rows", None), totals.pop("provenance", None)
     return Metrics(list(rows or ()), totals, Section(environment or {}))
-
-
-def _without_baselines(metrics: Metrics) -> Metrics:
-    """Without the rows of other drafters: the run's own stands first."""
-    own = [row for row in metrics.rows if row.get("method") == metrics.rows[0].get("method")]
-    return Metrics(own, metrics.totals, metrics.environment)
 
 
 def _read_drafter(folder: Path) -> Section:

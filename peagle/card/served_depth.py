@@ -5,7 +5,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from peagle.card.markdown import as_number
-from peagle.card.run_files import Metrics, Row, RunFiles
+from peagle.card.run_files import Metrics, Row, RunFiles, rows_of_first_method
 
 NEAR = 0.98  # of the longest acceptance length: a longer draft is not worth its time
 
@@ -21,8 +21,7 @@ def served_depth(run: RunFiles) -> ServedDepth | None:
     """The K that ``bench`` found fastest, else the smallest that accepts about as much as any, else
     the trained depth; None where nothing is known."""
     drafted = [row for row in run.bench.rows if row.get("drafter") is not None]
-    own = [row for row in drafted if row.get("method") == drafted[0].get("method")]
-    if speeds := mean_by_k(own, "speedup"):
+    if speeds := mean_by_k(rows_of_first_method(drafted), "speedup"):
         fastest = max(speeds, key=lambda k: speeds[k])
         return ServedDepth(fastest, f"K = {fastest} was the fastest in `peagle bench`.")
     tested = next(iter(by_conditions(run.acceptance).values()), [])
