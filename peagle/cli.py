@@ -38,7 +38,6 @@ from peagle.next_step import after_fit, bench_command, command
 from peagle.plan.report import RunShape, plan
 from peagle.preflight import (
     check_decodable,
-    check_devices,
     check_drafter,
     check_epochs,
     refuse_foreign_files,
@@ -186,7 +185,8 @@ class PEagleCLI(LightningCLI):
         refuse_foreign_files(run_dir)
         if not self.trainer.fast_dev_run:
             refuse_other_run(run_dir, target)
-        check_devices(config.capture, config.evaluation)
+        for device in (config.capture.device, config.evaluation.device):
+            pick_device(device)  # raises for one that is not there
         check_drafter(self.model, target, config.capture, run_dir)
         if self.trainer.limit_test_batches != 0:
             check_decodable(target)
@@ -282,8 +282,7 @@ def run_shape(config: Any, optimizer: str) -> RunShape:
     model, data, trainer = config.model, config.data, config.trainer
     device = "cpu" if trainer.accelerator == "cpu" else pick_device("auto")
     return RunShape(
-        architecture=model.architecture,
-        draft_vocab_size=model.draft_vocab_size,
+        drafter_config=model.drafter_config,
         cod=model.cod,
         max_tokens=data.max_tokens,
         max_rows=data.max_rows,

@@ -10,7 +10,6 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from peagle.capture.config import CaptureConfig
 from peagle.capture.identity import wanted_manifest
 from peagle.card.run_files import read_json
-from peagle.decode.evaluation import EvaluationConfig
 from peagle.decode.sliding_window import sliding_window_of_layers
 from peagle.kernels.device import pick_device
 from peagle.model.build import build_drafter
@@ -41,12 +40,6 @@ def check_drafter(
         module.lr_scheduler(optimizer, 1000)
     weights = sum(parameter.numel() for parameter in drafter.parameters())
     require_disk(run_dir, CHECKPOINTS * STATES * weights * torch.float32.itemsize)
-
-
-def check_devices(*configs: CaptureConfig | EvaluationConfig) -> None:
-    """Raise ``ValueError`` for a device that is not there."""
-    for config in configs:
-        pick_device(config.device)
 
 
 def check_decodable(target: TargetSource) -> None:

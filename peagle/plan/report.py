@@ -1,9 +1,9 @@
 """``python -m peagle plan``: what a run will cost, said before anything of it runs."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peagle.capture.config import CaptureConfig
 from peagle.capture.identity import manifest_fields
@@ -28,8 +28,7 @@ ENOUGH = 500_000  # conversations; with fewer, drafters were reported to accept 
 class RunShape:
     """What a run's configuration says about training, as far as costs depend on it."""
 
-    architecture: dict[str, Any]
-    draft_vocab_size: int | None
+    drafter_config: Callable[[Manifest], PEagleConfig]
     cod: Cod
     max_tokens: int
     max_rows: int | None
@@ -67,13 +66,7 @@ def plan(
     shape = manifest_fields(text, capture)
     manifest = Manifest(target.name, target.revision, "", tokenizer="", answers="", **shape)
     data = forecast(target, capture, manifest, place, answers=answers)
-    config = PEagleConfig(
-        **{**manifest.block, **run.architecture},
-        vocab_size=manifest.vocab_size,
-        draft_vocab_size=run.draft_vocab_size,
-        target_hidden_size=manifest.hidden_size,
-        eagle_aux_hidden_state_layer_ids=manifest.layer_ids,
-    )
+    config = run.drafter_config(manifest)
     sequence = sequence_of(run, data, config)
     cost = cost_of(
         config,

@@ -24,6 +24,7 @@ from peagle.plan.report import RunShape, mask_token, packs_of, sequence_of, step
 from peagle.store.manifest import Manifest
 from peagle.store.reader import Store
 from peagle.target.target import TargetSource
+from peagle.train.module import PEagleModule
 from peagle.train.sampler import PackSampler
 
 TARGET = TargetSource("tiny")
@@ -31,8 +32,7 @@ CAPTURE = CaptureConfig(
     prompts=[PromptSource("stdlib", limit=30)], max_new_tokens=24, dtype="float32", val_share=0.3
 )
 RUN = RunShape(
-    architecture={"mask_token_id": 3, "num_depths": 4, "num_hidden_layers": 2},
-    draft_vocab_size=None,
+    drafter_config=PEagleModule(mask_token_id=3, cod=Cod(4), num_layers=2).drafter_config,
     cod=Cod(4, 0.5),
     max_tokens=1024,
     max_rows=600,
