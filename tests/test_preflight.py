@@ -1,5 +1,6 @@
 """What fit refuses before it captures anything."""
 
+import json
 from types import SimpleNamespace
 
 import lightning as L
@@ -9,7 +10,14 @@ from transformers import DeepseekV3Config, Qwen3NextConfig
 
 from peagle.capture.config import CaptureConfig
 from peagle.capture.prompts import PromptSource
-from peagle.preflight import check_decodable, check_drafter, check_epochs, refuse_strategy
+from peagle.preflight import (
+    check_decodable,
+    check_drafter,
+    check_epochs,
+    refuse_foreign_files,
+    refuse_other_run,
+    refuse_strategy,
+)
 from peagle.target.target import TargetSource
 from peagle.train.module import PEagleModule
 
@@ -70,6 +78,28 @@ def test_a_run_must_not_end_before_the_epoch_of_its_checkpoint(monkeypatch):
     check_epochs("last.ckpt", 3)
     with pytest.raises(ValueError, match=r"last.ckpt has trained 3 epochs.*ends after 1"):
         check_epochs("last.ckpt", 1)
+
+
+def test_a_fit_refuses_the_folder_of_another_targets_run(tmp_path):
+    target = TargetSource("tiny")
+    record = {"target": {"fingerprint": target.fingerprint(), "name_or_path": "org/other"}}
+    for fingerprint in (None, record["target"]["fingerprint"]):
+        record["target"]["fingerprint"] = fingerprint
+        (tmp_path / "provenance.json").write_text(json.dumps(record))
+        refuse_other_run(tmp_path, target)
+    record["target"]["fingerprint"] = "another"
+    (tmp_path / "provenance.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"holds a run of another target \(org/other\)"):
+        refuse_other_run(tmp_path, target)
+
+
+def test_a_fit_refuses_a_configuration_of_the_users_own_in_its_folder(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("# lightning.pytorch==2.6.6\nseed_everything: 0\n")
+    refuse_foreign_files(tmp_path)
+    path.write_text("# my recipe\nseed_everything: 0\n")
+    with pytest.raises(ValueError, match=r"config\.yaml was not written by a fit"):
+        refuse_foreign_files(tmp_path)
 
 
 def trainer(strategy):
