@@ -1,9 +1,9 @@
 """The command line before it is parsed: what it must not hold, and what jsonargparse gets."""
 
-import os
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +51,12 @@ def refuse_tokens(arguments: list[str]) -> None:
 
 
 class FolderError(ValueError, ArgumentTypeError):
-    """Both kinds: argparse shows the words of the second alone, jsonargparse of the first."""
+    """Both, since jsonargparse shows the words of the first alone, and argparse of the second."""
 
 
-def home(path: str) -> str:
-    """The same with a leading ``~`` written out."""
-    return os.path.expanduser(path)
-
-
-def folder(path: str) -> str:
+def folder_path(path: str) -> str:
     """A folder that may not be there yet. Raises ``ValueError`` where a file is in its place."""
-    path = home(path)
+    path = expanduser(path)
     if "://" not in path and (place := existing(Path(path))).is_file():
         raise FolderError(f"{place} is a file, and a folder is needed: give another path")
     return path
@@ -70,7 +65,7 @@ def folder(path: str) -> str:
 def expand_home(arguments: list[str]) -> list[str]:
     """Write ``~`` out, which a shell leaves alone after ``=``."""
     parts = [argument.partition("=") for argument in arguments]
-    return [f"{home(key)}{sign}{home(value)}" for key, sign, value in parts]
+    return [f"{expanduser(key)}{sign}{expanduser(value)}" for key, sign, value in parts]
 
 
 def replacing_lists(arguments: list[str]) -> list[str]:

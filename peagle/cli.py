@@ -5,6 +5,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from peagle.arguments import (
     expand_home,
-    folder,
-    home,
+    folder_path,
     refuse_old_names,
     refuse_save_dir,
     refuse_tokens,
@@ -76,15 +76,15 @@ class PEagleCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--target", type=home, required=True, help="'tiny', a folder, or a Hub id"
+            "--target", type=expanduser, required=True, help="'tiny', a folder, or a Hub id"
         )
         parser.add_argument("--revision", type=str | None, default=None, help="of a Hub id")
         parser.add_argument(
-            "--run_dir", type=folder, required=True, help="everything a run writes goes here"
+            "--run_dir", type=folder_path, required=True, help="everything a run writes goes here"
         )
         parser.add_argument(
             "--store",
-            type=folder,
+            type=folder_path,
             required=True,
             help="hidden states, shared by runs: a folder, or hf://datasets/OWNER/NAME@REVISION",
         )
@@ -342,10 +342,10 @@ def export(
         source = TargetSource(target, revision)
         text = source.config()
         refuse_other_target(drafter.config, text)
-        folder = Path(source.path).is_dir()
-        name = str(Path(source.path).resolve()) if folder else target
+        in_folder = Path(source.path).is_dir()
+        name = str(Path(source.path).resolve()) if in_folder else target
         verifier = Verifier(name, text.architectures or [])
-        if folder and format == "speculators":
+        if in_folder and format == "speculators":
             print(f"config.json names the target by its folder on this machine, {name}: elsewhere "
                   "give a Hub id", file=sys.stderr)  # fmt: skip
     export_drafter(drafter, Path(out), layout=format, verifier=verifier, k=k)

@@ -6,8 +6,6 @@ from argparse import ArgumentError
 # Python's own (TypeError, KeyError ...) may be a fault of ours, and keeps its traceback.
 LIBRARIES = {
     "lightning",
-    "lightning_fabric",
-    "pytorch_lightning",
     "jsonargparse",
     "yaml",
     "safetensors",

@@ -1,4 +1,4 @@
-"""What a run can know before its first long stage is checked before it."""
+"""Checks all that a run can know before its first long stage."""
 
 from pathlib import Path
 

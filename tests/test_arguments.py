@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from peagle.__main__ import search_working_directory_last
-from peagle.arguments import expand_home, folder, replacing_lists
+from peagle.arguments import expand_home, folder_path, replacing_lists
 
 
 def test_a_list_of_settings_that_is_given_again_is_emptied_first(tmp_path):
@@ -34,7 +34,7 @@ def test_a_home_folder_is_written_out(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     given = ["fit", "--out=~/x", "--limit=3", "--config", "~/y"]
     assert expand_home(given) == ["fit", "--out=/home/me/x", "--limit=3", "--config", "/home/me/y"]
-    assert folder("~/run") == "/home/me/run"
+    assert folder_path("~/run") == "/home/me/run"
 
 
 def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
@@ -42,8 +42,8 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
     file.write_text("")
     for path in (file, file / "run"):
         with pytest.raises(ValueError, match="file is a file, and a folder is needed"):
-            folder(str(path))
-    assert folder("hf://datasets/me/store@main") == "hf://datasets/me/store@main"
+            folder_path(str(path))
+    assert folder_path("hf://datasets/me/store@main") == "hf://datasets/me/store@main"
 
 
 def test_the_working_directory_is_searched_last(monkeypatch, tmp_path):

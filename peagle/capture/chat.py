@@ -26,8 +26,6 @@ REASONING = (
     ("<|channel|>analysis", "<|end|>"),
     ("<|channel>", "<channel|>"),
 )
-
-
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # where messages hold it, by template
 
 

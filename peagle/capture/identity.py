@@ -112,7 +112,7 @@ def llama_rope(text: PretrainedConfig) -> dict[str, Any]:
 
 
 def forget_empty_start(folder: Path) -> None:
-    """Let a start that has captured nothing yet bind nobody, unless its process still runs."""
+    """Remove what a start without answers says of the store, unless its process still runs."""
     started = folder / PARTIAL / "manifest.json"
     kept = ("answers*.jsonl", "shard-*", f"{PARTIAL}/done-*")
     files = [path for pattern in kept for path in folder.glob(pattern)]

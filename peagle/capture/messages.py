@@ -78,7 +78,7 @@ def read_message(item: dict[str, Any], name: str) -> Message:
 
 
 def read_text(content: Any, name: str) -> str | None:
-    """A message's text, of parts too."""
+    """A message's text; parts of text are joined."""
     if isinstance(content, list):
         return "".join(read_part(part, name) for part in content)
     if not isinstance(content, str | None):
