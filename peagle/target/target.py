@@ -1,7 +1,6 @@
 """Which target it is, how to load it, and how to tell it apart from others."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +20,7 @@ from transformers import (
 )
 
 from peagle.store.errors import reason
+from peagle.store.shard import Span, read_spans
 from peagle.target.end_tokens import read_end_tokens
 
 EMBEDDED = "tiny"  # the target that ships with the package
@@ -143,41 +142,31 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where its data begin.
-
-    Raises:
-        ValueError: if the file is not whole.
-    """
-    with open(path, "rb") as file:
-        begin = file.read(len(LFS))
-        if begin == LFS:
+def read_header(path: Path) -> dict[str, Span]:
+    """The tensors of a safetensors file. Raises ``ValueError`` if the file is not whole."""
+    with open(path, "rb", buffering=0) as file:
+        if file.read(len(LFS)) == LFS:
             raise ValueError(
                 f"{path} is a pointer of Git LFS and not the weights: run `git lfs pull` there"
             )
+        file.seek(0)
         try:
-            with safe_open(path, "pt"):  # checks header and size
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is torn ({reason(error)}): get it again") from error
-        length = int.from_bytes(begin[:8], "little")
-        file.seek(8)
-        return json.loads(file.read(length)), 8 + length
+            return read_spans(file)
+        except OSError as error:
+            raise ValueError(f"{path} is torn ({error}): get it again") from error
 
 
 def tensors_hash(paths: list[Path]) -> str:
     """Hash of both ends of every tensor: training changes some, and leaves sizes as they are."""
     digest = hashlib.sha256()
     for path in paths:
-        header, start = read_header(path)
-        header.pop("__metadata__", None)
+        spans = read_header(path)
         with open(path, "rb") as file:
-            for name, about in sorted(header.items()):
-                begin, end = about["data_offsets"]
+            for name, span in sorted(spans.items()):
                 digest.update(name.encode())
-                for place in (begin, max(begin, end - SAMPLE)):
-                    file.seek(start + place)
-                    digest.update(file.read(min(SAMPLE, end - place)))
+                for place in (span.start, max(span.start, span.stop - SAMPLE)):
+                    file.seek(place)
+                    digest.update(file.read(min(SAMPLE, span.stop - place)))
     return digest.hexdigest()[:16]
 
 
