@@ -23,6 +23,7 @@ from peagle.capture.import_speculators import load_rows
 from peagle.capture.prompts import Prompt, load_prompts
 from peagle.capture.work_split import make_batches, unique_prompts
 from peagle.kernels.device import pick_device
+from peagle.store.errors import reason
 from peagle.store.hub import FoundStore
 from peagle.store.manifest import Manifest
 from peagle.store.reader import Store
@@ -164,7 +165,7 @@ def readable(config: CaptureConfig) -> tuple[list[Prompt], int, list[str]]:
         except ValueError as error:
             if not source.on_hub:
                 raise
-            unread.append(f"{source.source}: {str(error).splitlines()[0]}")
+            unread.append(f"{source.source}: {reason(error)}")
             unknown += source.limit or 0
     return unique_prompts(prompts, config), unknown, unread
 
