@@ -188,8 +188,8 @@ def measured(
     """How long conversations become, and how that is known."""
     weights = Path(target.path).is_dir() and any(Path(target.path).glob("*.safetensors"))
     if prompts and not config.regenerate:
-        ends = {tokenizer.eos_token_id}
-        answered = drop_too_long(answers_in_data(tokenizer, prompts, config, ends), config)
+        given = answers_in_data(tokenizer, prompts, config, target.end_tokens())
+        answered = drop_too_long(given, config)
         require_room(answered, config.max_tokens)
         return lengths_of(list(answered.values())), "all read"
     if not prompts or not weights or not answers:
