@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from peagle.capture.columns import SYSTEM_ROLES, read_row
 from peagle.capture.rows import Row, is_local, kind_of, numbered, read_local
+from peagle.store.errors import reason
 
 BUILT_IN = "stdlib"
 WITHHELD = "FULL BENCHMARK DATA SHOULD BE FETCHED"  # SPEED-Bench's, where it may not publish
@@ -196,7 +197,7 @@ def stream_from_hub(source: PromptSource) -> Iterator[Row]:
             repository, subset, split=split, revision=source.revision, streaming=True
         )
     except Exception as error:  # the client raises many kinds; all mean the set cannot be had
-        raise ValueError(f"data set {repository!r} cannot be loaded: {error}") from error
+        raise ValueError(f"data set {repository!r} cannot be loaded: {reason(error)}") from error
     return numbered(rows, repository)
 
 

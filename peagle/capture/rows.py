@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from peagle.capture.columns import COLUMNS
 from peagle.capture.messages import short_json
+from peagle.store.errors import reason
 
 KINDS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")  # each but Parquet also as .gz
 OTHER_FILES = re.compile(r"\.(gz|zip|zst|bz2|xz|tar|arrow|xlsx?|ya?ml|md|xml|pkl)$")
@@ -78,8 +79,7 @@ def numbered(rows: Iterable[dict[str, Any]], name: Any) -> Iterator[Row]:
         for number, row in enumerate(rows, 1):
             yield Row(f"{name}, row {number}", row)
     except Exception as error:  # clients and readers raise many kinds; all mean one thing
-        what = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{name} cannot be read after {number} rows: {what[0]}") from error
+        raise ValueError(f"{name} cannot be read after {number} rows: {reason(error)}") from error
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:

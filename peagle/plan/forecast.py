@@ -23,6 +23,7 @@ from peagle.capture.import_speculators import load_rows
 from peagle.capture.prompts import Prompt, load_prompts
 from peagle.capture.work_split import make_batches, unique_prompts
 from peagle.kernels.device import pick_device
+from peagle.store.errors import reason
 from peagle.store.hub import FoundStore
 from peagle.store.manifest import Manifest
 from peagle.store.reader import Store
@@ -164,7 +165,7 @@ def readable(config: CaptureConfig) -> tuple[list[Prompt], int, list[str]]:
         except ValueError as error:
             if not source.on_hub:
                 raise
-            unread.append(f"{source.source}: {str(error).splitlines()[0]}")
+            unread.append(f"{source.source}: {reason(error)}")
             unknown += source.limit or 0
     return unique_prompts(prompts, config), unknown, unread
 
@@ -187,8 +188,8 @@ def measured(
     """How long conversations become, and how that is known."""
     weights = Path(target.path).is_dir() and any(Path(target.path).glob("*.safetensors"))
     if prompts and not config.regenerate:
-        ends = {tokenizer.eos_token_id}
-        answered = drop_too_long(answers_in_data(tokenizer, prompts, config, ends), config)
+        given = answers_in_data(tokenizer, prompts, config, target.end_tokens())
+        answered = drop_too_long(given, config)
         require_room(answered, config.max_tokens)
         return lengths_of(list(answered.values())), "all read"
     if not prompts or not weights or not answers:

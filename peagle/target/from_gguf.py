@@ -15,6 +15,7 @@ from jsonargparse import auto_cli
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from peagle.store.disk import require_disk
+from peagle.store.errors import reason
 
 NEEDED_LIBRARIES = "reading GGUF needs two libraries: pip install 'peagle[gguf]'"
 
@@ -78,8 +79,7 @@ def convert(file: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
         )
     except (ValueError, KeyError, OSError, RuntimeError, IndexError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"transformers cannot read {file} ({first})") from error
+        raise ValueError(f"transformers cannot read {file} ({reason(error)})") from error
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(

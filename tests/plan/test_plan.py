@@ -73,6 +73,21 @@ def test_the_disk_figure_is_what_the_store_then_takes(tmp_path):
     assert before.answer_seconds > 0 and 2 in before.ids
 
 
+def test_answers_of_the_data_end_where_capture_ends_them(tmp_path, monkeypatch):
+    said = "return 1\nreturn 2"
+    talk = [{"role": "user", "content": "def f():"}, {"role": "assistant", "content": said}]
+    (tmp_path / "talks.json").write_text(json.dumps([{"messages": talk}]))
+    config = replace(
+        CAPTURE, prompts=[PromptSource(str(tmp_path / "talks.json"))], regenerate=False
+    )
+    line_end = TARGET.tokenizer().encode("\n", add_special_tokens=False)
+    monkeypatch.setattr(TargetSource, "end_tokens", lambda _: set(line_end))
+    manifest = manifest_of(TARGET, config)
+    found = forecast(TARGET, config, manifest, tmp_path / "store", answers=0)
+    first = TARGET.tokenizer().encode("return 1\n", add_special_tokens=False)
+    assert found.supervised == len(first)
+
+
 def test_without_weights_every_answer_counts_as_long_as_allowed(tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / name).write_bytes((Path(TARGET.path) / name).read_bytes())
