@@ -2,10 +2,10 @@
 
 import re
 from argparse import ArgumentTypeError
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -60,6 +60,22 @@ def folder_path(path: str) -> str:
     if "://" not in path and (place := existing(Path(path))).is_file():
         raise FolderError(f"{place} is a file, and a folder is needed: give another path")
     return path
+
+
+class ArgumentType(NamedTuple):
+    """What an argument is made into; ``--help`` shows the name."""
+
+    name: str
+    convert: Callable[[str], str]
+
+    def __call__(self, value: str) -> str:
+        return self.convert(value)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+PATH, FOLDER = ArgumentType("path", expanduser), ArgumentType("folder", folder_path)
 
 
 def expand_home(arguments: list[str]) -> list[str]:

@@ -5,7 +5,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from peagle.arguments import (
+    FOLDER,
+    PATH,
     expand_home,
-    folder_path,
     refuse_old_names,
     refuse_save_dir,
     refuse_tokens,
@@ -76,15 +76,15 @@ class PEagleCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--target", type=expanduser, required=True, help="'tiny', a folder, or a Hub id"
+            "--target", type=PATH, required=True, help="'tiny', a folder, or a Hub id"
         )
         parser.add_argument("--revision", type=str | None, default=None, help="of a Hub id")
         parser.add_argument(
-            "--run_dir", type=folder_path, required=True, help="everything a run writes goes here"
+            "--run_dir", type=FOLDER, required=True, help="everything a run writes goes here"
         )
         parser.add_argument(
             "--store",
-            type=folder_path,
+            type=FOLDER,
             required=True,
             help="hidden states, shared by runs: a folder, or hf://datasets/OWNER/NAME@REVISION",
         )

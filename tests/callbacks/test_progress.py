@@ -18,9 +18,9 @@ LOGGED = {"train/loss", "train/accuracy_d0", "train/tokens_per_second", "train/m
 
 
 def test_a_fit_logs_everything_to_every_logger_and_draws_its_curve(
-    tmp_path, random_store, monkeypatch, capsys
+    tmp_path, random_store, monkeypatch, capsys, caplog
 ):
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    caplog.set_level(logging.WARNING, "lightning.pytorch")
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
     trainer = make_trainer(
         tmp_path, 4, callbacks=[Progress()], limit_val_batches=1, val_check_interval=2,
