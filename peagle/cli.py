@@ -43,6 +43,7 @@ from peagle.preflight import (
     refuse_foreign_files,
     refuse_other_run,
     refuse_strategy,
+    require_batches,
     require_gpu,
     require_logger,
 )
@@ -148,6 +149,7 @@ class PEagleCLI(LightningCLI):
             remedy = "; leave one of the two out" if "callbacks list" in str(error) else ""
             raise ValueError(f"trainer: {str(error).rstrip('.')}{remedy}") from error
         refuse_strategy(trainer)
+        require_batches(trainer)
         require_logger(trainer)
         return trainer
 

@@ -109,6 +109,13 @@ def require_logger(trainer: Trainer) -> None:
             )
 
 
+def require_batches(trainer: Trainer) -> None:
+    """Raise ``ValueError`` for optimizer steps of no batch, which Lightning lets pass."""
+    if trainer.accumulate_grad_batches < 1:
+        found = trainer.accumulate_grad_batches
+        raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {found}")
+
+
 def refuse_strategy(trainer: Trainer) -> None:
     """Raise ``ValueError`` for a strategy under which a run would end badly.
 

@@ -17,6 +17,7 @@ from peagle.preflight import (
     refuse_foreign_files,
     refuse_other_run,
     refuse_strategy,
+    require_batches,
 )
 from peagle.target.target import TargetSource
 from peagle.train.module import PEagleModule
@@ -119,3 +120,8 @@ def test_ddp_is_allowed(strategy):
 
 def test_one_device_is_allowed():
     refuse_strategy(L.Trainer(accelerator="cpu", devices=1, logger=False))
+
+
+def test_optimizer_steps_of_no_batch_are_refused():
+    with pytest.raises(ValueError, match="accumulate_grad_batches must be at least 1, got 0"):
+        require_batches(SimpleNamespace(accumulate_grad_batches=0))

@@ -46,7 +46,7 @@ def test_the_shipped_card_is_of_a_run_of_the_quickstart_that_was_decoded(page):
     lengths = [result.metric_value for result in data.eval_results]
     measured = json.loads((PAGE / "metrics/acceptance.json").read_text())["rows"]
     assert lengths == [row["acceptance_length"] for row in measured] and lengths
-    assert "configs/quickstart.yaml" in page and "the embedded target" in page
+    assert "peagle fit --config quickstart" in page and "the embedded target" in page
     assert "not measured" not in section(page, "Measured acceptance")
     assert "not measured" not in section(page, "Teacher-forced per-depth accuracy")
     assert re.search(r"\| Drafter weights, sha256 \| `[0-9a-f]{64}` \|", page)
