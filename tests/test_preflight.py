@@ -124,4 +124,4 @@ def test_one_device_is_allowed():
 
 def test_optimizer_steps_of_no_batch_are_refused():
     with pytest.raises(ValueError, match="accumulate_grad_batches must be at least 1, got 0"):
-        require_batches(SimpleNamespace(accumulate_grad_batches=0))
+        require_batches(L.Trainer(accelerator="cpu", logger=False, accumulate_grad_batches=0))
