@@ -179,6 +179,7 @@ def load_prompts(source: PromptSource) -> list[Prompt]:
 def read_rows(source: PromptSource) -> Iterator[Row]:
     if source.on_hub:
         return stream_from_hub(source)
+    refuse_unused(source)
     split = source.split or "train"
     if source.source == BUILT_IN:
         if split not in ("train", "test"):
@@ -186,6 +187,16 @@ def read_rows(source: PromptSource) -> Iterator[Row]:
         built_in = resources.files("peagle.tiny_target") / f"prompts_{split}.jsonl"
         return read_local(Path(str(built_in)), split)
     return read_local(Path(source.source).expanduser(), split)
+
+
+def refuse_unused(source: PromptSource) -> None:
+    """Raise ``ValueError`` for what only a set of the Hub has, and for a split of one file."""
+    given = {"subset": source.subset, "revision": source.revision}
+    if source.source != BUILT_IN and kind_of(Path(source.source)):
+        given["split"] = source.split
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{source.source} has no {name}: leave out {name}: {value}")
 
 
 def stream_from_hub(source: PromptSource) -> Iterator[Row]:

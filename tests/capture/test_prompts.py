@@ -161,3 +161,12 @@ def test_a_local_set_is_known_by_what_it_says(tmp_path):
 def test_a_limit_below_one_is_refused():
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         PromptSource("stdlib", limit=0)
+
+
+@pytest.mark.parametrize("setting", [{"split": "test"}, {"subset": "main"}, {"revision": "v1"}])
+def test_what_a_file_does_not_have_is_refused_and_not_ignored(tmp_path, setting):
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"prompt": "x"}\n')
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"has no {name}: leave out {name}"):
+        load_prompts(PromptSource(str(path), **setting))
