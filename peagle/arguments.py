@@ -50,7 +50,7 @@ def refuse_tokens(arguments: list[str]) -> None:
             )
 
 
-class FolderError(ValueError, ArgumentTypeError):
+class PathError(ValueError, ArgumentTypeError):
     """Both, since jsonargparse shows the words of the first alone, and argparse of the second."""
 
 
@@ -58,7 +58,7 @@ def folder_path(path: str) -> str:
     """A folder that may not be there yet. Raises ``ValueError`` where a file is in its place."""
     path = expanduser(path)
     if "://" not in path and (place := existing(Path(path))).is_file():
-        raise FolderError(f"{place} is a file, and a folder is needed: give another path")
+        raise PathError(f"{place} is a file, and a folder is needed: give another path")
     return path
 
 
@@ -68,7 +68,9 @@ class ArgumentType(NamedTuple):
     name: str
     convert: Callable[[str], str]
 
-    def __call__(self, value: str) -> str:
+    def __call__(self, value: Any) -> str:
+        if value is None:
+            raise PathError("it is needed: give a --config that has it, or the argument itself")
         return self.convert(value)
 
     def __repr__(self) -> str:

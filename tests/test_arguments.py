@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from peagle.__main__ import search_working_directory_last
-from peagle.arguments import expand_home, folder_path, replacing_lists
+from peagle.arguments import FOLDER, expand_home, folder_path, replacing_lists
 
 
 def test_a_list_of_settings_that_is_given_again_is_emptied_first(tmp_path):
@@ -44,6 +44,11 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
         with pytest.raises(ValueError, match="file is a file, and a folder is needed"):
             folder_path(str(path))
     assert folder_path("hf://datasets/me/store@main") == "hf://datasets/me/store@main"
+
+
+def test_a_path_that_is_not_given_is_asked_for():
+    with pytest.raises(ValueError, match="give a --config that has it"):
+        FOLDER(None)
 
 
 def test_the_working_directory_is_searched_last(monkeypatch, tmp_path):
