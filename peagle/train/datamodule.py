@@ -102,6 +102,11 @@ class HiddenStatesDataModule(L.LightningDataModule):
         self.target, self.evaluation = TargetSource(target, revision), evaluation
         if block_shards is not None and block_shards < 1:
             raise ValueError(f"block_shards must be at least 1, got {block_shards}")
+        for name, value in (("max_tokens", max_tokens), ("max_rows", max_rows)):
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {value}")
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers must not be negative, got {num_workers}")
         self.address = store_address(store)  # on the Hub; without a commit until it was asked
         self.folder, self.cod, self.mask_token_id = Path(store), cod, mask_token_id
         self.max_tokens, self.max_rows, self.memory_gb = max_tokens, max_rows, memory_gb

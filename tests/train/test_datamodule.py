@@ -106,3 +106,9 @@ def test_batches_for_a_gpu_are_pinned_and_arrive_whole(random_store):
         arrived.append([tensor.to("cuda", non_blocking=True) for tensor in batch[:7]])
     for ours, theirs in zip(arrived, alone, strict=True):
         assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, theirs, strict=False))
+
+
+@pytest.mark.parametrize("setting", [{"max_tokens": 0}, {"max_rows": 0}, {"num_workers": -1}])
+def test_sizes_that_hold_nothing_are_refused_before_anything_is_read(random_store, setting):
+    with pytest.raises(ValueError, match=f"data.{next(iter(setting))} must"):
+        make_data(random_store, **setting)
