@@ -17,7 +17,8 @@ LIBRARIES = {
     "httpx",
     "jinja2",
 }
-NOISE = ("Expected a path but", "Does not validate against", "Subtypes:", "Errors:", "Given value")
+UNION = "Does not validate against"  # as jsonargparse says it, also by a ValueError
+NOISE = (UNION, "Expected a path but", "Subtypes:", "Errors:", "Given value")
 
 
 def is_mistake(error: BaseException) -> bool:
@@ -34,7 +35,7 @@ def library_of(error: BaseException) -> str:
 def sentence(error: BaseException) -> str:
     """What a user reads: our own words as they are, those of a library on one line."""
     text = str(error).strip()
-    if isinstance(error, ArgumentError):
+    if isinstance(error, ArgumentError) or text.startswith(UNION):
         return argument_sentence(text)
     if library_of(error) in LIBRARIES:
         return " ".join(text.split()) or type(error).__name__
@@ -45,6 +46,10 @@ def argument_sentence(text: str) -> str:
     """jsonargparse lists all that it tried; only what names the fault is kept."""
     lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith(NOISE)]
+    causes = [n for n, line in enumerate(lines) if line.startswith("Problem with given class_path")]
+    if text.startswith(UNION) and causes:  # what else a setting may be is no help then
+        others = ("Expected a <class", "Not a valid subclass")
+        lines = [line for line in lines[causes[0] :] if not line.startswith(others)]
     first, *rest = dict.fromkeys(lines)  # without repeats
     told = f"{first.removeprefix('Parser key ').replace(chr(34), '')} {' '.join(rest)}"
     return f"{told.strip()} (--help lists the settings)"

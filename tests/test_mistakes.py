@@ -43,3 +43,18 @@ def test_of_all_that_was_tried_only_the_fault_is_told():
         "trainer.callbacks: Problem with given class_path 'nope.X': No module named 'nope' "
         "(--help lists the settings)"
     )
+
+
+def test_of_a_class_that_cannot_be_made_only_the_reason_is_told():
+    told = (
+        "Does not validate against any of the Union subtypes\nSubtypes: [Logger, bool]\nErrors:\n"
+        "  - Not a valid subclass of Logger. Got value: [Namespace()]\n"
+        "    Subclass types expect one of:\n    - a class path (str)\n"
+        "  - Problem with given class_path 'a.WandbLogger':\n"
+        "      Requirement 'wandb' not met. HINT: Try running `pip install -U wandb`\n"
+        "  - Expected a <class 'bool'>\nGiven value type: <class 'list'>\nGiven value: [1]\n"
+    )
+    assert sentence(ValueError(told)) == (
+        "Problem with given class_path 'a.WandbLogger': Requirement 'wandb' not met. HINT: Try "
+        "running `pip install -U wandb` (--help lists the settings)"
+    )
