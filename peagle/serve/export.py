@@ -61,7 +61,13 @@ def export_drafter(
     if layout == "speculators":
         if verifier is None:
             raise ValueError("the speculators layout needs the target's name: give --target")
-        config = speculators_config(drafter.config, verifier, k or drafter.config.num_depths)
+        depth = drafter.config.num_depths
+        config = speculators_config(drafter.config, verifier, depth if k is None else k)
+    elif k is not None:
+        raise ValueError(
+            "only the speculators layout holds k: leave it out, and give num_speculative_tokens to "
+            "the engine"
+        )
     folder = folder.resolve()  # a link stays: what it leads to is replaced
     staging = folder.with_name(f".{folder.name}.peagle-export")
     shutil.rmtree(staging, ignore_errors=True)  # of a killed export

@@ -228,3 +228,13 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
         export_drafter(make_drafter(num_hidden_layers=layers), tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").is_dir()
     assert {path.name for path in tmp_path.iterdir()} == {"link", "real"}
+
+
+def test_a_k_that_no_file_would_hold_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="only the speculators layout holds k"):
+        export_drafter(make_drafter(), tmp_path / "drafter", k=3)
+    verifier = Verifier("org/target", ["LlamaForCausalLM"])
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        export_drafter(
+            make_drafter(), tmp_path / "drafter", layout="speculators", verifier=verifier, k=0
+        )
