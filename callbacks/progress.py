@@ -60,7 +60,8 @@ class Progress(TQDMProgressBar):
         if trainer.global_step == self.speed.step:  # gradients are still being accumulated
             return
         self.speed.step = trainer.global_step
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # 0: never
+        if every and trainer.global_step % every == 0:
             self.log_speed(trainer, module)
         if lines := self.lines.get("fit"):
             lines.done = trainer.global_step

@@ -43,6 +43,13 @@ def test_a_fit_logs_everything_to_every_logger_and_draws_its_curve(
     assert sum(line.startswith("step 2, validation: loss") for line in lines) == 1
 
 
+def test_a_run_that_is_never_to_log_trains(tmp_path, random_store):
+    trainer = make_trainer(tmp_path, 2, callbacks=[Progress()], limit_val_batches=0,
+                           enable_progress_bar=True, log_every_n_steps=0)  # fmt: skip
+    trainer.fit(make_module(), datamodule=make_data(random_store))
+    assert trainer.global_step == 2
+
+
 def test_the_time_of_validation_does_not_slow_the_speed(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("peagle.callbacks.progress.time.monotonic", lambda: now[0])
