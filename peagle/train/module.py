@@ -286,9 +286,11 @@ class PEagleModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         report = self.depths.compute()
         for depth, accuracy in enumerate(report.accuracy):
-            self.log(f"val/accuracy_d{depth}", accuracy, logger=self.fitting)
+            self.log(f"val/accuracy_d{depth}", accuracy, logger=self.fitting, sync_dist=True)
         length = report.acceptance_length
-        self.log("val/acceptance_length", length, prog_bar=True, logger=self.fitting)
+        self.log(
+            "val/acceptance_length", length, prog_bar=True, logger=self.fitting, sync_dist=True
+        )
 
     def on_validation_epoch_start(self) -> None:
         self.depths.reset()
