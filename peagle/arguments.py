@@ -137,3 +137,5 @@ def refuse_save_dir(arguments: list[str]) -> None:
     """Raise ``ValueError``, rather than not do as asked: ``--run_dir`` decides."""
     if any(re.match(r"--trainer\.logger\.(init_args\.)?save_dir\b", a) for a in arguments):
         raise ValueError("leave out save_dir: what a logger writes goes into --run_dir")
+    if any(re.match(r"--trainer\.default_root_dir\b", a) for a in arguments):
+        raise ValueError("leave out trainer.default_root_dir: a run writes into --run_dir")

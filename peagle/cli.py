@@ -44,8 +44,10 @@ from peagle.preflight import (
     refuse_other_run,
     refuse_strategy,
     require_batches,
+    require_clipping,
     require_gpu,
     require_logger,
+    require_training,
 )
 from peagle.quiet import silence_libraries
 from peagle.serve.contract import Layout
@@ -150,6 +152,7 @@ class PEagleCLI(LightningCLI):
             raise ValueError(f"trainer: {str(error).rstrip('.')}{remedy}") from error
         refuse_strategy(trainer)
         require_batches(trainer)
+        require_clipping(trainer)
         require_logger(trainer)
         return trainer
 
@@ -184,6 +187,8 @@ class PEagleCLI(LightningCLI):
                 "capture.part is for `peagle capture`: leave it out here, and what the parts have "
                 "not captured yet is captured now"
             )
+        if checkpoint is None:
+            require_training(self.trainer)
         refuse_foreign_files(run_dir)
         if not self.trainer.fast_dev_run:
             refuse_other_run(run_dir, target)
@@ -199,6 +204,8 @@ class PEagleCLI(LightningCLI):
     def after_fit(self) -> None:
         """Prove what was trained: the servable folder, both tables, the card."""
         trainer, run_dir = self.trainer, Path(self.config.fit.run_dir)
+        if trainer.global_step == 0:
+            raise ValueError("not one step was trained, hence nothing is exported: raise max_time")
         if trainer.fast_dev_run:  # everything is tried, and nothing is kept
             with tempfile.TemporaryDirectory() as folder:
                 self.export(Path(folder) / "drafter")

@@ -1,11 +1,13 @@
 """Checks all that a run can know before its first long stage."""
 
+import warnings
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from torch.optim import Optimizer
 
 from peagle.capture.config import CaptureConfig
 from peagle.capture.identity import wanted_manifest
@@ -37,9 +39,30 @@ def check_drafter(
     with torch.device("meta"):
         drafter = build_drafter(module.drafter_config(wanted_manifest(target, config)))
         optimizer = module.optimizer(parameter_groups(drafter))
-        module.lr_scheduler(optimizer, 1000)
+        check_schedule(module, optimizer)
     weights = sum(parameter.numel() for parameter in drafter.parameters())
     require_disk(run_dir, CHECKPOINTS * STATES * weights * torch.float32.itemsize)
+
+
+def check_schedule(module: PEagleModule, optimizer: Optimizer) -> None:
+    """Raise ``ValueError`` for a schedule that takes the number of steps for something else.
+
+    ``ExponentialLR`` would multiply the rate by it in every step.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    remedy = "give one that is called with the optimizer and the number of steps, as LinearSchedule"
+    try:
+        schedule = module.lr_scheduler(optimizer, 1000)
+        with warnings.catch_warnings(action="ignore"):  # no optimizer step comes before this one
+            later = [schedule.get_last_lr(), schedule.step() or schedule.get_last_lr()]
+    except TypeError as error:
+        raise ValueError(f"model.lr_scheduler cannot be used ({error}): {remedy}") from error
+    for found in later:
+        if any(new > 1.001 * rate for new, rate in zip(found, rates, strict=True)):
+            raise ValueError(
+                f"model.lr_scheduler raises the learning rate from {rates[0]:g} to {found[0]:g}: "
+                f"{remedy}"
+            )
 
 
 def check_decodable(target: TargetSource) -> None:
@@ -114,6 +137,20 @@ def require_batches(trainer: Trainer) -> None:
     if trainer.accumulate_grad_batches < 1:
         found = trainer.accumulate_grad_batches
         raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {found}")
+
+
+def require_clipping(trainer: Trainer) -> None:
+    """Raise ``ValueError`` for a negative limit, which would turn every gradient around."""
+    if trainer.gradient_clip_val is not None and trainer.gradient_clip_val < 0:
+        found = trainer.gradient_clip_val
+        raise ValueError(f"trainer.gradient_clip_val must not be negative, got {found}")
+
+
+def require_training(trainer: Trainer) -> None:
+    """Raise ``ValueError`` for a fit that would export a drafter that it has not trained."""
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
+        if getattr(trainer, name) == 0:
+            raise ValueError(f"trainer.{name} is 0, and nothing would be trained: raise it")
 
 
 def refuse_strategy(trainer: Trainer) -> None:

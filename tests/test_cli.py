@@ -160,6 +160,13 @@ def test_export_writes_both_layouts(small_run, peagle, tmp_path):
         (["--model.cod.num_depths", "0"], "num_depths must be at least 1, got 0"),
         (["--model.cod.keep_ratio", "1.5"], "keep_ratio must lie in (0, 1], got 1.5"),
         (["--ckpt_path", "nowhere.ckpt"], "checkpoint nowhere.ckpt does not exist"),
+        (
+            ["--ckpt_path", "tests"],
+            "is a folder: give a checkpoint, as tests/checkpoints/last.ckpt",
+        ),
+        (["--trainer.max_steps", "0"], "trainer.max_steps is 0, and nothing would be trained"),
+        (["--trainer.gradient_clip_val", "-1"], "gradient_clip_val must not be negative"),
+        (["--trainer.default_root_dir", "x"], "leave out trainer.default_root_dir"),
         (["--capture.dtype", "fp32"], "Expected a typing.Literal['float32', 'bfloat16', "),
         (["--capture.layer_ids", "[5, 2]"], "layer_ids must be ascending"),
         (["--capture.part", "0/2"], "capture.part is for `peagle capture`"),

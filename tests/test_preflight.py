@@ -6,6 +6,13 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CyclicLR,
+    ExponentialLR,
+    LambdaLR,
+    ReduceLROnPlateau,
+)
 from transformers import DeepseekV3Config, Qwen3NextConfig
 
 from peagle.capture.config import CaptureConfig
@@ -18,6 +25,8 @@ from peagle.preflight import (
     refuse_other_run,
     refuse_strategy,
     require_batches,
+    require_clipping,
+    require_training,
 )
 from peagle.target.target import TargetSource
 from peagle.train.module import PEagleModule
@@ -51,6 +60,10 @@ def test_the_embedded_target_can_be_decoded_and_its_skeleton_has_no_weights():
         ({"hidden_size": 100}, "hidden_size must be a multiple of the 3 heads"),
         ({"intermediate_size": -1}, "intermediate_size must be at least 1, got -1"),
         ({"draft_vocab_size": 0}, "draft_vocab_size must be at least 1, got 0"),
+        ({"lr_scheduler": ExponentialLR}, "lr_scheduler raises the learning rate from"),
+        ({"lr_scheduler": CyclicLR}, "lr_scheduler (raises|cannot)"),
+        ({"lr_scheduler": ReduceLROnPlateau}, r"lr_scheduler cannot be used"),
+        ({"lr_scheduler": LambdaLR}, r"lr_scheduler cannot be used"),
         ({"optimizer": lambda p: torch.optim.AdamW(p, lr=-1.0)}, "Invalid learning rate"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -63,6 +76,11 @@ def test_a_drafter_that_cannot_be_trained_is_refused_before_its_store_is_made(
         module = PEagleModule(**{"mask_token_id": 3, **settings})
         check_drafter(module, TargetSource("tiny"), CONFIG, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_schedule_by_the_number_of_steps_is_allowed(tmp_path):
+    module = PEagleModule(mask_token_id=3, lr_scheduler=CosineAnnealingLR)
+    check_drafter(module, TargetSource("tiny"), CONFIG, tmp_path)
 
 
 def test_a_disk_without_room_for_checkpoints_is_found(monkeypatch, tmp_path):
@@ -125,3 +143,17 @@ def test_one_device_is_allowed():
 def test_optimizer_steps_of_no_batch_are_refused():
     with pytest.raises(ValueError, match="accumulate_grad_batches must be at least 1, got 0"):
         require_batches(L.Trainer(accelerator="cpu", logger=False, accumulate_grad_batches=0))
+
+
+def test_a_negative_limit_of_gradients_is_refused():
+    for limit in (None, 0, 1.0):
+        require_clipping(L.Trainer(accelerator="cpu", logger=False, gradient_clip_val=limit))
+    with pytest.raises(ValueError, match="gradient_clip_val must not be negative, got -1"):
+        require_clipping(L.Trainer(accelerator="cpu", logger=False, gradient_clip_val=-1))
+
+
+@pytest.mark.parametrize("name", ["max_steps", "max_epochs", "limit_train_batches"])
+def test_a_fit_that_trains_nothing_is_refused(name):
+    require_training(L.Trainer(accelerator="cpu", logger=False, **{name: 1}))
+    with pytest.raises(ValueError, match=f"trainer.{name} is 0, and nothing would be trained"):
+        require_training(L.Trainer(accelerator="cpu", logger=False, **{name: 0}))

@@ -21,6 +21,9 @@ def check_address(address: str) -> None:
             raise ValueError(
                 f"{address}: a checkpoint on the Hub is written hf://OWNER/NAME/FILE@REVISION"
             )
+    elif Path(address).is_dir():
+        example = Path(address) / "checkpoints" / "last.ckpt"
+        raise ValueError(f"{address} is a folder: give a checkpoint, as {example}")
     elif not Path(address).is_file():
         raise ValueError(f"checkpoint {address} does not exist")
 
