@@ -1,7 +1,7 @@
 """The conversations that become samples: generated once and kept, or taken from the data.
 
 Generated answers are appended to ``answers.jsonl`` as they come, so that a killed capture goes on
-where it was. Who generates them is transformers (``generate.py``) or vLLM (``generate_vllm.py``).
+where it was. Who generates them is transformers (``generate.py``) or vLLM (``one_pass.py``).
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -38,9 +38,7 @@ def generate_missing(
         ValueError: if a prompt that was answered has changed.
     """
     prompts = [prompt for batch in batches for prompt in batch.prompts]
-    known = {a.id: a for other in path.parent.glob("answers*.jsonl") for a in read_answers(other)}
-    refuse_other_prompts(known.values(), prompts, path.parent)
-    cut_torn_line(path)
+    known = known_answers(prompts, path)
     missing = [batch for batch in batches if any(p.id not in known for p in batch.prompts)]
     if missing:
         done = sum(prompt.id in known for prompt in prompts)
@@ -51,12 +49,29 @@ def generate_missing(
         ):
             for answers in generated:
                 fresh = [answer for answer in answers if answer.id not in known]
-                file.writelines(json.dumps(asdict(answer)) + "\n" for answer in fresh)
-                file.flush()
-                os.fsync(file.fileno())
+                append_answers(file, fresh)
                 known |= {answer.id: answer for answer in fresh}
                 bar.update(len(fresh))
     return {prompt.id: known[prompt.id] for prompt in prompts}
+
+
+def known_answers(prompts: list[Prompt], path: Path) -> dict[str, Answer]:
+    """Answers in ``path`` and in the files of other processes beside it, by prompt.
+
+    Raises:
+        ValueError: if a prompt that was answered has changed.
+    """
+    known = {a.id: a for other in path.parent.glob("answers*.jsonl") for a in read_answers(other)}
+    refuse_other_prompts(known.values(), prompts, path.parent)
+    cut_torn_line(path)
+    return known
+
+
+def append_answers(file: TextIO, answers: Iterable[Answer]) -> None:
+    """Write answers as lines, on the disk by the return."""
+    file.writelines(json.dumps(asdict(answer)) + "\n" for answer in answers)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def refuse_other_prompts(answers: Iterable[Answer], prompts: list[Prompt], folder: Path) -> None:
@@ -117,6 +132,13 @@ def require_room(fits: Any, max_tokens: int) -> None:
     """Raise ``ValueError`` if nothing ``fits``: no prompt leaves room for an answer."""
     if not fits:
         raise ValueError(f"max_tokens = {max_tokens} is smaller than every prompt: raise it")
+
+
+def require_documents(fits: Any, documents: Any, max_tokens: int) -> None:
+    """Raise ``ValueError`` if no prompt leaves room for an answer, or none is to be learned."""
+    require_room(fits, max_tokens)
+    if not documents:
+        raise ValueError("no answer has supervised tokens: check chat template and max_new_tokens")
 
 
 def say_past_the_turn(answers: Collection[Answer], tokenizer: Tokenizer) -> None:

@@ -1,7 +1,8 @@
-"""Make a hidden-state store: the target answers the prompts, then its hidden states are read.
+"""Make a hidden-state store: the target answers the prompts, and its hidden states are kept.
 
-Both halves resume after a kill: answers are appended to ``answers.jsonl`` as they come, and the
-store keeps every finished shard. Several processes may share the work (``work_split.py``).
+vLLM does both in one pass (``one_pass.py``), transformers in two. Either resumes after a kill:
+answers are appended to ``answers.jsonl`` as they come, and the store keeps every finished shard.
+Several processes may share the work (``work_split.py``).
 """
 
 import json
@@ -20,31 +21,29 @@ from peagle.capture.answers import (
     answers_in_data,
     drop_too_long,
     generate_missing,
-    require_room,
+    require_documents,
     say_past_the_turn,
 )
-from peagle.capture.chat import conversation_id, documents, mask_reasoning
 from peagle.capture.config import CaptureConfig
-from peagle.capture.conversation import Answer
-from peagle.capture.extract import NamedDocument, extract, sample_bytes_per_token
+from peagle.capture.extract import extract, sample_bytes_per_token
 from peagle.capture.generate import generate_transformers
-from peagle.capture.generate_vllm import generate_vllm
 from peagle.capture.identity import PARTIAL, forget_empty_start, is_complete, wanted_manifest
 from peagle.capture.import_speculators import import_speculators
+from peagle.capture.named_documents import NamedDocument, Namer
+from peagle.capture.one_pass import OnePass
 from peagle.capture.prompts import Prompt, load_prompts
 from peagle.capture.rehearsal import rehearse
-from peagle.capture.work_split import PromptBatch, WorkSplit, make_batches, unique_prompts
+from peagle.capture.work_split import WorkSplit, make_batches, unique_prompts
 from peagle.kernels.device import pick_device
 from peagle.store.disk import require_disk, write_atomically
 from peagle.store.index import split_of, unfinished_files
 from peagle.store.locks import locked
 from peagle.store.manifest import Manifest
 from peagle.target.end_tokens import end_tokens
-from peagle.target.head import check_head, target_head_of
-from peagle.target.layers import default_start_layers, target_layers_of
+from peagle.target.from_files import layers_from_files
+from peagle.target.head import TargetHead, check_head, target_head_of
+from peagle.target.layers import default_start_layers
 from peagle.target.target import TargetSource
-
-MAX_DOCUMENTS = 2**20  # more than one conversation ever makes
 
 
 def capture(
@@ -138,35 +137,47 @@ def capture_share(
     prompts: list[Prompt],
 ) -> None:
     """Write this process's samples; if no other share is missing then, complete the store."""
-    answers_path = folder / split.own_file("answers.jsonl")
-    if config.engine == "vllm":
-        # Now, while the target is not loaded here: two copies of its weights may not fit.
-        batches = split.share(make_batches(prompts, config))
-        generate_missing(partial(generate_vllm, target, config), batches, answers_path)
     config = within_positions(target, config)
-    model = target.model(dtype=getattr(torch, config.dtype), device=pick_device(config.device))
-    head = target_head_of(model, target.config())
-    if config.speculators is not None:
-        tokens = import_speculators(model, wanted, config, folder, split)
-        check_head(model, head, tokens[:64])
+    if config.engine == "vllm":
+        head = OnePass(target, wanted, config, folder, split, prompts).run()
     else:
-        groups = named_documents(model, target.tokenizer(), prompts, config, answers_path, split)
-        first = next((document for group in groups for document in group), None)
-        if first is not None:  # else others have all the work
-            check_head(model, head, first.document.input_ids[:64])
-        extract(model, wanted, groups, config, folder, first_shard=split.first_shard)
+        head = two_passes(target, wanted, config, folder, split, prompts)
     with locked(folder / PARTIAL / "setup.lock"):
         if not split.mark_done(folder / PARTIAL, config.batch_size):
             print(f"part {config.part} is done; the others complete the store, or `capture` does")
             return
         head.save(folder / "target.safetensors", wanted.identity())
         start = config.start_layers or default_start_layers(wanted.num_layers)
-        layers = target_layers_of(model, target.config(), tuple(start))
+        layers = layers_from_files(target, tuple(start))
         layers.save(folder / "target_layers.safetensors", wanted.identity())
         for leftover in unfinished_files(folder):
             leftover.unlink()
         os.replace(folder / PARTIAL / "manifest.json", folder / "manifest.json")
         shutil.rmtree(folder / PARTIAL)
+
+
+def two_passes(
+    target: TargetSource,
+    wanted: Manifest,
+    config: CaptureConfig,
+    folder: Path,
+    split: WorkSplit,
+    prompts: list[Prompt],
+) -> TargetHead:
+    """Answers by transformers, or as the data have them, and then their states."""
+    model = target.model(dtype=getattr(torch, config.dtype), device=pick_device(config.device))
+    head = target_head_of(model, target.config())
+    if config.speculators is not None:
+        tokens = import_speculators(model, wanted, config, folder, split)
+        check_head(model, head, tokens[:64])
+        return head
+    path = folder / split.own_file("answers.jsonl")
+    groups = named_documents(model, target.tokenizer(), prompts, config, path, split)
+    first = next((document for group in groups for document in group), None)
+    if first is not None:  # else others have all the work
+        check_head(model, head, first.document.input_ids[:64])
+    extract(model, wanted, groups, config, folder, first_shard=split.first_shard)
+    return head
 
 
 def named_documents(
@@ -191,39 +202,8 @@ def named_documents(
         mine = [prompt for batch in batches for prompt in batch.prompts]
         answers = answers_in_data(tokenizer, mine, config, end_tokens(model, tokenizer))
     answers = drop_too_long(answers, config)
-    places = {prompt.id: number for number, prompt in enumerate(prompts)}
-    groups = [documents_of(batch, answers, places, tokenizer, config) for batch in batches]
+    namer = Namer(prompts, tokenizer, config)
+    groups = [namer.of_all(batch.prompts, answers) for batch in batches]
     if split.count == 1:  # else others may have all the work
-        require_room(answers, config.max_tokens)
-        if not any(groups):
-            raise ValueError(
-                "no answer has supervised tokens: check chat template and max_new_tokens"
-            )
+        require_documents(answers, any(groups), config.max_tokens)
     return groups
-
-
-def documents_of(
-    batch: PromptBatch,
-    answers: dict[str, Answer],
-    places: dict[str, int],
-    tokenizer: Tokenizer,
-    config: CaptureConfig,
-) -> list[NamedDocument]:
-    """What a batch's answers make; a conversation's documents are in one split."""
-    found, unsupervised = [], 0
-    for prompt in (prompt for prompt in batch.prompts if prompt.id in answers):
-        answer = answers[prompt.id]
-        name = conversation_id(answer.messages)
-        part = split_of(prompt.asked_id(), config.val_share)
-        for number, document in enumerate(documents(answer.turns)):
-            if config.reasoning == "mask":
-                document = mask_reasoning(document, tokenizer)
-            if document.loss_mask.any():
-                place = places[answer.id] * MAX_DOCUMENTS + number
-                sample = f"{name}-{number}" if number else name
-                found.append(NamedDocument(sample, place, document, part))
-            else:  # reasoning that hit the length limit, and is masked
-                unsupervised += 1
-    if unsupervised:
-        print(f"{unsupervised} answers have nothing to train on and were left out")
-    return found

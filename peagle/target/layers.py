@@ -59,7 +59,8 @@ def target_layers_of(
     for index, layer in layers.items():
         copies[index] = {name: compact(tensor) for name, tensor in layer.state_dict().items()}
         for name in NORMS:
-            norm = rms_norm_weight(layer.get_submodule(name), config.hidden_size, model.device)
+            norm = layer.get_submodule(name)
+            norm = rms_norm_weight(norm, config.hidden_size, norm.weight.device)
             copies[index][f"{name}.weight"] = compact(norm)
     return TargetLayers(copies)
 

@@ -46,8 +46,14 @@ class TargetSource:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.load(AutoTokenizer)
 
-    def model(self, *, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
-        """The target with its weights.
+    def model(
+        self,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        config: PretrainedConfig | None = None,
+    ) -> PreTrainedModel:
+        """The target with its weights, as its configuration says or as ``config`` does.
 
         Raises:
             ValueError: if it cannot be opened, or a tensor is missing or of another shape.
@@ -55,6 +61,7 @@ class TargetSource:
         model, report = self.load(
             AutoModelForCausalLM,
             dtype=dtype,
+            **({"config": config} if config else {}),
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # named below, as what is missing
             output_loading_info=True,

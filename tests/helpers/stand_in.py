@@ -20,6 +20,7 @@ FOUND = {
     "device_name": "cpu",
     "named_vllm": False,
     "openmp": None,
+    "writes_states": True,
 }
 SCRIPT = """#!{python}
 import http.server, json, os, pathlib, subprocess, sys, threading, time

@@ -1,0 +1,128 @@
+"""Answers *and* hidden states from vLLM, in the pass that writes the answer.
+
+No other model holds the target meanwhile. A conversation is kept when it ends: first its answers,
+then its states. What is known already (answers in the data, or of a capture that was killed) is
+read once.
+"""
+
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from peagle.capture.answers import (
+    answers_in_data,
+    append_answers,
+    drop_too_long,
+    known_answers,
+    require_documents,
+    say_past_the_turn,
+)
+from peagle.capture.asker import Asker, Question, Reading, settle_all
+from peagle.capture.config import CaptureConfig
+from peagle.capture.conversation import Answer
+from peagle.capture.engines import engines_for
+from peagle.capture.extract import open_writer
+from peagle.capture.named_documents import Namer
+from peagle.capture.prompts import Prompt
+from peagle.capture.work_split import WorkSplit, make_batches
+from peagle.progress import progress
+from peagle.store.manifest import Manifest
+from peagle.store.writer import StoreWriter
+from peagle.target.from_files import head_from_files
+from peagle.target.head import TargetHead
+from peagle.target.target import TargetSource
+
+
+class OnePass:
+    """One process's share of a capture.
+
+    Args:
+        prompts: those of all processes, in the order of the store.
+        folder: of the store.
+    """
+
+    def __init__(
+        self,
+        target: TargetSource,
+        manifest: Manifest,
+        config: CaptureConfig,
+        folder: Path,
+        split: WorkSplit,
+        prompts: list[Prompt],
+    ):
+        self.target, self.manifest, self.config = target, manifest, config
+        self.namer = Namer(prompts, target.tokenizer(), config)
+        self.writer: StoreWriter = open_writer(manifest, config, folder, split.first_shard)
+        self.done = {entry.place for entry in self.writer.done}
+        self.split = split
+        batches = split.share(make_batches(prompts, config))
+        self.asked = [(prompt, batch.greedy) for batch in batches for prompt in batch.prompts]
+        self.answers_path = folder / split.own_file("answers.jsonl")
+        self.states_folder = folder / "partial" / split.own_file("states")
+
+    def run(self) -> TargetHead:
+        """Ask and read what is missing; raises what an engine, a prompt or the disk does."""
+        prompts, config = [prompt for prompt, _ in self.asked], self.config
+        head = head_from_files(self.target, getattr(torch, config.dtype))
+        if config.regenerate:
+            known = known_answers(prompts, self.answers_path)
+        else:
+            tokenizer = self.namer.tokenizer
+            known = answers_in_data(tokenizer, prompts, config, self.target.end_tokens())
+        answers = {prompt.id: known[prompt.id] for prompt in prompts if prompt.id in known}
+        questions = [
+            question
+            for prompt, greedy in self.asked
+            if (question := self.question(prompt, greedy, answers.get(prompt.id)))
+        ]
+        if questions:
+            with (
+                engines_for(self.target, config, self.manifest, self.states_folder) as engines,
+                open(self.answers_path, "a", encoding="utf-8") as file,
+                progress("answers", len(prompts), done=len(prompts) - len(questions)) as bar,
+            ):
+                asker = Asker(engines, self.target, config, self.manifest)
+                asker.check(head, questions)
+                try:
+                    for question, answer, readings in settle_all(asker, questions):
+                        self.keep(question, answer, readings, file)
+                        answers[answer.id] = answer
+                        bar.update()
+                finally:
+                    self.writer.flush()
+        self.report(answers)
+        return head
+
+    def question(self, prompt: Prompt, greedy: bool, answer: Answer | None) -> Question | None:
+        """What is to be asked for a prompt, if anything is."""
+        if answer is None:
+            return Question(prompt, greedy)
+        missing = [d for d in self.namer.documents(prompt, answer) if d.place not in self.done]
+        texts = tuple(member.document.input_ids.tolist() for member in missing)
+        return Question(prompt, greedy, answer, texts) if texts else None
+
+    def keep(
+        self, question: Question, answer: Answer, readings: list[Reading], file: TextIO
+    ) -> None:
+        """Note a conversation, then its samples: a document's states are of its last turn."""
+        if question.answer is None:
+            append_answers(file, [answer])
+        by_text = {tuple(reading.text): reading for reading in readings}
+        for name, place, document, part in self.namer.documents(question.prompt, answer):
+            if question.answer is None or place not in self.done:
+                reading = by_text[tuple(document.input_ids.tolist())]
+                self.writer.append(name, part, reading.sample(document), place)
+
+    def report(self, answers: dict[str, Answer]) -> None:
+        """Say what was left out.
+
+        Raises:
+            ValueError: if there is nothing to train on.
+        """
+        if self.config.regenerate:
+            say_past_the_turn(answers.values(), self.namer.tokenizer)
+        fit = drop_too_long(answers, self.config)
+        found = self.namer.of_all([prompt for prompt, _ in self.asked], fit)
+        if self.split.count == 1:  # else others may have all the work
+            require_documents(fit, found, self.config.max_tokens)
