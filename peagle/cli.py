@@ -40,12 +40,14 @@ from peagle.preflight import (
     check_decodable,
     check_drafter,
     check_epochs,
+    refuse_barebones,
     refuse_foreign_files,
     refuse_other_run,
     refuse_strategy,
     require_batches,
     require_clipping,
     require_gpu,
+    require_logged,
     require_logger,
     require_training,
 )
@@ -143,7 +145,9 @@ class PEagleCLI(LightningCLI):
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         """Raises ``ValueError`` for a missing GPU, and for settings that exclude each other."""
-        require_gpu(self.config[self.subcommand].trainer.accelerator)
+        given = self.config[self.subcommand].trainer
+        require_gpu(given.accelerator)
+        refuse_barebones(given.barebones)
         try:
             trainer = super().instantiate_trainer(**settings)
         except (MisconfigurationException, TypeError) as error:
@@ -189,6 +193,7 @@ class PEagleCLI(LightningCLI):
             )
         if checkpoint is None:
             require_training(self.trainer)
+        require_logged(self.trainer, self.model.cod.num_depths)
         refuse_foreign_files(run_dir)
         if not self.trainer.fast_dev_run:
             refuse_other_run(run_dir, target)

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     CyclicLR,
@@ -15,17 +17,20 @@ from torch.optim.lr_scheduler import (
 )
 from transformers import DeepseekV3Config, Qwen3NextConfig
 
+from peagle.callbacks.progress import Progress
 from peagle.capture.config import CaptureConfig
 from peagle.capture.prompts import PromptSource
 from peagle.preflight import (
     check_decodable,
     check_drafter,
     check_epochs,
+    refuse_barebones,
     refuse_foreign_files,
     refuse_other_run,
     refuse_strategy,
     require_batches,
     require_clipping,
+    require_logged,
     require_training,
 )
 from peagle.target.target import TargetSource
@@ -157,3 +162,52 @@ def test_a_fit_that_trains_nothing_is_refused(name):
     require_training(L.Trainer(accelerator="cpu", logger=False, **{name: 1}))
     with pytest.raises(ValueError, match=f"trainer.{name} is 0, and nothing would be trained"):
         require_training(L.Trainer(accelerator="cpu", logger=False, **{name: 0}))
+
+
+def test_a_fit_without_time_is_refused():
+    require_training(L.Trainer(accelerator="cpu", logger=False, max_time="00:00:00:01"))
+    with pytest.raises(ValueError, match="max_time is 0, and nothing would be trained"):
+        require_training(L.Trainer(accelerator="cpu", logger=False, max_time="00:00:00:00"))
+
+
+def watching(*callbacks, **settings):
+    settings = {"logger": CSVLogger("unused"), **settings}
+    require_logged(L.Trainer(accelerator="cpu", callbacks=list(callbacks), **settings), 2)
+
+
+@pytest.mark.parametrize(
+    ("callback", "settings"),
+    [
+        (EarlyStopping("val_loss"), {}),
+        (ModelCheckpoint(monitor="val/accuracy_d2"), {}),
+        (ModelCheckpoint(filename="{epoch}-{val_loss:.2f}"), {}),
+        (EarlyStopping("epoch"), {}),
+        (EarlyStopping("val/loss"), {"limit_val_batches": 0}),
+        (EarlyStopping("train/lr"), {"logger": False}),
+    ],
+)
+def test_a_callback_that_wants_what_is_never_logged_is_refused(callback, settings):
+    with pytest.raises(ValueError, match=r"never logged: give one of .*train/loss, train/accuracy"):
+        watching(Progress(), callback, **settings)
+
+
+def test_a_callback_that_wants_what_is_logged_is_allowed():
+    watching(
+        Progress(),
+        EarlyStopping("val/accuracy_d1"),
+        EarlyStopping("train/lr"),
+        ModelCheckpoint(monitor="step", filename="{epoch}-{val/loss:.2f}", mode="max"),
+    )
+
+
+def test_what_a_callback_of_the_users_own_logs_is_not_known():
+    class Own(L.Callback):
+        pass
+
+    watching(Own(), EarlyStopping("own/figure"))
+
+
+def test_a_run_of_nothing_but_steps_is_refused():
+    refuse_barebones(False)
+    with pytest.raises(ValueError, match=r"barebones switches off .*fast_dev_run true"):
+        refuse_barebones(True)

@@ -83,6 +83,14 @@ def accuracy_by_depth(rows: Rows, correct: Bool[Tensor, " N"]) -> dict[int, Tens
     return {d: hits[d] / count for d, count in enumerate(counts) if count}
 
 
+def logged_names(num_depths: int, *, validated: bool) -> list[str]:
+    """What ``PEagleModule`` logs in every ``fit``, with or without validation."""
+    depths = [f"accuracy_d{depth}" for depth in range(num_depths)]
+    train = [f"train/{name}" for name in ("loss", "accuracy", *depths)]
+    val = [f"val/{name}" for name in ("loss", "acceptance_length", *depths)]
+    return train + (val if validated else [])
+
+
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Right-aligned columns under a rule, for terminals."""
     lines = [header, *rows]
