@@ -29,6 +29,7 @@ from peagle.callbacks.record import RunConfig
 from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
 from peagle.capture.identity import refuse_other_store
+from peagle.card.target_name import hub_name_of
 from peagle.decode.evaluation import EvaluationConfig
 from peagle.kernels.device import pick_device
 from peagle.model.checkpoint import check_address
@@ -356,14 +357,23 @@ def export(
         source = TargetSource(target, revision)
         text = source.config()
         refuse_other_target(drafter.config, text)
-        in_folder = Path(source.path).is_dir()
-        name = str(Path(source.path).resolve()) if in_folder else target
-        verifier = Verifier(name, text.architectures or [])
-        if in_folder and format == "speculators":
-            print(f"config.json names the target by its folder on this machine, {name}: elsewhere "
-                  "give a Hub id", file=sys.stderr)  # fmt: skip
+        verifier = Verifier(verifier_name(source, format), text.architectures or [])
     export_drafter(drafter, Path(out), layout=format, verifier=verifier, k=k)
     print(f"wrote {out}; next:\n{bench_command(out, target or 'TARGET', revision)}")
+
+
+def verifier_name(source: TargetSource, format: Layout) -> str:
+    """Hub id of the target, as a card finds it; its folder where nothing tells it."""
+    folder = Path(source.path)
+    if not folder.is_dir():
+        return source.name
+    found = hub_name_of(folder)
+    name = found.hub_id if found else str(folder.resolve())
+    how = f"{name}, after {found.source}" if found else f"its folder on this machine, {name}"
+    if format == "speculators":
+        print(f"config.json names the target by {how}: give --target HUB_ID if it has another",
+              file=sys.stderr)  # fmt: skip
+    return name
 
 
 READERS: dict[str, type[PEagleCLI]] = {"capture": CaptureCLI, "plan": PlanCLI}
