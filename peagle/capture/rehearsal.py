@@ -24,8 +24,11 @@ def rehearse(
     mask_token_id: int | None = None,
     max_tokens: int | None = None,
     answers_in_data: bool = False,
+    shown: bool = True,
 ) -> list[Prompt]:
     """The prompts that leave room within the target's positions; says how many do not.
+
+    What is ``shown`` besides errors would be the same in every process.
 
     Raises:
         ValueError: with the place of the first prompt that the template refuses or does not say
@@ -34,7 +37,7 @@ def rehearse(
     """
     positions = getattr(text, "max_position_embeddings", None) or math.inf
     fit, shortest = [], math.inf
-    for prompt in track("prompts", prompts):
+    for prompt in track("prompts", prompts, shown=shown):
         options = prompt.options(template_options)
         sequences = said_in_data if answers_in_data else asked
         found = list(sequences(tokenizer, prompt, options))
@@ -50,7 +53,8 @@ def rehearse(
         problem = f"longer than the target's {positions} positions"
         if not fit:
             raise ValueError(f"{count} are {problem}: give shorter ones")
-        print(f"{count} are {problem} and were left out")
+        if shown:
+            print(f"{count} are {problem} and were left out")
     return fit
 
 
