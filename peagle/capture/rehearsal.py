@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -15,6 +15,13 @@ from peagle.progress import track
 STAND_IN = "."  # for an answer that is not there yet
 
 
+class Rehearsed(NamedTuple):
+    """The prompts that leave room, and the tokens of each: of its longest rendered sequence."""
+
+    prompts: list[Prompt]
+    tokens: list[int]
+
+
 def rehearse(
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
@@ -25,7 +32,7 @@ def rehearse(
     max_tokens: int | None = None,
     answers_in_data: bool = False,
     shown: bool = True,
-) -> list[Prompt]:
+) -> Rehearsed:
     """The prompts that leave room within the target's positions; says how many do not.
 
     What is ``shown`` besides errors would be the same in every process.
@@ -36,7 +43,7 @@ def rehearse(
             prompt leaves room there, or within ``max_tokens``.
     """
     positions = getattr(text, "max_position_embeddings", None) or math.inf
-    fit, shortest = [], math.inf
+    fit, shortest = Rehearsed([], []), math.inf
     for prompt in track("prompts", prompts, shown=shown):
         options = prompt.options(template_options)
         sequences = said_in_data if answers_in_data else asked
@@ -45,13 +52,14 @@ def rehearse(
             refuse_ids(ids, tokenizer, prompt, text.vocab_size, mask_token_id)
         shortest = min(shortest, len(found[0]) + (0 if answers_in_data else 2))
         if len(found[0]) < positions:
-            fit.append(prompt)
+            fit.prompts.append(prompt)
+            fit.tokens.append(max(map(len, found)))
     if prompts and max_tokens is not None:
         require_room(shortest <= max_tokens, max_tokens)
-    if len(fit) < len(prompts):
-        count = f"{len(prompts) - len(fit)} of {len(prompts)} prompts"
+    if len(fit.prompts) < len(prompts):
+        count = f"{len(prompts) - len(fit.prompts)} of {len(prompts)} prompts"
         problem = f"longer than the target's {positions} positions"
-        if not fit:
+        if not fit.prompts:
             raise ValueError(f"{count} are {problem}: give shorter ones")
         if shown:
             print(f"{count} are {problem} and were left out")

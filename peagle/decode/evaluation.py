@@ -92,7 +92,7 @@ def prompt_batches(
     text, tokenizer, batches = target.config(), target.tokenizer(), []
     for source in config.prompts:
         options = config.template_options
-        prompts = rehearse(load_prompts(source), tokenizer, text, options, shown=shown)
+        prompts = rehearse(load_prompts(source), tokenizer, text, options, shown=shown).prompts
         batches += [
             PromptBatch(source.name, prompts[start : start + config.batch_size])
             for start in range(0, len(prompts), config.batch_size)
