@@ -43,7 +43,13 @@ def read_conversation(value: Any, name: str) -> list[Message]:
     """As ``read_messages``; the messages may be JSON in a text."""
     if isinstance(value, str) and re.match(r"\s*(\[\s*)?\{", value):
         value = read_json(value, f"{name}: its messages")
-    return read_messages(value, name)
+    messages = read_messages(value, name)
+    if len(messages) > 1 and isinstance(value, list) and isinstance(value[0], str):
+        raise ValueError(
+            f"{name} has a conversation of texts alone: write messages with a role, or give the "
+            "user's texts in a column 'turns'"
+        )
+    return messages
 
 
 def read_pairs(value: Any, name: str) -> list[Message]:

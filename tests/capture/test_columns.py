@@ -130,6 +130,7 @@ def test_calls_and_reasoning_stay_with_the_answers_of_the_data(tmp_path):
         ({"prompt": "Hi", "tools": [{}]}, "a tool has no name"),
         ({"messages": [SAID[0], {"role": "assistant", "tool_calls": [{}]}]}, "function's name"),
         ({"instruction": "And?", "history": ["Hi"]}, "pairs of texts"),
+        ({"conversations": ["Hi", "Hello"]}, "texts alone: write messages with a role"),  # LIMA's
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused_with_its_line(tmp_path, row, words):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from datetime import datetime
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +40,29 @@ def test_a_file_of_any_kind_is_read_and_known_by_its_content(tmp_path, monkeypat
     same = PromptSource(str(tmp_path / "same.jsonl"), label="set")
     assert prompt_set_hash(source) == prompt_set_hash(same)
     assert PromptSource(name).name == name.partition(".")[0] and not source.on_hub
+
+
+def test_a_tool_in_parquet_has_no_parameters_of_the_other_rows_tools(tmp_path):
+    rows = []
+    for name, parameter in (("look_up", "word"), ("add", "number")):
+        properties = {parameter: {"type": "string"}}
+        tool = {"name": name, "parameters": {"type": "object", "properties": properties}}
+        rows.append({"prompt": "Hi", "tools": [{"type": "function", "function": tool}]})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set.parquet")
+    prompts = load_prompts(PromptSource(str(tmp_path / "set.parquet")))
+    assert [list(prompt.tools) for prompt in prompts] == [row["tools"] for row in rows]
+
+
+def test_a_set_with_times_in_its_messages_is_known_by_its_content(tmp_path):
+    hashes = set()
+    for year in (2023, 2023, 2024):  # WildChat has a time in every answer
+        said = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello", "timestamp": datetime(year, 4, 9)},
+        ]
+        pq.write_table(pa.Table.from_pylist([{"conversation": said}]), tmp_path / "set.parquet")
+        hashes.add(prompt_set_hash(PromptSource(str(tmp_path / "set.parquet"))))
+    assert len(hashes) == 2
 
 
 @pytest.mark.parametrize(
