@@ -83,6 +83,12 @@ def test_lines_of_plain_text_are_prompts_and_a_column_of_text_must_be_named(tmp_
     assert read(tmp_path, {"text": "Hi"}, column="text")[0].turns == ("Hi",)
 
 
+def test_messages_in_a_text_are_read_in_any_column(tmp_path):
+    assert read(tmp_path, {"dialog": json.dumps(SAID)}, column="dialog")[0].turns == ("Hi",)
+    for text in ('[{"a": 1}] What is it?', '[{"a": 1}]', "[{"):
+        assert read(tmp_path, {"prompt": text})[0].turns == (text,)
+
+
 @pytest.mark.parametrize(
     ("row", "turns"),
     [
