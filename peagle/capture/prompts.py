@@ -191,9 +191,10 @@ def read_rows(source: PromptSource) -> Iterator[Row]:
 
 
 def refuse_unused(source: PromptSource) -> None:
-    """Raise ``ValueError`` for what only a set of the Hub has, and for a split of one file."""
+    """Raise ``ValueError`` for what only a set of the Hub has, and for a split where none is."""
     given = {"subset": source.subset, "revision": source.revision}
-    if source.source != BUILT_IN and kind_of(Path(source.source)):
+    path = Path(source.source).expanduser()
+    if source.source != BUILT_IN and (kind_of(path) or (path / "state.json").exists()):
         given["split"] = source.split
     for name, value in given.items():
         if value is not None:

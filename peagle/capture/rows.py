@@ -103,7 +103,10 @@ def from_folder(path: Path, split: str) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset, load_from_disk  # takes seconds to import
 
     if (path / "dataset_dict.json").exists():
-        yield from load_from_disk(str(path))[split]
+        found = load_from_disk(str(path))
+        if split not in found:
+            raise ValueError(f"its splits are {', '.join(found)}, and {split!r} is asked for")
+        yield from found[split]
     elif (path / "state.json").exists():
         yield from load_from_disk(str(path))
     else:
