@@ -1,6 +1,7 @@
 """Renders every prompt by the tokenizer alone, before answers are asked or weights are loaded."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -38,10 +39,12 @@ def rehearse(
     What is ``shown`` besides errors would be the same in every process.
 
     Raises:
-        ValueError: with the place of the first prompt that the template refuses or does not say
-            whole, or that holds the mask token or an id beyond the target's vocabulary; or if no
-            prompt leaves room there, or within ``max_tokens``.
+        ValueError: for an option that the template does not know; with the place of the first
+            prompt that the template refuses or does not say whole, or that holds the mask token or
+            an id beyond the target's vocabulary; or if no prompt leaves room there, or within
+            ``max_tokens``.
     """
+    refuse_unknown_options(tokenizer, template_options)
     positions = getattr(text, "max_position_embeddings", None) or math.inf
     fit, shortest = Rehearsed([], []), math.inf
     for prompt in track("prompts", prompts, shown=shown):
@@ -64,6 +67,17 @@ def rehearse(
         if shown:
             print(f"{count} are {problem} and were left out")
     return fit
+
+
+def refuse_unknown_options(tokenizer: Tokenizer, template_options: dict[str, Any] | None) -> None:
+    """Raise ``ValueError`` for an option that the chat template does not name, and so ignores."""
+    template = str(tokenizer.chat_template or "")
+    for name in template_options or ():
+        if template and not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ValueError(
+                f"the chat template of {tokenizer.name_or_path} does not know {name!r}: correct or "
+                "leave out template_options"
+            )
 
 
 def asked(tokenizer: Tokenizer, prompt: Prompt, options: dict[str, Any]) -> Iterator[list[int]]:

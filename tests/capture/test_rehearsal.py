@@ -11,7 +11,7 @@ from peagle.capture import capture as capture_module
 from peagle.capture.capture import capture, require_both_splits, within_positions
 from peagle.capture.chat import prompt_ids, turns_from_messages
 from peagle.capture.config import CaptureConfig
-from peagle.capture.identity import PARTIAL, wanted_manifest
+from peagle.capture.identity import PARTIAL, refuse_other_settings, wanted_manifest
 from peagle.capture.prompts import Prompt, PromptSource
 from peagle.capture.rehearsal import rehearse
 from peagle.decode.evaluation import EvaluationConfig, prompt_batches
@@ -47,6 +47,14 @@ def test_a_prompt_that_cannot_be_asked_is_named_by_its_place(prompt, template, w
     with pytest.raises(ValueError, match=f"set.jsonl, line 7.*{words}"):
         rehearsed(fine, prompt._replace(place="set.jsonl, line 7"), template=template,
                   mask_token_id=3)  # fmt: skip
+
+
+def test_an_option_that_the_template_would_ignore_is_refused():
+    prompt, tokenizer, text = Prompt("p", None, ("Hi",)), tokenizer_with(QWEN3), TARGET.config()
+    text.vocab_size = len(tokenizer)
+    assert rehearse([prompt], tokenizer, text, {"enable_thinking": False}) == [prompt]
+    with pytest.raises(ValueError, match="does not know 'enable_thinkin': correct"):
+        rehearse([prompt], tokenizer, text, {"enable_thinkin": False})
 
 
 def test_an_id_beyond_the_vocabulary_is_refused():
@@ -125,6 +133,12 @@ def test_a_store_that_may_outgrow_its_disk_is_warned_of_before_anything_is_asked
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         capture(TARGET, config, tmp_path / "store")
         assert ("the store may need 0.00 GB at" in capsys.readouterr().err) == warned
+
+
+def test_a_record_of_a_store_that_is_damaged_is_named(tmp_path):
+    (tmp_path / "capture.json").write_text("{")
+    with pytest.raises(ValueError, match=r"capture\.json is damaged .*: capture again"):
+        refuse_other_settings(tmp_path, {"seed": 0})
 
 
 def test_prompts_that_leave_a_split_empty_are_refused_with_the_right_advice():
