@@ -25,6 +25,7 @@ from peagle.bench.report import (
 from peagle.capture.config import require_positive
 from peagle.capture.prompts import Prompt, PromptSource, check_sources, load_prompts
 from peagle.card.provenance import environment
+from peagle.card.run_files import sha256
 from peagle.decode.evaluation import turn_prompt
 from peagle.kernels.device import cpu_name
 from peagle.model.config import PEagleConfig
@@ -262,6 +263,7 @@ def write_results(path: Path, config: BenchConfig, vllm: Vllm, rows: list[Row]) 
         "target": config.target,
         "revision": config.revision,
         "drafter": str(config.drafter),
+        "weights_sha256": sha256(config.drafter / "model.safetensors"),
         "baseline": None if config.baseline is None else str(config.baseline),
         "vllm": vllm.version,
         "max_new_tokens": config.max_new_tokens,
