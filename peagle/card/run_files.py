@@ -170,7 +170,7 @@ def _read_metrics(path: Path, weights: str | None) -> Metrics:
     """Nothing, if the figures are of other weights: of an earlier fit, or of another checkpoint."""
     totals = Section(read_json(path))
     rows, environment = totals.pop("rows", None), Section(totals.pop("provenance", None) or {})
-    if environment["weights_sha256"] not in (None, weights):
+    if weights and environment["weights_sha256"] not in (None, weights):
         return Metrics([], Section(), Section())
     return Metrics(list(rows or ()), totals, environment)
 
