@@ -48,6 +48,7 @@ from peagle.preflight import (
     require_gpu,
     require_logger,
     require_training,
+    require_writable_run,
 )
 from peagle.quiet import silence_libraries
 from peagle.serve.contract import Layout
@@ -154,6 +155,8 @@ class PEagleCLI(LightningCLI):
         require_batches(trainer)
         require_clipping(trainer)
         require_logger(trainer)
+        if not trainer.fast_dev_run:
+            require_writable_run(Path(self.config[self.subcommand].run_dir))
         return trainer
 
     def before_fit(self) -> None:

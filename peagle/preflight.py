@@ -18,7 +18,7 @@ from peagle.model.build import build_drafter
 from peagle.model.checkpoint import read_checkpoint
 from peagle.model.restore import refuse_incomplete
 from peagle.serve.export import refuse_foreign
-from peagle.store.disk import require_disk
+from peagle.store.disk import require_disk, require_writable
 from peagle.target.target import TargetSource
 from peagle.train.module import PEagleModule
 from peagle.train.optimizer import parameter_groups
@@ -99,6 +99,12 @@ def refuse_foreign_files(run_dir: Path) -> None:
             f"{config} was not written by a fit, which would replace it: move it out of the run's "
             "folder, or give another --run_dir"
         )
+
+
+def require_writable_run(run_dir: Path) -> None:
+    """Raise ``ValueError`` before a run whose results could not be kept."""
+    for name in ("", "checkpoints", "metrics", "drafter", "card"):
+        require_writable(run_dir / name)
 
 
 def refuse_other_run(run_dir: Path, target: TargetSource) -> None:

@@ -27,6 +27,7 @@ from peagle.preflight import (
     require_batches,
     require_clipping,
     require_training,
+    require_writable_run,
 )
 from peagle.target.target import TargetSource
 from peagle.train.module import PEagleModule
@@ -143,6 +144,16 @@ def test_one_device_is_allowed():
 def test_optimizer_steps_of_no_batch_are_refused():
     with pytest.raises(ValueError, match="accumulate_grad_batches must be at least 1, got 0"):
         require_batches(L.Trainer(accelerator="cpu", logger=False, accumulate_grad_batches=0))
+
+
+def test_a_run_that_could_not_be_kept_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "run" / "metrics").mkdir(parents=True)
+    require_writable_run(tmp_path / "run")
+    for name in ("metrics", ""):
+        closed = str(tmp_path / "run" / name)
+        monkeypatch.setattr("os.access", lambda path, _, closed=closed: str(path) != closed)
+        with pytest.raises(ValueError, match=f"^{closed} cannot be written into: give another"):
+            require_writable_run(tmp_path / "run")
 
 
 def test_a_negative_limit_of_gradients_is_refused():

@@ -40,7 +40,7 @@ from peagle.serve.vllm import (
     require_parallel_drafting,
     serve,
 )
-from peagle.store.disk import write_atomically
+from peagle.store.disk import require_writable, write_atomically
 from peagle.target.target import TargetSource
 
 
@@ -120,12 +120,13 @@ def bench(config: BenchConfig) -> None:
     for drafter in drafters.values():
         refuse_other_target(drafter, text)
         warn_beyond_training(drafter, config.k)
+    folder = (config.run_dir or config.drafter.resolve().parent) / "metrics"
+    require_writable(folder)
     vllm = find_vllm(config.vllm_python)
     architectures = {name for drafter in drafters.values() for name in drafter.architectures}
     require_parallel_drafting(vllm, [*sorted(architectures), *(text.architectures or ())])
     prompt_sets = rendered_prompts(config, target)
 
-    folder = (config.run_dir or config.drafter.resolve().parent) / "metrics"
     conditions = Conditions(vllm.name, hardware(vllm), config.dtype, config.temperature)
     engine = f"{vllm.name} on {conditions.hardware}"
     print(f"{engine}; {config.dtype}, temperature {config.temperature:g}", file=sys.stderr)
