@@ -16,7 +16,8 @@ from peagle.decode.sliding_window import sliding_window_of_layers
 from peagle.kernels.device import pick_device
 from peagle.model.build import build_drafter
 from peagle.model.checkpoint import read_checkpoint
-from peagle.model.restore import refuse_incomplete
+from peagle.model.restore import refuse_incomplete, refuse_other_target
+from peagle.model.saved_drafter import load_drafter
 from peagle.serve.export import refuse_foreign
 from peagle.store.disk import require_disk, require_writable
 from peagle.target.target import TargetSource
@@ -74,6 +75,12 @@ def check_decodable(target: TargetSource) -> None:
             f"{error}, and train with --trainer.limit_test_batches 0: fit then ends without `test` "
             "and the card"
         ) from error
+
+
+def check_baseline(address: str | None, target: TargetSource) -> None:
+    """Raise ``ValueError`` unless the other drafter that ``test`` measures can be loaded for it."""
+    if address is not None:
+        refuse_other_target(load_drafter(address).config, target.config())
 
 
 def check_epochs(path: str | None, max_epochs: int | None) -> None:

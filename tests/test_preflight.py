@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from short_fits import make_data, make_module, make_trainer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     CyclicLR,
@@ -18,6 +19,7 @@ from transformers import DeepseekV3Config, Qwen3NextConfig
 from peagle.capture.config import CaptureConfig
 from peagle.capture.prompts import PromptSource
 from peagle.preflight import (
+    check_baseline,
     check_decodable,
     check_drafter,
     check_epochs,
@@ -154,6 +156,17 @@ def test_a_run_that_could_not_be_kept_is_refused(tmp_path, monkeypatch):
         monkeypatch.setattr("os.access", lambda path, _, closed=closed: str(path) != closed)
         with pytest.raises(ValueError, match=f"^{closed} cannot be written into: give another"):
             require_writable_run(tmp_path / "run")
+
+
+def test_a_baseline_that_cannot_be_measured_is_refused(tmp_path, random_store):
+    target, torn = TargetSource("tiny"), tmp_path / "torn.ckpt"
+    torn.write_text("x")
+    with pytest.raises(ValueError, match="is refused: it is torn"):
+        check_baseline(str(torn), target)
+    make_trainer(tmp_path, 1).fit(make_module(), datamodule=make_data(random_store))
+    check_baseline(None, target)
+    with pytest.raises(ValueError, match="trained for another target"):
+        check_baseline(str(tmp_path / "checkpoints/last.ckpt"), target)
 
 
 def test_a_negative_limit_of_gradients_is_refused():
