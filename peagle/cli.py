@@ -38,6 +38,7 @@ from peagle.model.saved_drafter import load_drafter
 from peagle.next_step import after_fit, bench_command, command
 from peagle.plan.report import RunShape, plan
 from peagle.preflight import (
+    check_baseline,
     check_decodable,
     check_drafter,
     check_epochs,
@@ -51,6 +52,7 @@ from peagle.preflight import (
     require_logged,
     require_logger,
     require_training,
+    require_writable_run,
 )
 from peagle.quiet import silence_libraries
 from peagle.serve.contract import Layout
@@ -159,6 +161,8 @@ class PEagleCLI(LightningCLI):
         require_batches(trainer)
         require_clipping(trainer)
         require_logger(trainer)
+        if not trainer.fast_dev_run:
+            require_writable_run(Path(self.config[self.subcommand].run_dir))
         return trainer
 
     def before_fit(self) -> None:
@@ -203,6 +207,7 @@ class PEagleCLI(LightningCLI):
         check_drafter(self.model, target, config.capture, run_dir)
         if self.trainer.limit_test_batches != 0:
             check_decodable(target)
+            check_baseline(config.evaluation.baseline, target)
             self.datamodule.test_batches()  # raises for prompts
         if not (Path(config.store) / "manifest.json").exists():  # else Lightning says so at once
             check_epochs(checkpoint, self.trainer.max_epochs)
@@ -221,6 +226,10 @@ class PEagleCLI(LightningCLI):
         trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         if trainer.is_global_zero and not trainer.fast_dev_run:
             print(after_fit(run_dir, self.config.fit.target, self.config.fit.revision))
+
+    def before_test(self) -> None:
+        config = self.config_init.test
+        check_baseline(config.evaluation.baseline, TargetSource(config.target, config.revision))
 
     def after_validate(self) -> None:
         if self.trainer.is_global_zero:

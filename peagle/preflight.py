@@ -22,9 +22,10 @@ from peagle.decode.sliding_window import sliding_window_of_layers
 from peagle.kernels.device import pick_device
 from peagle.model.build import build_drafter
 from peagle.model.checkpoint import read_checkpoint
-from peagle.model.restore import refuse_incomplete
+from peagle.model.restore import refuse_incomplete, refuse_other_target
+from peagle.model.saved_drafter import load_drafter
 from peagle.serve.export import refuse_foreign
-from peagle.store.disk import require_disk
+from peagle.store.disk import require_disk, require_writable
 from peagle.target.target import TargetSource
 from peagle.train.metrics import logged_names
 from peagle.train.module import PEagleModule
@@ -83,6 +84,12 @@ def check_decodable(target: TargetSource) -> None:
         ) from error
 
 
+def check_baseline(address: str | None, target: TargetSource) -> None:
+    """Raise ``ValueError`` unless the other drafter that ``test`` measures can be loaded for it."""
+    if address is not None:
+        refuse_other_target(load_drafter(address).config, target.config())
+
+
 def check_epochs(path: str | None, max_epochs: int | None) -> None:
     """Raise ``ValueError`` for a checkpoint in a file that is of a later epoch than the last."""
     if path is None or "://" in path or max_epochs in (None, -1):
@@ -106,6 +113,12 @@ def refuse_foreign_files(run_dir: Path) -> None:
             f"{config} was not written by a fit, which would replace it: move it out of the run's "
             "folder, or give another --run_dir"
         )
+
+
+def require_writable_run(run_dir: Path) -> None:
+    """Raise ``ValueError`` before a run whose results could not be kept."""
+    for name in ("", "checkpoints", "metrics", "drafter", "card"):
+        require_writable(run_dir / name)
 
 
 def refuse_other_run(run_dir: Path, target: TargetSource) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from short_fits import make_data, make_module, make_trainer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     CyclicLR,
@@ -21,6 +22,7 @@ from peagle.callbacks.progress import Progress
 from peagle.capture.config import CaptureConfig
 from peagle.capture.prompts import PromptSource
 from peagle.preflight import (
+    check_baseline,
     check_decodable,
     check_drafter,
     check_epochs,
@@ -32,6 +34,7 @@ from peagle.preflight import (
     require_clipping,
     require_logged,
     require_training,
+    require_writable_run,
 )
 from peagle.target.target import TargetSource
 from peagle.train.module import PEagleModule
@@ -148,6 +151,27 @@ def test_one_device_is_allowed():
 def test_optimizer_steps_of_no_batch_are_refused():
     with pytest.raises(ValueError, match="accumulate_grad_batches must be at least 1, got 0"):
         require_batches(L.Trainer(accelerator="cpu", logger=False, accumulate_grad_batches=0))
+
+
+def test_a_run_that_could_not_be_kept_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "run" / "metrics").mkdir(parents=True)
+    require_writable_run(tmp_path / "run")
+    for name in ("metrics", ""):
+        closed = str(tmp_path / "run" / name)
+        monkeypatch.setattr("os.access", lambda path, _, closed=closed: str(path) != closed)
+        with pytest.raises(ValueError, match=f"^{closed} cannot be written into: give another"):
+            require_writable_run(tmp_path / "run")
+
+
+def test_a_baseline_that_cannot_be_measured_is_refused(tmp_path, random_store):
+    target, torn = TargetSource("tiny"), tmp_path / "torn.ckpt"
+    torn.write_text("x")
+    with pytest.raises(ValueError, match="is refused: it is torn"):
+        check_baseline(str(torn), target)
+    make_trainer(tmp_path, 1).fit(make_module(), datamodule=make_data(random_store))
+    check_baseline(None, target)
+    with pytest.raises(ValueError, match="trained for another target"):
+        check_baseline(str(tmp_path / "checkpoints/last.ckpt"), target)
 
 
 def test_a_negative_limit_of_gradients_is_refused():

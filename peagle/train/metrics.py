@@ -77,7 +77,7 @@ class DepthAccuracy(Metric):
 def accuracy_by_depth(rows: Rows, correct: Bool[Tensor, " N"]) -> dict[int, Tensor]:
     """Depth -> share of its rows that are right, for each depth that has rows."""
     depth = rows.depth.to(correct.device)
-    hits = torch.zeros(len(rows.depth.bincount()), device=correct.device)
+    hits = correct.new_zeros(len(rows.depth.bincount()), dtype=torch.float32)
     hits.index_add_(0, depth, correct.float())
     counts = rows.depth.bincount().tolist()
     return {d: hits[d] / count for d, count in enumerate(counts) if count}
