@@ -10,6 +10,7 @@ import torch.distributed as dist
 from peagle.card.provenance import environment
 from peagle.decode.acceptance import acceptance_rows
 from peagle.decode.evaluation import Run
+from peagle.serve.export import weights_sha256
 from peagle.store.disk import write_atomically
 from peagle.train.metrics import DepthReport, format_depths, format_table
 
@@ -22,6 +23,13 @@ class Evaluate(L.Callback):
 
     def __init__(self) -> None:
         self.runs: list[Run] = []
+        self.loaded_step = 0
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """`validate` and `test` leave the trainer's own step at 0."""
+        self.loaded_step = checkpoint["global_step"]
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn != "validate" or not trainer.is_global_zero:
@@ -36,7 +44,7 @@ class Evaluate(L.Callback):
             for depth, (accuracy, conditional, n) in enumerate(figures)
         ]
         totals = {"teacher_forced_acceptance_length": report.acceptance_length, "loss": loss}
-        self.write(trainer, "validate.json", totals | {"rows": rows})
+        self.write(trainer, module, "validate.json", totals | {"rows": rows})
 
     def on_test_start(self, *_: Any) -> None:
         self.runs = []
@@ -46,7 +54,7 @@ class Evaluate(L.Callback):
     ) -> None:
         self.runs += outputs
 
-    def on_test_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         runs = self.runs
         if trainer.world_size > 1:
             by_rank: list[list[Run]] = [[] for _ in range(trainer.world_size)]
@@ -57,15 +65,18 @@ class Evaluate(L.Callback):
             rows = acceptance_rows(runs, engine="peagle reference loop", dtype=config.dtype)
             print("\nAcceptance length, measured by speculative decoding")
             print(format_acceptance(rows))
-            self.write(trainer, "acceptance.json", {"rows": rows})
+            self.write(trainer, module, "acceptance.json", {"rows": rows})
 
-    def write(self, trainer: L.Trainer, name: str, content: dict[str, Any]) -> None:
+    def write(
+        self, trainer: L.Trainer, module: L.LightningModule, name: str, content: dict[str, Any]
+    ) -> None:
         if trainer.fast_dev_run:
             return
         record = {
             "target": trainer.datamodule.target.name,
             "revision": trainer.datamodule.target.revision,
-            "step": trainer.global_step,
+            "step": trainer.global_step or self.loaded_step,
+            "weights_sha256": weights_sha256(module.drafter),  # the card shows no other's figures
             **environment(),
         }
         text = json.dumps({"provenance": record, **content}, indent=2)

@@ -32,6 +32,8 @@ class Progress(TQDMProgressBar):
     and ``train/lr`` go to every logger.
     """
 
+    logs = ("train/tokens_per_second", "train/memory_gb", "train/lr")
+
     def __init__(self, refresh_rate: int = 1):
         self.shows_bar = sys.stderr.isatty()
         super().__init__(refresh_rate=refresh_rate if self.shows_bar else 0)
@@ -73,12 +75,9 @@ class Progress(TQDMProgressBar):
         per_second = self.speed.since_last(module.tokens_trained) * trainer.world_size
         if not trainer.loggers:
             return
-        values = {
-            "train/tokens_per_second": per_second,
-            "train/memory_gb": peak_memory(module.device) / 1e9,
-            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
-        }
-        for name, value in values.items():
+        memory = peak_memory(module.device) / 1e9
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        for name, value in zip(self.logs, (per_second, memory, rate), strict=True):
             self.log(name, float(value), batch_size=1)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from peagle.capture.prompts import PromptSource
 from peagle.card.card import CardOptions, write_card
 from peagle.card.provenance import environment
-from peagle.card.run_files import read_json, sha256
+from peagle.card.run_files import RunFiles, read_json, sha256
 from peagle.card.target_license import license_of
 from peagle.card.target_name import HubName, hub_name_of
 from peagle.store.disk import write_atomically
@@ -76,6 +76,9 @@ class RunRecord(L.Callback):
         if trainer.is_global_zero and was_trained and not trainer.fast_dev_run:
             write_card(run_dir, run_dir / "drafter", run_dir / "card", options=self.options)
             print(f"\nwrote {run_dir / 'card' / 'README.md'}")
+            if not RunFiles.read(run_dir, run_dir / "drafter").acceptance.rows:
+                print("the card leaves these figures out: they are of other weights than "
+                      f"{run_dir / 'drafter'}", file=sys.stderr)  # fmt: skip
 
     def write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:

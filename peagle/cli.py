@@ -29,6 +29,7 @@ from peagle.callbacks.record import RunConfig
 from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
 from peagle.capture.identity import refuse_other_store
+from peagle.card.target_name import hub_name_of
 from peagle.decode.evaluation import EvaluationConfig
 from peagle.kernels.device import pick_device
 from peagle.model.checkpoint import check_address
@@ -37,17 +38,21 @@ from peagle.model.saved_drafter import load_drafter
 from peagle.next_step import after_fit, bench_command, command
 from peagle.plan.report import RunShape, plan
 from peagle.preflight import (
+    check_baseline,
     check_decodable,
     check_drafter,
     check_epochs,
+    refuse_barebones,
     refuse_foreign_files,
     refuse_other_run,
     refuse_strategy,
     require_batches,
     require_clipping,
     require_gpu,
+    require_logged,
     require_logger,
     require_training,
+    require_writable_run,
 )
 from peagle.quiet import silence_libraries
 from peagle.serve.contract import Layout
@@ -143,7 +148,9 @@ class PEagleCLI(LightningCLI):
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         """Raises ``ValueError`` for a missing GPU, and for settings that exclude each other."""
-        require_gpu(self.config[self.subcommand].trainer.accelerator)
+        given = self.config[self.subcommand].trainer
+        require_gpu(given.accelerator)
+        refuse_barebones(given.barebones)
         try:
             trainer = super().instantiate_trainer(**settings)
         except (MisconfigurationException, TypeError) as error:
@@ -154,6 +161,8 @@ class PEagleCLI(LightningCLI):
         require_batches(trainer)
         require_clipping(trainer)
         require_logger(trainer)
+        if not trainer.fast_dev_run:
+            require_writable_run(Path(self.config[self.subcommand].run_dir))
         return trainer
 
     def before_fit(self) -> None:
@@ -189,6 +198,7 @@ class PEagleCLI(LightningCLI):
             )
         if checkpoint is None:
             require_training(self.trainer)
+        require_logged(self.trainer, self.model.cod.num_depths)
         refuse_foreign_files(run_dir)
         if not self.trainer.fast_dev_run:
             refuse_other_run(run_dir, target)
@@ -197,6 +207,7 @@ class PEagleCLI(LightningCLI):
         check_drafter(self.model, target, config.capture, run_dir)
         if self.trainer.limit_test_batches != 0:
             check_decodable(target)
+            check_baseline(config.evaluation.baseline, target)
             self.datamodule.test_batches()  # raises for prompts
         if not (Path(config.store) / "manifest.json").exists():  # else Lightning says so at once
             check_epochs(checkpoint, self.trainer.max_epochs)
@@ -215,6 +226,10 @@ class PEagleCLI(LightningCLI):
         trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         if trainer.is_global_zero and not trainer.fast_dev_run:
             print(after_fit(run_dir, self.config.fit.target, self.config.fit.revision))
+
+    def before_test(self) -> None:
+        config = self.config_init.test
+        check_baseline(config.evaluation.baseline, TargetSource(config.target, config.revision))
 
     def after_validate(self) -> None:
         if self.trainer.is_global_zero:
@@ -351,14 +366,23 @@ def export(
         source = TargetSource(target, revision)
         text = source.config()
         refuse_other_target(drafter.config, text)
-        in_folder = Path(source.path).is_dir()
-        name = str(Path(source.path).resolve()) if in_folder else target
-        verifier = Verifier(name, text.architectures or [])
-        if in_folder and format == "speculators":
-            print(f"config.json names the target by its folder on this machine, {name}: elsewhere "
-                  "give a Hub id", file=sys.stderr)  # fmt: skip
+        verifier = Verifier(verifier_name(source, format), text.architectures or [])
     export_drafter(drafter, Path(out), layout=format, verifier=verifier, k=k)
     print(f"wrote {out}; next:\n{bench_command(out, target or 'TARGET', revision)}")
+
+
+def verifier_name(source: TargetSource, format: Layout) -> str:
+    """Hub id of the target, as a card finds it; its folder where nothing tells it."""
+    folder = Path(source.path)
+    if not folder.is_dir():
+        return source.name
+    found = hub_name_of(folder)
+    name = found.hub_id if found else str(folder.resolve())
+    how = f"{name}, after {found.source}" if found else f"its folder on this machine, {name}"
+    if format == "speculators":
+        print(f"config.json names the target by {how}: give --target HUB_ID if it has another",
+              file=sys.stderr)  # fmt: skip
+    return name
 
 
 READERS: dict[str, type[PEagleCLI]] = {"capture": CaptureCLI, "plan": PlanCLI}

@@ -1,11 +1,17 @@
 """Checks all that a run can know before its first long stage."""
 
+import re
 import warnings
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor
+from lightning.pytorch.callbacks import (
+    DeviceStatsMonitor,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    Timer,
+)
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch.optim import Optimizer
 
@@ -16,10 +22,12 @@ from peagle.decode.sliding_window import sliding_window_of_layers
 from peagle.kernels.device import pick_device
 from peagle.model.build import build_drafter
 from peagle.model.checkpoint import read_checkpoint
-from peagle.model.restore import refuse_incomplete
+from peagle.model.restore import refuse_incomplete, refuse_other_target
+from peagle.model.saved_drafter import load_drafter
 from peagle.serve.export import refuse_foreign
-from peagle.store.disk import require_disk
+from peagle.store.disk import require_disk, require_writable
 from peagle.target.target import TargetSource
+from peagle.train.metrics import logged_names
 from peagle.train.module import PEagleModule
 from peagle.train.optimizer import parameter_groups
 
@@ -76,6 +84,12 @@ def check_decodable(target: TargetSource) -> None:
         ) from error
 
 
+def check_baseline(address: str | None, target: TargetSource) -> None:
+    """Raise ``ValueError`` unless the other drafter that ``test`` measures can be loaded for it."""
+    if address is not None:
+        refuse_other_target(load_drafter(address).config, target.config())
+
+
 def check_epochs(path: str | None, max_epochs: int | None) -> None:
     """Raise ``ValueError`` for a checkpoint in a file that is of a later epoch than the last."""
     if path is None or "://" in path or max_epochs in (None, -1):
@@ -99,6 +113,12 @@ def refuse_foreign_files(run_dir: Path) -> None:
             f"{config} was not written by a fit, which would replace it: move it out of the run's "
             "folder, or give another --run_dir"
         )
+
+
+def require_writable_run(run_dir: Path) -> None:
+    """Raise ``ValueError`` before a run whose results could not be kept."""
+    for name in ("", "checkpoints", "metrics", "drafter", "card"):
+        require_writable(run_dir / name)
 
 
 def refuse_other_run(run_dir: Path, target: TargetSource) -> None:
@@ -132,6 +152,39 @@ def require_logger(trainer: Trainer) -> None:
             )
 
 
+def require_logged(trainer: Trainer, num_depths: int) -> None:
+    """Raise ``ValueError`` for a callback that watches or names what is never logged.
+
+    Lightning says so after the first validation, and writes 0 into the names of checkpoints. What a
+    callback of the user's own logs is not known, hence nothing is refused beside one.
+    """
+    known = logged_names(num_depths, validated=trainer.limit_val_batches != 0)
+    for callback in trainer.callbacks:
+        if type(callback).__module__.partition(".")[0] not in ("peagle", "lightning"):
+            return
+        known += getattr(callback, "logs", ()) if trainer.loggers else ()
+    for callback in trainer.callbacks:
+        wanted, counters = [getattr(callback, "monitor", None)], []
+        if isinstance(callback, ModelCheckpoint):
+            wanted += re.findall(r"{(.*?)[:}]", callback.filename or "")
+            counters = ["epoch", "step"]
+        for name in wanted:
+            if name is not None and name not in [*known, *counters]:
+                raise ValueError(
+                    f"{type(callback).__name__} wants {name!r}, which is never logged: give one of "
+                    f"{', '.join([*counters, *known])}"
+                )
+
+
+def refuse_barebones(barebones: bool) -> None:
+    """Raise ``ValueError``: a run without checkpoints, logs and callbacks leaves nothing."""
+    if barebones:
+        raise ValueError(
+            "trainer.barebones switches off what a run is made of, checkpoints, logs and "
+            "callbacks: leave it out, and for a short trial give --trainer.fast_dev_run true"
+        )
+
+
 def require_batches(trainer: Trainer) -> None:
     """Raise ``ValueError`` for optimizer steps of no batch, which Lightning lets pass."""
     if trainer.accumulate_grad_batches < 1:
@@ -151,6 +204,9 @@ def require_training(trainer: Trainer) -> None:
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if getattr(trainer, name) == 0:
             raise ValueError(f"trainer.{name} is 0, and nothing would be trained: raise it")
+    for timer in trainer.callbacks:
+        if isinstance(timer, Timer) and timer.time_remaining() == 0:
+            raise ValueError("trainer.max_time is 0, and nothing would be trained: raise it")
 
 
 def refuse_strategy(trainer: Trainer) -> None:

@@ -64,9 +64,20 @@ def progress(
 
 
 def track(
-    what: str, items: Iterable[Item], total: int | None = None, *, unit: str = "it"
+    what: str,
+    items: Iterable[Item],
+    total: int | None = None,
+    *,
+    unit: str = "it",
+    shown: bool = True,
 ) -> Iterator[Item]:
-    """The items, of which ``progress`` counts each that is done; default total: all there are."""
+    """The items, of which ``progress`` counts each that is done; default total: all there are.
+
+    Not ``shown`` where another process goes through the same items.
+    """
+    if not shown:
+        yield from items
+        return
     with progress(what, len(items) if total is None else total, unit=unit) as bar:
         for item in items:
             yield item

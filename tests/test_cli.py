@@ -12,7 +12,10 @@ import pytest
 import yaml
 from paths import ROOT
 
+from peagle import next_step
 from peagle.__main__ import main
+from peagle.cli import verifier_name
+from peagle.target.target import TargetSource
 
 quiet = pytest.mark.filterwarnings("ignore")  # of Lightning and jsonargparse
 
@@ -137,6 +140,9 @@ def test_validate_and_test_run_again_from_the_checkpoint(small_run, peagle, tmp_
     result = peagle("validate", "--config", "configs/quickstart.yaml", *overrides,
                     "--ckpt_path", folder / "run" / "checkpoints" / "last.ckpt")  # fmt: skip
     assert result.returncode == 0 and "given prefix right" in result.stdout
+    typed = [*overrides, "--ckpt_path", folder / "run" / "checkpoints" / "last.ckpt"]
+    test = next_step.command("test", "--config", "configs/quickstart.yaml", *typed)
+    assert result.stdout.endswith(f"next:\n{test}\n")  # as it was typed, and nothing else
     assert [path.read_bytes() for path in kept] == before
 
 
@@ -167,6 +173,12 @@ def test_export_writes_both_layouts(small_run, peagle, tmp_path):
         (["--trainer.max_steps", "0"], "trainer.max_steps is 0, and nothing would be trained"),
         (["--trainer.gradient_clip_val", "-1"], "gradient_clip_val must not be negative"),
         (["--trainer.default_root_dir", "x"], "leave out trainer.default_root_dir"),
+        (["--trainer.max_time", "00:00:00:00"], "trainer.max_time is 0"),
+        (["--trainer.barebones", "true"], "trainer.barebones switches off"),
+        (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val_loss"],
+            "EarlyStopping wants 'val_loss', which is never logged: give one of train/loss, ",
+        ),
         (["--capture.dtype", "fp32"], "Expected a typing.Literal['float32', 'bfloat16', "),
         (["--capture.layer_ids", "[5, 2]"], "layer_ids must be ascending"),
         (["--capture.part", "0/2"], "capture.part is for `peagle capture`"),
@@ -191,6 +203,18 @@ def test_bad_input_is_one_clear_sentence(peagle, tmp_path, arguments, words):
     assert told.startswith("peagle: ") and words in told
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+def test_the_speculators_layout_names_a_target_in_a_folder_as_its_card_does(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    for written, name, said in (
+        ({"_name_or_path": "org/model"}, "org/model", "org/model, after _name_or_path of"),
+        ({}, str(tmp_path), f"its folder on this machine, {tmp_path}"),
+    ):
+        config.write_text(json.dumps(written))
+        assert verifier_name(TargetSource(str(tmp_path)), "speculators") == name
+        assert f"names the target by {said}" in capsys.readouterr().err
+    assert verifier_name(TargetSource("org/model"), "speculators") == "org/model"
 
 
 @quiet

@@ -6,6 +6,9 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from short_fits import make_data, make_module, make_trainer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     CyclicLR,
@@ -15,18 +18,23 @@ from torch.optim.lr_scheduler import (
 )
 from transformers import DeepseekV3Config, Qwen3NextConfig
 
+from peagle.callbacks.progress import Progress
 from peagle.capture.config import CaptureConfig
 from peagle.capture.prompts import PromptSource
 from peagle.preflight import (
+    check_baseline,
     check_decodable,
     check_drafter,
     check_epochs,
+    refuse_barebones,
     refuse_foreign_files,
     refuse_other_run,
     refuse_strategy,
     require_batches,
     require_clipping,
+    require_logged,
     require_training,
+    require_writable_run,
 )
 from peagle.target.target import TargetSource
 from peagle.train.module import PEagleModule
@@ -145,6 +153,27 @@ def test_optimizer_steps_of_no_batch_are_refused():
         require_batches(L.Trainer(accelerator="cpu", logger=False, accumulate_grad_batches=0))
 
 
+def test_a_run_that_could_not_be_kept_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "run" / "metrics").mkdir(parents=True)
+    require_writable_run(tmp_path / "run")
+    for name in ("metrics", ""):
+        closed = str(tmp_path / "run" / name)
+        monkeypatch.setattr("os.access", lambda path, _, closed=closed: str(path) != closed)
+        with pytest.raises(ValueError, match=f"^{closed} cannot be written into: give another"):
+            require_writable_run(tmp_path / "run")
+
+
+def test_a_baseline_that_cannot_be_measured_is_refused(tmp_path, random_store):
+    target, torn = TargetSource("tiny"), tmp_path / "torn.ckpt"
+    torn.write_text("x")
+    with pytest.raises(ValueError, match="is refused: it is torn"):
+        check_baseline(str(torn), target)
+    make_trainer(tmp_path, 1).fit(make_module(), datamodule=make_data(random_store))
+    check_baseline(None, target)
+    with pytest.raises(ValueError, match="trained for another target"):
+        check_baseline(str(tmp_path / "checkpoints/last.ckpt"), target)
+
+
 def test_a_negative_limit_of_gradients_is_refused():
     for limit in (None, 0, 1.0):
         require_clipping(L.Trainer(accelerator="cpu", logger=False, gradient_clip_val=limit))
@@ -157,3 +186,52 @@ def test_a_fit_that_trains_nothing_is_refused(name):
     require_training(L.Trainer(accelerator="cpu", logger=False, **{name: 1}))
     with pytest.raises(ValueError, match=f"trainer.{name} is 0, and nothing would be trained"):
         require_training(L.Trainer(accelerator="cpu", logger=False, **{name: 0}))
+
+
+def test_a_fit_without_time_is_refused():
+    require_training(L.Trainer(accelerator="cpu", logger=False, max_time="00:00:00:01"))
+    with pytest.raises(ValueError, match="max_time is 0, and nothing would be trained"):
+        require_training(L.Trainer(accelerator="cpu", logger=False, max_time="00:00:00:00"))
+
+
+def watching(*callbacks, **settings):
+    settings = {"logger": CSVLogger("unused"), **settings}
+    require_logged(L.Trainer(accelerator="cpu", callbacks=list(callbacks), **settings), 2)
+
+
+@pytest.mark.parametrize(
+    ("callback", "settings"),
+    [
+        (EarlyStopping("val_loss"), {}),
+        (ModelCheckpoint(monitor="val/accuracy_d2"), {}),
+        (ModelCheckpoint(filename="{epoch}-{val_loss:.2f}"), {}),
+        (EarlyStopping("epoch"), {}),
+        (EarlyStopping("val/loss"), {"limit_val_batches": 0}),
+        (EarlyStopping("train/lr"), {"logger": False}),
+    ],
+)
+def test_a_callback_that_wants_what_is_never_logged_is_refused(callback, settings):
+    with pytest.raises(ValueError, match=r"never logged: give one of .*train/loss, train/accuracy"):
+        watching(Progress(), callback, **settings)
+
+
+def test_a_callback_that_wants_what_is_logged_is_allowed():
+    watching(
+        Progress(),
+        EarlyStopping("val/accuracy_d1"),
+        EarlyStopping("train/lr"),
+        ModelCheckpoint(monitor="step", filename="{epoch}-{val/loss:.2f}", mode="max"),
+    )
+
+
+def test_what_a_callback_of_the_users_own_logs_is_not_known():
+    class Own(L.Callback):
+        pass
+
+    watching(Own(), EarlyStopping("own/figure"))
+
+
+def test_a_run_of_nothing_but_steps_is_refused():
+    refuse_barebones(False)
+    with pytest.raises(ValueError, match=r"barebones switches off .*fast_dev_run true"):
+        refuse_barebones(True)

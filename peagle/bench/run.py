@@ -25,6 +25,7 @@ from peagle.bench.report import (
 from peagle.capture.config import require_positive
 from peagle.capture.prompts import Prompt, PromptSource, check_sources, load_prompts
 from peagle.card.provenance import environment
+from peagle.card.run_files import sha256
 from peagle.decode.evaluation import turn_prompt
 from peagle.kernels.device import cpu_name
 from peagle.model.config import PEagleConfig
@@ -39,7 +40,7 @@ from peagle.serve.vllm import (
     require_parallel_drafting,
     serve,
 )
-from peagle.store.disk import write_atomically
+from peagle.store.disk import require_writable, write_atomically
 from peagle.target.target import TargetSource
 
 
@@ -119,12 +120,13 @@ def bench(config: BenchConfig) -> None:
     for drafter in drafters.values():
         refuse_other_target(drafter, text)
         warn_beyond_training(drafter, config.k)
+    folder = (config.run_dir or config.drafter.resolve().parent) / "metrics"
+    require_writable(folder)
     vllm = find_vllm(config.vllm_python)
     architectures = {name for drafter in drafters.values() for name in drafter.architectures}
     require_parallel_drafting(vllm, [*sorted(architectures), *(text.architectures or ())])
     prompt_sets = rendered_prompts(config, target)
 
-    folder = (config.run_dir or config.drafter.resolve().parent) / "metrics"
     conditions = Conditions(vllm.name, hardware(vllm), config.dtype, config.temperature)
     engine = f"{vllm.name} on {conditions.hardware}"
     print(f"{engine}; {config.dtype}, temperature {config.temperature:g}", file=sys.stderr)
@@ -262,6 +264,7 @@ def write_results(path: Path, config: BenchConfig, vllm: Vllm, rows: list[Row]) 
         "target": config.target,
         "revision": config.revision,
         "drafter": str(config.drafter),
+        "weights_sha256": sha256(config.drafter / "model.safetensors"),
         "baseline": None if config.baseline is None else str(config.baseline),
         "vllm": vllm.version,
         "max_new_tokens": config.max_new_tokens,

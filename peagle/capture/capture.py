@@ -8,6 +8,7 @@ Several processes may share the work (``work_split.py``).
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -32,10 +33,10 @@ from peagle.capture.import_speculators import import_speculators
 from peagle.capture.named_documents import NamedDocument, Namer
 from peagle.capture.one_pass import OnePass
 from peagle.capture.prompts import Prompt, load_prompts
-from peagle.capture.rehearsal import rehearse
+from peagle.capture.rehearsal import Rehearsed, rehearse
 from peagle.capture.work_split import WorkSplit, make_batches, unique_prompts
 from peagle.kernels.device import pick_device
-from peagle.store.disk import require_disk, write_atomically
+from peagle.store.disk import free_bytes, require_disk, write_atomically
 from peagle.store.index import split_of, unfinished_files
 from peagle.store.locks import locked
 from peagle.store.manifest import Manifest
@@ -71,7 +72,8 @@ def capture(
     split, folder = WorkSplit.parse(config.part), Path(folder)
     forget_empty_start(folder)
     if not is_complete(folder, wanted, made):
-        prompts = checked_prompts(target, config, mask_token_id)
+        prompts, tokens = checked_prompts(target, config, mask_token_id)
+        warn_of_disk(folder, most_tokens(prompts, tokens, config) * sample_bytes_per_token(wanted))
         if to_train and config.speculators is None:
             require_both_splits(prompts, config)
         with split.lock(folder / PARTIAL):
@@ -82,7 +84,7 @@ def capture(
 
 def checked_prompts(
     target: TargetSource, config: CaptureConfig, mask_token_id: int | None
-) -> list[Prompt]:
+) -> Rehearsed:
     """The prompts of every set, each conversation once; none where speculators' data are taken."""
     sources = [] if config.speculators is not None else config.prompts
     return rehearse(
@@ -94,6 +96,28 @@ def checked_prompts(
         max_tokens=config.max_tokens,
         answers_in_data=not config.regenerate,
     )
+
+
+def most_tokens(prompts: list[Prompt], tokens: list[int], config: CaptureConfig) -> int:
+    """Of the store, if every answer was as long as it may be."""
+    longest = config.max_new_tokens if config.regenerate else 0  # else the answers are counted
+    return sum(
+        min(config.max_tokens, count + longest * len(prompt.turns))
+        for prompt, count in zip(prompts, tokens, strict=True)
+    )
+
+
+def warn_of_disk(folder: Path, most: int) -> None:
+    """Say that a store may outgrow its disk, on which some of its bytes may lie already."""
+    written = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
+    free = free_bytes(folder)
+    if most - written > free:
+        print(
+            f"the store may need {(most - written) / 1e9:.2f} GB at {folder}, and "
+            f"{free / 1e9:.2f} GB are free: unless answers are short, give another folder, fewer "
+            "prompts or a smaller capture.max_new_tokens (`peagle plan` measures answers)",
+            file=sys.stderr,
+        )
 
 
 def require_both_splits(prompts: list[Prompt], config: CaptureConfig) -> None:

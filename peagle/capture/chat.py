@@ -61,7 +61,11 @@ def render(
         ValueError: for a missing template, or one that refuses; with the ``place`` of the messages.
     """
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template")
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: put the model's "
+            "chat_template.jinja beside its tokenizer.json, or take a target that was trained to "
+            "chat"
+        )
     fixed = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
     try:
         return tokenizer.apply_chat_template(list(messages), **fixed, **(options or {}))

@@ -1,10 +1,11 @@
 """Answers from transformers, batch by batch. vLLM's are in ``generate_vllm.py``."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from peagle.capture.answers import Answers
@@ -58,20 +59,30 @@ def generate(
     mask = pad_sequence([row.new_ones(len(row)) for row in rows], True, padding_side="left")
     ends = end_tokens(model, tokenizer)
     sampling = {} if greedy else {"temperature": config.temperature, "top_k": 0, "top_p": 1.0}
-    out = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
+    settings = GenerationConfig(
         do_sample=not greedy,
         max_new_tokens=config.max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=pad,
-        # The target's own defaults must not bend its distribution: serving is drafted without them.
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         **sampling,
-    )[:, ids.shape[1] :].cpu()
+    )
+    with only(settings, model):
+        out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
     answers = []
-    for row in out.tolist():
+    for row in out[:, ids.shape[1] :].tolist():
         stop = next((i + 1 for i, token in enumerate(row) if token in ends), None)
         answers.append((row[:stop], stop is not None))
     return answers
+
+
+@contextmanager
+def only(settings: GenerationConfig, model: PreTrainedModel) -> Iterator[None]:
+    """Take away the target's own settings (beams, min_p and more), which ``generate`` adds.
+
+    They must not bend its distribution: serving is drafted without them.
+    """
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from peagle.capture.config import CaptureConfig
 from peagle.model.config import default_layer_ids
+from peagle.store.errors import StoreError
 from peagle.store.locks import locked
 from peagle.store.manifest import Manifest
 from peagle.target.target import TargetSource, tokenizer_hash
@@ -145,7 +146,10 @@ def refuse_other_store(
 def refuse_other_settings(folder: Path, made: dict[str, Any]) -> None:
     """Raise ``ValueError`` with the first thing that another store in ``folder`` was made with."""
     path = folder / "capture.json"
-    written = json.loads(path.read_text()).get("made_with", {}) if path.exists() else {}
+    try:
+        written = json.loads(path.read_text()).get("made_with", {}) if path.exists() else {}
+    except (ValueError, AttributeError) as error:  # neither JSON nor, perhaps, text
+        raise StoreError(folder, f"{path.name} is damaged ({error})") from error
     for key, ours in json.loads(json.dumps(made)).items():  # as it looks when it was written
         theirs = written.get(key, ours)
         if theirs == ours:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from typing import Any
 
 Message = dict[str, Any]
@@ -27,6 +28,7 @@ TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 def read_messages(value: Any, name: str) -> list[Message]:
     """A text, a user's texts turn by turn, or a conversation of OpenAI's or ShareGPT's form."""
+    value = unpacked(value) if isinstance(value, str) else value
     if isinstance(value, dict):  # how ``datasets`` may hand out a list of objects
         lists = value.values()
         if all(isinstance(x, list) for x in lists) and len({len(x) for x in lists}) == 1:
@@ -39,11 +41,27 @@ def read_messages(value: Any, name: str) -> list[Message]:
     raise ValueError(f"{name} must hold a text, texts, or messages, not {short_json(value)}")
 
 
+def unpacked(text: str) -> Any:
+    """The messages, where a text is their JSON, as CSV and many Parquet files hold them."""
+    if re.match(r"\s*\[\s*\{", text):
+        with suppress(json.JSONDecodeError, RecursionError):
+            found = json.loads(text)
+            if all(isinstance(m, dict) and ("role" in m or "from" in m) for m in found):
+                return found
+    return text
+
+
 def read_conversation(value: Any, name: str) -> list[Message]:
     """As ``read_messages``; the messages may be JSON in a text."""
     if isinstance(value, str) and re.match(r"\s*(\[\s*)?\{", value):
         value = read_json(value, f"{name}: its messages")
-    return read_messages(value, name)
+    messages = read_messages(value, name)
+    if len(messages) > 1 and isinstance(value, list) and isinstance(value[0], str):
+        raise ValueError(
+            f"{name} has a conversation of texts alone: write messages with a role, or give the "
+            "user's texts in a column 'turns'"
+        )
+    return messages
 
 
 def read_pairs(value: Any, name: str) -> list[Message]:

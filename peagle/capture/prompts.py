@@ -58,7 +58,8 @@ class Prompt(NamedTuple):
 
     def opening(self) -> list[dict[str, str]]:
         """The messages up to the target's first answer."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
+        said = self.system is not None  # an empty one keeps out a template's own
+        system = [{"role": "system", "content": self.system}] if said else []
         return [*system, {"role": "user", "content": self.turns[0]}]
 
     def answered(self) -> list[dict[str, Any]]:
@@ -157,7 +158,7 @@ def prompt_set_hash(source: PromptSource) -> str:
         content: Any = [source.name, *source.address(), source.limit, source.revision]
     else:
         content = [prompt.content for prompt in load_prompts(source)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
 
 
 def load_prompts(source: PromptSource) -> list[Prompt]:
@@ -190,9 +191,10 @@ def read_rows(source: PromptSource) -> Iterator[Row]:
 
 
 def refuse_unused(source: PromptSource) -> None:
-    """Raise ``ValueError`` for what only a set of the Hub has, and for a split of one file."""
+    """Raise ``ValueError`` for what only a set of the Hub has, and for a split where none is."""
     given = {"subset": source.subset, "revision": source.revision}
-    if source.source != BUILT_IN and kind_of(Path(source.source)):
+    path = Path(source.source).expanduser()
+    if source.source != BUILT_IN and (kind_of(path) or (path / "state.json").exists()):
         given["split"] = source.split
     for name, value in given.items():
         if value is not None:

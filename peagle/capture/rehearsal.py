@@ -1,8 +1,9 @@
 """Renders every prompt by the tokenizer alone, before answers are asked or weights are loaded."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -15,6 +16,13 @@ from peagle.progress import track
 STAND_IN = "."  # for an answer that is not there yet
 
 
+class Rehearsed(NamedTuple):
+    """The prompts that leave room, and the tokens of each: of its longest rendered sequence."""
+
+    prompts: list[Prompt]
+    tokens: list[int]
+
+
 def rehearse(
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
@@ -24,17 +32,22 @@ def rehearse(
     mask_token_id: int | None = None,
     max_tokens: int | None = None,
     answers_in_data: bool = False,
-) -> list[Prompt]:
+    shown: bool = True,
+) -> Rehearsed:
     """The prompts that leave room within the target's positions; says how many do not.
 
+    What is ``shown`` besides errors would be the same in every process.
+
     Raises:
-        ValueError: with the place of the first prompt that the template refuses or does not say
-            whole, or that holds the mask token or an id beyond the target's vocabulary; or if no
-            prompt leaves room there, or within ``max_tokens``.
+        ValueError: for an option that the template does not know; with the place of the first
+            prompt that the template refuses or does not say whole, or that holds the mask token or
+            an id beyond the target's vocabulary; or if no prompt leaves room there, or within
+            ``max_tokens``.
     """
+    refuse_unknown_options(tokenizer, template_options)
     positions = getattr(text, "max_position_embeddings", None) or math.inf
-    fit, shortest = [], math.inf
-    for prompt in track("prompts", prompts):
+    fit, shortest = Rehearsed([], []), math.inf
+    for prompt in track("prompts", prompts, shown=shown):
         options = prompt.options(template_options)
         sequences = said_in_data if answers_in_data else asked
         found = list(sequences(tokenizer, prompt, options))
@@ -42,16 +55,29 @@ def rehearse(
             refuse_ids(ids, tokenizer, prompt, text.vocab_size, mask_token_id)
         shortest = min(shortest, len(found[0]) + (0 if answers_in_data else 2))
         if len(found[0]) < positions:
-            fit.append(prompt)
+            fit.prompts.append(prompt)
+            fit.tokens.append(max(map(len, found)))
     if prompts and max_tokens is not None:
         require_room(shortest <= max_tokens, max_tokens)
-    if len(fit) < len(prompts):
-        count = f"{len(prompts) - len(fit)} of {len(prompts)} prompts"
+    if len(fit.prompts) < len(prompts):
+        count = f"{len(prompts) - len(fit.prompts)} of {len(prompts)} prompts"
         problem = f"longer than the target's {positions} positions"
-        if not fit:
+        if not fit.prompts:
             raise ValueError(f"{count} are {problem}: give shorter ones")
-        print(f"{count} are {problem} and were left out")
+        if shown:
+            print(f"{count} are {problem} and were left out")
     return fit
+
+
+def refuse_unknown_options(tokenizer: Tokenizer, template_options: dict[str, Any] | None) -> None:
+    """Raise ``ValueError`` for an option that the chat template does not name, and so ignores."""
+    template = str(tokenizer.chat_template or "")
+    for name in template_options or ():
+        if template and not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ValueError(
+                f"the chat template of {tokenizer.name_or_path} does not know {name!r}: correct or "
+                "leave out template_options"
+            )
 
 
 def asked(tokenizer: Tokenizer, prompt: Prompt, options: dict[str, Any]) -> Iterator[list[int]]:

@@ -77,9 +77,20 @@ def numbered(rows: Iterable[dict[str, Any]], name: Any) -> Iterator[Row]:
     number = 0
     try:
         for number, row in enumerate(rows, 1):
-            yield Row(f"{name}, row {number}", row)
+            content = {key: without_fill(value) for key, value in row.items()}
+            yield Row(f"{name}, row {number}", content)
     except Exception as error:  # clients and readers raise many kinds; all mean one thing
         raise ValueError(f"{name} cannot be read after {number} rows: {reason(error)}") from error
+
+
+def without_fill(value: Any) -> Any:
+    """What Arrow read, without the nulls that it gives an object for keys that only others have.
+
+    A tool would otherwise offer the parameters of all other tools of the data set.
+    """
+    if isinstance(value, dict):
+        return {key: without_fill(item) for key, item in value.items() if item is not None}
+    return [without_fill(item) for item in value] if isinstance(value, list) else value
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -92,7 +103,10 @@ def from_folder(path: Path, split: str) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset, load_from_disk  # takes seconds to import
 
     if (path / "dataset_dict.json").exists():
-        yield from load_from_disk(str(path))[split]
+        found = load_from_disk(str(path))
+        if split not in found:
+            raise ValueError(f"its splits are {', '.join(found)}, and {split!r} is asked for")
+        yield from found[split]
     elif (path / "state.json").exists():
         yield from load_from_disk(str(path))
     else:

@@ -104,14 +104,18 @@ class RunFiles:
         """Raises ``ValueError`` for a file that is not valid JSON."""
         provenance = read_json(run_dir / "provenance.json")
         sections = ("target", "training", "data", "environment")
-        acceptance = _read_metrics(run_dir / "metrics/acceptance.json")
+        drafter = _read_drafter(drafter_dir)
+        validate, acceptance, bench = (
+            _read_metrics(run_dir / "metrics" / name, drafter["weights_sha256"])
+            for name in ("validate.json", "acceptance.json", "bench.json")
+        )
         return cls(
             run_id=provenance.get("run_id"),
             **{name: Section(provenance.get(name) or {}) for name in sections},
-            drafter=_read_drafter(drafter_dir),
-            validate=_read_metrics(run_dir / "metrics/validate.json"),
+            drafter=drafter,
+            validate=validate,
             acceptance=replace(acceptance, rows=rows_of_first_method(acceptance.rows)),
-            bench=_read_metrics(run_dir / "metrics/bench.json"),
+            bench=bench,
             curve=read_curve(run_dir / "metrics/train.csv"),
         )
 
@@ -162,10 +166,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_metrics(path: Path) -> Metrics:
+def _read_metrics(path: Path, weights: str | None) -> Metrics:
+    """Nothing, if the figures are of other weights: of an earlier fit, or of another checkpoint."""
     totals = Section(read_json(path))
-    rows, environment = totals.pop("rows", None), totals.pop("provenance", None)
-    return Metrics(list(rows or ()), totals, Section(environment or {}))
+    rows, environment = totals.pop("rows", None), Section(totals.pop("provenance", None) or {})
+    if weights and environment["weights_sha256"] not in (None, weights):
+        return Metrics([], Section(), Section())
+    return Metrics(list(rows or ()), totals, environment)
 
 
 def _read_drafter(folder: Path) -> Section:

@@ -79,15 +79,20 @@ class Run(NamedTuple):
     turns: int  # answers that were given
 
 
-def prompt_batches(config: EvaluationConfig, target: TargetSource) -> list[PromptBatch]:
+def prompt_batches(
+    config: EvaluationConfig, target: TargetSource, *, shown: bool = True
+) -> list[PromptBatch]:
     """Every prompt set, in batches; the target's tokenizer renders each prompt once.
+
+    Its progress is ``shown`` by one process.
 
     Raises:
         ValueError: for a set that cannot be read, or a prompt that cannot be asked.
     """
     text, tokenizer, batches = target.config(), target.tokenizer(), []
     for source in config.prompts:
-        prompts = rehearse(load_prompts(source), tokenizer, text, config.template_options)
+        options = config.template_options
+        prompts = rehearse(load_prompts(source), tokenizer, text, options, shown=shown).prompts
         batches += [
             PromptBatch(source.name, prompts[start : start + config.batch_size])
             for start in range(0, len(prompts), config.batch_size)

@@ -1,6 +1,7 @@
 """Writing the servable folder: ``config.json`` and ``model.safetensors`` exactly as vLLM reads
 them, checked, read back and only then put in its place."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from peagle.model.config import PEagleConfig
 from peagle.model.drafter import Drafter
@@ -23,6 +24,7 @@ from peagle.serve.contract import (
 from peagle.store.disk import existing, sync
 
 EXPORTED = {"config.json", "model.safetensors"}
+METADATA = {"format": "pt"}  # of model.safetensors
 ARCHITECTURES = {"LlamaForCausalLMEagle3", "PEagleSpeculator", "Eagle3Speculator"}  # in config.json
 
 
@@ -73,7 +75,7 @@ def export_drafter(
     shutil.rmtree(staging, ignore_errors=True)  # of a killed export
     temporary = staging / "new"
     temporary.mkdir(parents=True)
-    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, temporary / "model.safetensors", metadata=METADATA)
     # The library writes for its own user only; an engine often runs as another one.
     (temporary / "model.safetensors").chmod(0o644)
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -87,6 +89,11 @@ def export_drafter(
         os.replace(folder, staging / "old")
     os.replace(temporary, folder)
     shutil.rmtree(staging)
+
+
+def weights_sha256(drafter: Drafter) -> str:
+    """Of the ``model.safetensors`` that an export of this drafter holds."""
+    return hashlib.sha256(save(servable_tensors(drafter), metadata=METADATA)).hexdigest()
 
 
 def refuse_foreign(folder: Path) -> None:

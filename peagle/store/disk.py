@@ -38,6 +38,13 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing(path)).free
 
 
+def require_writable(folder: Path) -> None:
+    """Raise ``ValueError`` where nothing can be written into a folder that may not be there yet."""
+    place = existing(folder)
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{place} cannot be written into: give another folder, or permission")
+
+
 def require_disk(folder: Path, needed: int) -> None:
     """Raise ``ValueError`` with need and have when the disk under ``folder`` is too small."""
     free = free_bytes(folder)

@@ -26,6 +26,7 @@ from peagle.target.end_tokens import read_end_tokens
 EMBEDDED = "tiny"  # the target that ships with the package
 LFS = b"version https://git-lfs"
 SAMPLE = 4096  # bytes
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,17 @@ class TargetSource:
         return self.load(AutoConfig).get_text_config()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.load(AutoTokenizer)
+        """Raises ``ValueError`` that says so where a folder has none."""
+        try:
+            return self.load(AutoTokenizer)
+        except ValueError as error:
+            folder = Path(self.path)
+            if not folder.is_dir() or any(any(folder.glob(name)) for name in TOKENIZERS):
+                raise
+            raise ValueError(
+                f"target {self.name!r} has no tokenizer files (as tokenizer.json): copy those of "
+                "the model that it was made from into the folder"
+            ) from error
 
     def model(
         self,

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from peagle.store.disk import rename_durably
 from peagle.store.errors import StoreError
 from peagle.store.index import IDENTITY
 from peagle.store.sample import digest
@@ -28,7 +29,7 @@ def compact(tensor: Tensor) -> Tensor:
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], identity: str | None = None) -> None:
-    """Write the tensors and their hashes.
+    """Write the tensors and their hashes; a kill leaves no torn file.
 
     The ``identity`` of the store's manifest keeps the file from being used with another store.
     """
@@ -36,7 +37,9 @@ def write_weights(path: Path, tensors: dict[str, Tensor], identity: str | None =
     metadata = {name: digest(tensor) for name, tensor in tensors.items()}
     if identity is not None:
         metadata[IDENTITY.decode()] = identity
-    save_file(tensors, path, metadata=metadata or None)  # an empty dict makes a broken file
+    temporary = path.with_name(f"{path.name}.tmp")
+    save_file(tensors, temporary, metadata=metadata or None)  # an empty dict makes a broken file
+    rename_durably(temporary, path)
 
 
 def read_weights(

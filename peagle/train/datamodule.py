@@ -15,6 +15,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import xxhash
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -122,6 +123,11 @@ class HiddenStatesDataModule(L.LightningDataModule):
         self.order: dict[str, Any] = {}  # what the place in the data depends on
         self.saved_order: dict[str, Any] = {}
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process says what all would say, also before a trainer is attached."""
+        return rank_zero_only.rank == 0
+
     def setup(self, stage: str) -> None:
         if self.trainer is not None:
             device = self.trainer.strategy.root_device
@@ -224,7 +230,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
     def test_batches(self) -> list[PromptBatch]:
         """All that ``test`` decodes, read once: ``fit`` asks before it begins."""
         if self.asked is None:
-            self.asked = prompt_batches(self.evaluation, self.target)
+            self.asked = prompt_batches(self.evaluation, self.target, shown=self.is_first)
         return self.asked
 
     def loader(self, packs: PackSampler | list[Pack], cod: Cod) -> ReadAhead:
@@ -279,7 +285,7 @@ class HiddenStatesDataModule(L.LightningDataModule):
                 f"no {split} sample fits: max_tokens = {self.max_tokens} is smaller than each of "
                 f"the {len(found)} conversations in {self.folder}"
             )
-        if len(samples) < len(found):
+        if len(samples) < len(found) and self.is_first:
             print(
                 f"{len(found) - len(samples)} of {len(found)} {split} conversations are longer "
                 f"than max_tokens = {self.max_tokens} and are left out",
@@ -292,7 +298,8 @@ class HiddenStatesDataModule(L.LightningDataModule):
 
     def assistant_tokens(self) -> Tensor:
         """How often each token is the assistant's in the training split; [V]."""
-        samples = self.readable(track("token counts", self.store.split("train")))
+        found = track("token counts", self.store.split("train"), shown=self.is_first)
+        samples = self.readable(found)
         return token_counts(samples, self.store.manifest.vocab_size)
 
     def readable(self, indices: Iterable[int]) -> Iterator[Sample]:

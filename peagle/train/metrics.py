@@ -77,10 +77,18 @@ class DepthAccuracy(Metric):
 def accuracy_by_depth(rows: Rows, correct: Bool[Tensor, " N"]) -> dict[int, Tensor]:
     """Depth -> share of its rows that are right, for each depth that has rows."""
     depth = rows.depth.to(correct.device)
-    hits = torch.zeros(len(rows.depth.bincount()), device=correct.device)
+    hits = correct.new_zeros(len(rows.depth.bincount()), dtype=torch.float32)
     hits.index_add_(0, depth, correct.float())
     counts = rows.depth.bincount().tolist()
     return {d: hits[d] / count for d, count in enumerate(counts) if count}
+
+
+def logged_names(num_depths: int, *, validated: bool) -> list[str]:
+    """What ``PEagleModule`` logs in every ``fit``, with or without validation."""
+    depths = [f"accuracy_d{depth}" for depth in range(num_depths)]
+    train = [f"train/{name}" for name in ("loss", "accuracy", *depths)]
+    val = [f"val/{name}" for name in ("loss", "acceptance_length", *depths)]
+    return train + (val if validated else [])
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:

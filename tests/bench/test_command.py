@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 
 from peagle.bench.run import BenchConfig, bench
 from peagle.capture.prompts import PromptSource
+from peagle.card.run_files import sha256
 from peagle.serve.export import export_drafter
 from peagle.serve.server import EngineError
 from peagle.target.target import TargetSource
@@ -76,7 +77,9 @@ def test_every_k_and_concurrency_gets_a_row_beside_no_drafter(drafter, stand_in,
     (drafter.parent / "provenance.json").touch()
     bench(small(drafter, vllm, k=(3, 5), concurrency=(1, 2)))
     metrics = drafter.parent / "metrics"
-    rows = json.loads((metrics / "bench.json").read_text())["rows"]
+    written = json.loads((metrics / "bench.json").read_text())
+    rows = written["rows"]
+    assert written["provenance"]["weights_sha256"] == sha256(drafter / "model.safetensors")
     assert [(row["concurrency"], row["k"]) for row in rows] == [
         *((1, None), (1, 3), (1, 5)),
         *((2, None), (2, 3), (2, 5)),

@@ -12,6 +12,7 @@ from short_fits import make_data, make_module, make_trainer
 from peagle import progress
 from peagle.arguments import refuse_save_dir
 from peagle.callbacks.progress import Progress, Speed, TrainCsv
+from peagle.train.metrics import logged_names
 
 LOGGED = {"train/loss", "train/accuracy_d0", "train/tokens_per_second", "train/memory_gb",
           "train/lr", "val/loss", "val/accuracy_d0", "val/acceptance_length"}  # fmt: skip
@@ -34,6 +35,8 @@ def test_a_fit_logs_everything_to_every_logger_and_draws_its_curve(
         assert rows[0].keys() >= LOGGED, path
         speeds = [float(v) for row in rows if (v := row["train/tokens_per_second"])]
         assert len(speeds) == 2 and min(speeds) > 0
+    known = {*logged_names(4, validated=True), *Progress.logs}
+    assert trainer.callback_metrics.keys() == known  # what preflight lets a callback watch
     with Image.open(tmp_path / "metrics/curve.png") as image:
         image.verify()
     lines = capsys.readouterr().err.splitlines()

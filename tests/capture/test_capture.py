@@ -195,14 +195,28 @@ def test_effective_norms_are_read_from_any_convention():
     assert torch.allclose(head(states).double(), wanted, atol=1e-4)
 
 
-def test_a_repetition_penalty_of_the_target_does_not_bend_its_answers():
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1},
+        {"min_p": 0.999, "typical_p": 0.1},
+        {"num_beams": 4},
+        {"suppress_tokens": list(range(20, 400))},
+    ],
+)
+def test_the_targets_own_settings_do_not_bend_its_answers(own):
     model, tokenizer = TARGET.model(dtype=torch.float32, device="cpu"), TARGET.tokenizer()
     talk = [{"role": "user", "content": "def close(self):"}]
     prompts = [prompt_ids(tokenizer, talk)]
-    plain = generate(model, tokenizer, prompts, True, CONFIG)
-    model.generation_config.repetition_penalty = 5.0
-    model.generation_config.no_repeat_ngram_size = 1
-    assert generate(model, tokenizer, prompts, True, CONFIG) == plain
+
+    def answers() -> list:
+        torch.manual_seed(0)
+        return [generate(model, tokenizer, prompts, greedy, CONFIG) for greedy in (True, False)]
+
+    plain = answers()
+    model.generation_config.update(**own)
+    assert answers() == plain
+    assert all(getattr(model.generation_config, key) == value for key, value in own.items())
 
 
 @pytest.mark.parametrize("content", ['{"question": 1}\n', "my notes", '{"id": 1}\n'])

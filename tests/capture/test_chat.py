@@ -207,5 +207,5 @@ def test_what_a_template_refuses_is_said_with_its_place():
 
 def test_a_tokenizer_without_template_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match=r"no chat template: put the model's chat_template\.jinja"):
         rendered(tokenizer, TALK)

@@ -83,6 +83,12 @@ def test_lines_of_plain_text_are_prompts_and_a_column_of_text_must_be_named(tmp_
     assert read(tmp_path, {"text": "Hi"}, column="text")[0].turns == ("Hi",)
 
 
+def test_messages_in_a_text_are_read_in_any_column(tmp_path):
+    assert read(tmp_path, {"dialog": json.dumps(SAID)}, column="dialog")[0].turns == ("Hi",)
+    for text in ('[{"a": 1}] What is it?', '[{"a": 1}]', "[{"):
+        assert read(tmp_path, {"prompt": text})[0].turns == (text,)
+
+
 @pytest.mark.parametrize(
     ("row", "turns"),
     [
@@ -130,6 +136,7 @@ def test_calls_and_reasoning_stay_with_the_answers_of_the_data(tmp_path):
         ({"prompt": "Hi", "tools": [{}]}, "a tool has no name"),
         ({"messages": [SAID[0], {"role": "assistant", "tool_calls": [{}]}]}, "function's name"),
         ({"instruction": "And?", "history": ["Hi"]}, "pairs of texts"),
+        ({"conversations": ["Hi", "Hello"]}, "texts alone: write messages with a role"),  # LIMA's
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused_with_its_line(tmp_path, row, words):

@@ -53,6 +53,11 @@ def test_a_system_message_opens_the_conversation(tmp_path):
     assert [m["role"] for m in prompt.opening()] == ["system", "user"]
 
 
+def test_an_empty_system_message_is_heard_and_keeps_out_the_templates_own(tmp_path):
+    row = {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}]}
+    assert load_prompts(PromptSource(write(tmp_path, row)))[0].opening() == row["messages"]
+
+
 def test_the_limit_keeps_the_first_rows(tmp_path):
     path = write(tmp_path, *({"prompt": str(i)} for i in range(5)))
     assert [p.turns[0] for p in load_prompts(PromptSource(path, limit=2))] == ["0", "1"]

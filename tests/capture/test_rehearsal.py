@@ -2,15 +2,16 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from chat_templates import QWEN3, TEMPLATES, tokenizer_with
 
 from peagle.capture import capture as capture_module
 from peagle.capture.capture import capture, require_both_splits, within_positions
-from peagle.capture.chat import turns_from_messages
+from peagle.capture.chat import prompt_ids, turns_from_messages
 from peagle.capture.config import CaptureConfig
-from peagle.capture.identity import PARTIAL, wanted_manifest
+from peagle.capture.identity import PARTIAL, refuse_other_settings, wanted_manifest
 from peagle.capture.prompts import Prompt, PromptSource
 from peagle.capture.rehearsal import rehearse
 from peagle.decode.evaluation import EvaluationConfig, prompt_batches
@@ -25,7 +26,7 @@ CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word"
 
 def rehearsed(*prompts, template=None, **settings):
     tokenizer = TARGET.tokenizer() if template is None else tokenizer_with(template)
-    return rehearse(prompts, tokenizer, TARGET.config(), None, **settings)
+    return rehearse(prompts, tokenizer, TARGET.config(), None, **settings).prompts
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,14 @@ def test_a_prompt_that_cannot_be_asked_is_named_by_its_place(prompt, template, w
     with pytest.raises(ValueError, match=f"set.jsonl, line 7.*{words}"):
         rehearsed(fine, prompt._replace(place="set.jsonl, line 7"), template=template,
                   mask_token_id=3)  # fmt: skip
+
+
+def test_an_option_that_the_template_would_ignore_is_refused():
+    prompt, tokenizer, text = Prompt("p", None, ("Hi",)), tokenizer_with(QWEN3), TARGET.config()
+    text.vocab_size = len(tokenizer)
+    assert rehearse([prompt], tokenizer, text, {"enable_thinking": False}) == [prompt]
+    with pytest.raises(ValueError, match="does not know 'enable_thinkin': correct"):
+        rehearse([prompt], tokenizer, text, {"enable_thinkin": False})
 
 
 def test_an_id_beyond_the_vocabulary_is_refused():
@@ -108,6 +117,28 @@ def test_a_failed_start_leaves_nothing_and_an_empty_one_binds_nobody(tmp_path, m
     with pytest.raises(ValueError, match="made with max_new_tokens = 512"):
         capture(TARGET, replace(mended, max_new_tokens=5), store)
     assert (store / PARTIAL / "manifest.json").exists() and wanted_manifest(TARGET, mended)
+
+
+def test_a_store_that_may_outgrow_its_disk_is_warned_of_before_anything_is_asked(
+    tmp_path, monkeypatch, capsys
+):
+    texts = "def a():", "def b():" * 50
+    first, second = (len(prompt_ids(TARGET.tokenizer(), [{"role": "user", "content": text}]))
+                     for text in texts)  # fmt: skip
+    config = own_prompts(tmp_path / "mine.jsonl", *texts)
+    config = replace(config, max_new_tokens=100, max_tokens=second + 50)  # which cuts the second
+    most = (first + 100 + second + 50) * (3 * 192 * 2 + 9)  # layers 2 and 3, final
+    monkeypatch.setattr(capture_module, "capture_share", lambda *_: None)
+    for free, warned in ((most, False), (most - 1, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        capture(TARGET, config, tmp_path / "store")
+        assert ("the store may need 0.00 GB at" in capsys.readouterr().err) == warned
+
+
+def test_a_record_of_a_store_that_is_damaged_is_named(tmp_path):
+    (tmp_path / "capture.json").write_text("{")
+    with pytest.raises(ValueError, match=r"capture\.json is damaged .*: capture again"):
+        refuse_other_settings(tmp_path, {"seed": 0})
 
 
 def test_prompts_that_leave_a_split_empty_are_refused_with_the_right_advice():

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+from datetime import datetime
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 
 from peagle.capture.prompts import PromptSource, load_prompts, prompt_set_hash
 from peagle.capture.rows import is_local
@@ -39,6 +41,39 @@ def test_a_file_of_any_kind_is_read_and_known_by_its_content(tmp_path, monkeypat
     same = PromptSource(str(tmp_path / "same.jsonl"), label="set")
     assert prompt_set_hash(source) == prompt_set_hash(same)
     assert PromptSource(name).name == name.partition(".")[0] and not source.on_hub
+
+
+def test_a_split_that_a_saved_data_set_does_not_have_is_refused(tmp_path):
+    rows = Dataset.from_list([{"prompt": "Hi"}])
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows}).save_to_disk(tmp_path / "several")
+    for name, words in (("one", "has no split"), ("several", "splits are train, and 'test' is")):
+        assert load_prompts(PromptSource(str(tmp_path / name)))[0].turns == ("Hi",)
+        with pytest.raises(ValueError, match=words):
+            load_prompts(PromptSource(str(tmp_path / name), split="test"))
+
+
+def test_a_tool_in_parquet_has_no_parameters_of_the_other_rows_tools(tmp_path):
+    rows = []
+    for name, parameter in (("look_up", "word"), ("add", "number")):
+        properties = {parameter: {"type": "string"}}
+        tool = {"name": name, "parameters": {"type": "object", "properties": properties}}
+        rows.append({"prompt": "Hi", "tools": [{"type": "function", "function": tool}]})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set.parquet")
+    prompts = load_prompts(PromptSource(str(tmp_path / "set.parquet")))
+    assert [list(prompt.tools) for prompt in prompts] == [row["tools"] for row in rows]
+
+
+def test_a_set_with_times_in_its_messages_is_known_by_its_content(tmp_path):
+    hashes = set()
+    for year in (2023, 2023, 2024):  # WildChat has a time in every answer
+        said = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello", "timestamp": datetime(year, 4, 9)},
+        ]
+        pq.write_table(pa.Table.from_pylist([{"conversation": said}]), tmp_path / "set.parquet")
+        hashes.add(prompt_set_hash(PromptSource(str(tmp_path / "set.parquet"))))
+    assert len(hashes) == 2
 
 
 @pytest.mark.parametrize(

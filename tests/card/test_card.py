@@ -37,7 +37,7 @@ from card_runs import (
 from huggingface_hub import ModelCard
 
 from peagle.card.card import CardOptions, render, write_card
-from peagle.card.run_files import RunFiles
+from peagle.card.run_files import RunFiles, sha256
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -369,6 +369,19 @@ def test_a_licence_that_nobody_knows_is_said_to_be_unknown_wherever_it_is_asked_
 def test_an_option_that_the_hub_would_refuse_is_refused_here(option, value):
     with pytest.raises(ValueError, match=f"{option} must .*{value}"):
         CardOptions(**{option: value})
+
+
+@pytest.mark.parametrize("name", ["validate", "acceptance", "bench"])
+def test_figures_of_other_weights_than_the_drafters_stay_off_the_card(tmp_path, name):
+    full_run(tmp_path)
+    path = tmp_path / f"metrics/{name}.json"
+    document = json.loads(path.read_text())
+    counts = []
+    for weights in (sha256(tmp_path / "drafter/model.safetensors"), "of an earlier fit"):
+        document["provenance"]["weights_sha256"] = weights
+        path.write_text(json.dumps(document))
+        counts.append(len(getattr(RunFiles.read(tmp_path, tmp_path / "drafter"), name).rows))
+    assert counts == [len(document["rows"]), 0]
 
 
 def test_a_torn_metrics_file_is_named_and_leaves_the_old_card_alone(tmp_path):

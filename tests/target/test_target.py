@@ -75,3 +75,9 @@ def test_a_folder_is_known_by_every_tensor(folder, tmp_path):
     weight = load_file(moved / "model.safetensors")[MIDDLE]
     change(moved, {MIDDLE: weight + 1})
     assert TargetSource(str(moved)).fingerprint() != before
+
+
+def test_a_folder_without_tokenizer_says_so(folder):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer files \(as tokenizer\.json\): copy"):
+        TargetSource(str(folder)).tokenizer()

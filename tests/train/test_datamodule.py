@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from random_parts import VOCABULARY, make_manifest, make_sample
 from short_fits import make_data
 
@@ -46,6 +47,20 @@ def test_a_rank_without_validation_or_prompts_of_its_own_gets_empty_batches(rand
     assert len(data.val_dataloader()) == 1 and supervised <= 1
     (prompts,) = data.test_dataloader()
     assert len(prompts.prompts) == (1 if rank < 2 else 0)
+
+
+def test_one_rank_alone_says_what_all_would_say(random_store, monkeypatch, capsys):
+    monkeypatch.setattr("peagle.progress.LINE_EVERY_S", 0.0)
+    said = []
+    for rank in (1, 0):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        data = make_data(random_store, max_tokens=20)
+        data.setup("validate")
+        data.test_batches()
+        data.usable("train")
+        said.append("".join(capsys.readouterr()))
+    assert said[0] == ""
+    assert "prompts: 40/40" in said[1] and "are longer than max_tokens = 20" in said[1]
 
 
 def test_a_sample_with_the_mask_token_is_named(random_store):

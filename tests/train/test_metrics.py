@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from peagle.cod.sampling import Rows
-from peagle.train.metrics import DepthAccuracy, format_depths
+from peagle.train.metrics import DepthAccuracy, accuracy_by_depth, format_depths
 
 
 def metric_of(*rollouts, num_depths=3):
@@ -40,3 +40,15 @@ def test_the_table_shows_every_depth():
     lines = format_depths(metric_of("110", "011").compute()).splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["0", "1", "2"]
     assert lines[-1] == "teacher-forced acceptance length 2.00"
+
+
+def test_a_run_in_half_precision_counts_as_any_other():
+    """Lightning's precision ``bf16-true`` makes new tensors bf16 while it trains."""
+    rows = Rows(torch.zeros(3, dtype=torch.long), torch.tensor([0, 0, 1]))
+    right = torch.tensor([True, False, True])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = accuracy_by_depth(rows, right)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == {0: 0.5, 1: 1.0}
