@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -106,36 +105,24 @@ def running_engines(urls: list[str]) -> list[Engine]:
 
 
 @contextmanager
-def engines_for(
-    target: TargetSource, config: CaptureConfig, manifest: Manifest, folder: Path
-) -> Iterator[Engines]:
-    """The servers that the user names, or one that lives as long as the block.
-
-    Args:
-        folder: for the files of hidden states; gone afterwards.
+def own_engine(vllm: Vllm, serving: Serving, states_folder: Path) -> Iterator[Engines]:
+    """A server that lives as long as the block, as do the files of states.
 
     Raises:
-        ValueError: if there is no vLLM that can serve the target and hand out its states.
         EngineError: if the engine does not come up, or dies; with its last lines.
     """
-    if config.servers:
-        yield Engines(running_engines(config.servers))
-        return
-    vllm = find_vllm(config.vllm_python, option="--capture.vllm_python")
-    refuse_unable(vllm, target)
-    shutil.rmtree(folder, ignore_errors=True)  # a killed capture may have left files
-    folder.mkdir(parents=True)
+    shutil.rmtree(states_folder, ignore_errors=True)  # a killed capture may have left files
+    states_folder.mkdir(parents=True)
     try:
-        print(f"{vllm.name}: starting the engine", file=sys.stderr)
-        states = States((*manifest.layer_ids, manifest.num_layers), str(folder.resolve()))
-        with serve(vllm, serving(target, config, vllm, states), timeout_s=START_TIMEOUT_S) as own:
-            yield Engines([Engine(own.port)])
+        with serve(vllm, serving, timeout_s=START_TIMEOUT_S) as server:
+            yield Engines([Engine(server.port)])
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(states_folder, ignore_errors=True)
 
 
-def refuse_unable(vllm: Vllm, target: TargetSource) -> None:
-    """Raise ``ValueError`` when this vLLM cannot serve the target, or hand out its states."""
+def find_able_vllm(target: TargetSource, config: CaptureConfig) -> Vllm:
+    """Raises ``ValueError`` if there is no vLLM that can serve the target and hand out states."""
+    vllm = find_vllm(config.vllm_python, option="--capture.vllm_python")
     text = target.config()
     require_architectures(vllm, text.architectures or ())
     if not vllm.writes_states:
@@ -148,12 +135,18 @@ def refuse_unable(vllm: Vllm, target: TargetSource) -> None:
             "vLLM hands out no hidden states of targets with latent attention (MLA): capture with "
             "--capture.engine transformers"
         )
+    return vllm
 
 
-def serving(target: TargetSource, config: CaptureConfig, vllm: Vllm, states: States) -> Serving:
+def serving(
+    target: TargetSource, config: CaptureConfig, vllm: Vllm, manifest: Manifest, folder: Path
+) -> Serving:
     """The target alone, in the precision and up to the length of the capture.
 
     The cache of prefixes is off: vLLM hands out no states for what it holds (vllm #44485).
+
+    Args:
+        folder: for the files of hidden states.
     """
     return Serving(
         target=absolute(target.path),
@@ -166,5 +159,5 @@ def serving(target: TargetSource, config: CaptureConfig, vllm: Vllm, states: Sta
         enforce_eager=vllm.device == "cpu",
         prefix_caching=False,
         arguments=tuple(config.vllm_args),
-        states=states,
+        states=States((*manifest.layer_ids, manifest.num_layers), str(folder.resolve())),
     )

@@ -1,4 +1,4 @@
-"""Answers from transformers, batch by batch. vLLM's are in ``generate_vllm.py``."""
+"""Answers from transformers, batch by batch. vLLM's are in ``one_pass.py``."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager

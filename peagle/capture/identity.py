@@ -1,17 +1,20 @@
 """The identity of a store that a run needs, and whether a folder holds it or another one."""
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+import transformers
+from transformers import AutoConfig, PretrainedConfig
 
 from peagle.capture.config import CaptureConfig
 from peagle.model.config import default_layer_ids
 from peagle.store.errors import StoreError
 from peagle.store.locks import locked
 from peagle.store.manifest import Manifest
+from peagle.target.from_files import quantization_of
 from peagle.target.target import TargetSource, tokenizer_hash
 
 PARTIAL = "partial"  # folder of a store that is being made
@@ -36,8 +39,31 @@ def wanted_manifest(target: TargetSource, config: CaptureConfig) -> Manifest:
         fingerprint=target.fingerprint(),
         tokenizer=tokenizer_hash(target.tokenizer()),
         answers=config.answers_hash(),
+        engine=engine_of(target, config),
         **manifest_fields(text, config),
     )
+
+
+def engine_of(target: TargetSource, config: CaptureConfig) -> dict[str, Any] | None:
+    """What runs the target, and how it rounds weights and cache; unknown for states of others."""
+    if config.speculators is not None or config.servers:
+        return None
+    quantized = quantization_of(target.load(AutoConfig))
+    return {
+        "name": config.engine,
+        "version": transformers.__version__ if config.engine == "transformers" else None,
+        "quantization": argument_of(config.vllm_args, "--quantization", "-q") or quantized,
+        "kv_cache_dtype": argument_of(config.vllm_args, "--kv-cache-dtype") or "auto",
+    }
+
+
+def argument_of(arguments: Sequence[str], *names: str) -> str | None:
+    """What a command line gives for an option: ``--name value`` or ``--name=value``."""
+    for place, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name in names:
+            return value or next(iter(arguments[place + 1 :]), None)
+    return None
 
 
 def manifest_fields(text: PretrainedConfig, config: CaptureConfig) -> dict[str, Any]:

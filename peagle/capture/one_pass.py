@@ -5,6 +5,9 @@ then its states. What is known already (answers in the data, or of a capture tha
 read once.
 """
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -21,12 +24,20 @@ from peagle.capture.answers import (
 from peagle.capture.asker import Asker, Question, Reading, settle_all
 from peagle.capture.config import CaptureConfig
 from peagle.capture.conversation import Answer
-from peagle.capture.engines import engines_for
+from peagle.capture.engines import (
+    Engines,
+    find_able_vllm,
+    own_engine,
+    running_engines,
+    serving,
+)
 from peagle.capture.extract import open_writer
+from peagle.capture.identity import PARTIAL
 from peagle.capture.named_documents import Namer
 from peagle.capture.prompts import Prompt
 from peagle.capture.work_split import WorkSplit, make_batches
 from peagle.progress import progress
+from peagle.serve.vllm import Vllm
 from peagle.store.manifest import Manifest
 from peagle.store.writer import StoreWriter
 from peagle.target.from_files import head_from_files
@@ -59,40 +70,76 @@ class OnePass:
         batches = split.share(make_batches(prompts, config))
         self.asked = [(prompt, batch.greedy) for batch in batches for prompt in batch.prompts]
         self.answers_path = folder / split.own_file("answers.jsonl")
-        self.states_folder = folder / "partial" / split.own_file("states")
+        self.partial = folder / PARTIAL
+        self.states_folder = self.partial / split.own_file("states")
 
     def run(self) -> TargetHead:
         """Ask and read what is missing; raises what an engine, a prompt or the disk does."""
-        prompts, config = [prompt for prompt, _ in self.asked], self.config
-        head = head_from_files(self.target, getattr(torch, config.dtype))
-        if config.regenerate:
-            known = known_answers(prompts, self.answers_path)
-        else:
-            tokenizer = self.namer.tokenizer
-            known = answers_in_data(tokenizer, prompts, config, self.target.end_tokens())
-        answers = {prompt.id: known[prompt.id] for prompt in prompts if prompt.id in known}
+        answers = self.known()
         questions = [
             question
             for prompt, greedy in self.asked
             if (question := self.question(prompt, greedy, answers.get(prompt.id)))
         ]
+        vllm = None
+        if questions and not self.config.servers:
+            vllm = find_able_vllm(self.target, self.config)
+            self.note_version(vllm)
+        head = head_from_files(self.target, getattr(torch, self.config.dtype))
         if questions:
-            with (
-                engines_for(self.target, config, self.manifest, self.states_folder) as engines,
-                open(self.answers_path, "a", encoding="utf-8") as file,
-                progress("answers", len(prompts), done=len(prompts) - len(questions)) as bar,
-            ):
-                asker = Asker(engines, self.target, config, self.manifest)
+            with self.engines(vllm, questions) as engines:
+                asker = Asker(engines, self.target, self.config, self.manifest)
                 asker.check(head, questions)
-                try:
-                    for question, answer, readings in settle_all(asker, questions):
-                        self.keep(question, answer, readings, file)
-                        answers[answer.id] = answer
-                        bar.update()
-                finally:
-                    self.writer.flush()
+                answers |= self.settle(asker, questions)
         self.report(answers)
         return head
+
+    def note_version(self, vllm: Vllm) -> None:
+        """Write into the unfinished manifest which vLLM it is, and say if it was another one."""
+        begun = Manifest.read(self.partial).engine
+        if begun and begun["version"] not in (None, vllm.version):
+            print(f"begun with vLLM {begun['version']}, goes on with {vllm.version}")
+        engine = {**(self.manifest.engine or {}), "version": vllm.version}
+        replace(self.manifest, engine=engine).write(self.partial)
+
+    def known(self) -> dict[str, Answer]:
+        """Answers that are there, by prompt."""
+        prompts = [prompt for prompt, _ in self.asked]
+        if self.config.regenerate:
+            found = known_answers(prompts, self.answers_path)
+            return {prompt.id: found[prompt.id] for prompt in prompts if prompt.id in found}
+        ends = self.target.end_tokens()
+        return answers_in_data(self.namer.tokenizer, prompts, self.config, ends)
+
+    def engines(
+        self, vllm: Vllm | None, questions: list[Question]
+    ) -> AbstractContextManager[Engines]:
+        """The servers that the user names, or one of ours."""
+        if vllm is None:
+            return nullcontext(Engines(running_engines(self.config.servers)))
+        known = sum(question.answer is not None for question in questions)
+        counts = {"prompts": len(questions) - known, "known answers": known}
+        work = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+        print(f"{vllm.name}: starting the engine for {work}", file=sys.stderr)
+        folder = self.states_folder
+        own = serving(self.target, self.config, vllm, self.manifest, folder)
+        return own_engine(vllm, own, folder)
+
+    def settle(self, asker: Asker, questions: list[Question]) -> dict[str, Answer]:
+        """Keep conversations as they end; after an error, all that ended before it."""
+        answers, done = {}, len(self.asked) - len(questions)
+        with (
+            open(self.answers_path, "a", encoding="utf-8") as file,
+            progress("answers", len(self.asked), done=done) as bar,
+        ):
+            try:
+                for question, answer, readings in settle_all(asker, questions):
+                    self.keep(question, answer, readings, file)
+                    answers[answer.id] = answer
+                    bar.update()
+            finally:
+                self.writer.flush()
+        return answers
 
     def question(self, prompt: Prompt, greedy: bool, answer: Answer | None) -> Question | None:
         """What is to be asked for a prompt, if anything is."""

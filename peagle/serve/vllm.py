@@ -194,10 +194,14 @@ def states_arguments(states: States, device: str) -> list[str]:
     command += ["--kv-transfer-config", json.dumps(transfer)]
     if on_cpu:
         command += ["--worker-cls", "peagle_worker.PeagleCpuWorker", "--no-async-scheduling"]
+        # A seeded request whose prompt is read in two steps ends vLLM 0.32 on a CPU.
+        command += ["--no-enable-chunked-prefill"]
     return command
 
 
-def server_environment(vllm: Vllm, inherited: Mapping[str, str]) -> dict[str, str]:
+def server_environment(
+    vllm: Vllm, inherited: Mapping[str, str], states: States | None = None
+) -> dict[str, str]:
     """The server's environment; what the user has set stays.
 
     The V2 model runner has no P-EAGLE (vllm-project/vllm#43010). On a CPU, vLLM says itself that
@@ -208,11 +212,13 @@ def server_environment(vllm: Vllm, inherited: Mapping[str, str]) -> dict[str, st
     if vllm.device == "cpu":
         ours["VLLM_CPU_KVCACHE_SPACE"] = "2"
         ours["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
-        ours["PYTHONPATH"] = str(Path(__file__).with_name("in_vllm"))
         if vllm.openmp:
             ours["LD_PRELOAD"] = vllm.openmp
-    path = os.pathsep.join(filter(None, [ours.get("PYTHONPATH"), inherited.get("PYTHONPATH")]))
-    return {**ours, **inherited, **({"PYTHONPATH": path} if path else {})}
+    environment = {**ours, **inherited}
+    if states is not None and vllm.device == "cpu":
+        own = [str(Path(__file__).with_name("in_vllm")), inherited.get("PYTHONPATH")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, own))
+    return environment
 
 
 def absolute(path: str) -> str:
@@ -224,6 +230,6 @@ def serve(vllm: Vllm, serving: Serving, *, timeout_s: float) -> Server:
     """A server of this vLLM, to be entered as a context."""
     port = free_port()
     # Our limits on kernel caches would slow vLLM, which is to be measured as users run it.
-    environment = server_environment(vllm, users_environment())
+    environment = server_environment(vllm, users_environment(), serving.states)
     command = server_command(vllm, serving, port)
     return Server(command, port, environment=environment, timeout_s=timeout_s)

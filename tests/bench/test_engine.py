@@ -1,5 +1,6 @@
 """The engine's life cycle with small real servers, and what is refused before one starts."""
 
+import json
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from peagle.serve.export import export_drafter
 from peagle.serve.server import EngineError, Server, free_port
 from peagle.serve.vllm import (
     Serving,
+    States,
     Vllm,
     find_vllm,
     require_parallel_drafting,
@@ -29,7 +31,7 @@ from peagle.serve.vllm import (
 )
 
 VLLM = Vllm("/env/bin/python", "0.32.0", ("LlamaForCausalLMEagle3", "LlamaForCausalLM"), "cpu",
-            "cpu", False, "/env/lib/libiomp5.so")  # fmt: skip
+            "cpu", False, "/env/lib/libiomp5.so", True)  # fmt: skip
 SERVING = Serving("/models/t", None, "/runs/drafter", True, 5, "bfloat16", None, True, False, ())
 
 # A server with a child of its own, as vLLM has; answers /health, dies when asked anything else.
@@ -187,10 +189,28 @@ def test_what_the_user_has_set_for_the_engine_stays():
     assert found == {
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_CPU_KVCACHE_SPACE": "40",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "LD_PRELOAD": "/env/lib/libiomp5.so",
         "PATH": "/bin",
     }
     assert server_environment(VLLM._replace(device="cuda"), {}) == {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+
+
+def test_an_engine_that_hands_out_states_has_our_parts_on_a_cpu_alone():
+    states = States((2, 3, 6), "/dev/shm/states")
+    for device, ours in (("cpu", True), ("cuda", False)):
+        vllm = VLLM._replace(device=device)
+        command = server_command(vllm, SERVING._replace(drafter=None, states=states), 8000)
+        method = json.loads(command[command.index("--speculative-config") + 1])
+        assert method["method"] == "extract_hidden_states"
+        assert method["draft_model_config"]["hf_config"] == {
+            "eagle_aux_hidden_state_layer_ids": [2, 3, 6]
+        }
+        transfer = json.loads(command[command.index("--kv-transfer-config") + 1])
+        assert transfer["kv_connector_extra_config"] == {"shared_storage_path": "/dev/shm/states"}
+        assert ("kv_connector_module_path" in transfer, "--worker-cls" in command) == (ours, ours)
+        path = server_environment(vllm, {"PYTHONPATH": "/mine"}, states)["PYTHONPATH"]
+        assert path == (f"{ROOT / 'peagle' / 'serve' / 'in_vllm'}:/mine" if ours else "/mine")
 
 
 def test_what_peagle_set_for_its_own_products_does_not_reach_the_engine():

@@ -52,7 +52,7 @@ def test_a_prompt_that_cannot_be_asked_is_named_by_its_place(prompt, template, w
 def test_an_option_that_the_template_would_ignore_is_refused():
     prompt, tokenizer, text = Prompt("p", None, ("Hi",)), tokenizer_with(QWEN3), TARGET.config()
     text.vocab_size = len(tokenizer)
-    assert rehearse([prompt], tokenizer, text, {"enable_thinking": False}) == [prompt]
+    assert rehearse([prompt], tokenizer, text, {"enable_thinking": False}).prompts == [prompt]
     with pytest.raises(ValueError, match="does not know 'enable_thinkin': correct"):
         rehearse([prompt], tokenizer, text, {"enable_thinkin": False})
 

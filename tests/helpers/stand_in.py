@@ -2,14 +2,16 @@
 too old, dying, hanging. Real engines are asked in ``tests/vllm``.
 
 Called with ``-c`` it answers the probe, called with ``-m`` it is the server, with a child process
-as vLLM has. Its tokens depend on the prompt alone, and of K drafts it accepts (K + 1) // 2. It
-notes what it is asked.
+as vLLM has. Its tokens depend on the prompt alone, and of K drafts it accepts (K + 1) // 2. Hidden
+states that it hands out are noise of token and place, and its log probabilities are those that the
+embedded target's head gives them. It notes what it is asked.
 """
 
 import json
 import os
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,11 +42,54 @@ port, k, lock = int(arguments[arguments.index("--port") + 1]), 0, threading.Lock
 if "--speculative-config" in arguments:
     given = json.loads(arguments[arguments.index("--speculative-config") + 1])
     k = given["num_speculative_tokens"]
+layers, folder, read_before = 0, None, []
+if k and given["method"] == "extract_hidden_states":
+    k, layers = 0, len(given["draft_model_config"]["hf_config"]["eagle_aux_hidden_state_layer_ids"])
+    transfer = json.loads(arguments[arguments.index("--kv-transfer-config") + 1])
+    folder = pathlib.Path(transfer["kv_connector_extra_config"]["shared_storage_path"])
+    import numpy, safetensors.numpy
 if not k and behaviour == "dies with the drafter":
     behaviour = ""
 per_round, count = 1 + (k + 1) // 2, dict(rounds=0, asked=0)
+def states_of(text):
+    rows = [numpy.random.default_rng(token + 1000 * i).normal(size=(layers, 192))
+            for i, token in enumerate(text)]
+    return numpy.array(rows, dtype="float32")
+def hand_out(text, number):
+    path, states = folder / ("%d.safetensors" % number), states_of(text)
+    if behaviour == "hands out other tokens":
+        text = [token + 1 for token in text]
+    if behaviour == "hands out constants":
+        states = numpy.ones_like(states)
+    if behaviour == "takes text from its cache":
+        states += any(before[: len(text)] == text for before in read_before)
+        read_before.append(text)
+    if behaviour != "writes to another folder":
+        path.with_name(path.name + ".lock").touch()
+        tensors = dict(hidden_states=states, token_ids=numpy.array(text))
+        safetensors.numpy.save_file(tensors, path)
+    return dict(hidden_states_path=str(path))
+def likely(text, tokens):
+    content = pathlib.Path({weights!r}).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    def tensor(name):
+        start, stop = (8 + size + offset for offset in header[name]["data_offsets"])
+        half = numpy.frombuffer(content[start:stop], dtype="uint16").astype("uint32") << 16
+        return half.view("float32").reshape(header[name]["shape"])
+    final = states_of(text)[-len(tokens) :, -1]
+    normed = final / numpy.sqrt((final**2).mean(-1, keepdims=True) + 1e-6)
+    logits = (normed * tensor("model.norm.weight")) @ tensor("model.embed_tokens.weight").T
+    logits *= 2 if behaviour == "serves another model" else 1
+    logits -= numpy.log(numpy.exp(logits).sum(-1, keepdims=True))
+    best = numpy.argsort(-logits)[:, :5]
+    found = [{{"token_id:%d" % i: float(row[i]) for i in ids}} for row, ids in zip(logits, best)]
+    return dict(top_logprobs=found)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        if self.path == "/v1/models":
+            self.send_response(200); self.end_headers()
+            return self.wfile.write(json.dumps(dict(data=[dict(id="target")])).encode())
         lines = []
         if k and self.path == "/metrics" and behaviour != "serves without the drafter":
             name, rounds = "vllm:spec_decode_num_", count["rounds"]
@@ -62,7 +107,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             notes.write(json.dumps(asked) + "\\n")
             count["asked"] += 1
             number = count["asked"]
-        if behaviour == "dies after two answers" and number > 2:
+        if behaviour == "dies after two answers" and number > 2 + 2 * bool(layers):
             time.sleep(2)
             print("EngineDeadError: out of memory", flush=True); os._exit(9)
         if behaviour == "dies with the drafter":
@@ -72,7 +117,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(600)
         tokens = [(sum(asked["prompt"]) + i) % 97 for i in range(asked["max_tokens"])]
         if not asked.get("stream"):
-            self.wfile.write(json.dumps(dict(choices=[dict(token_ids=tokens)])).encode())
+            choice, reply = dict(token_ids=tokens), {{}}
+            if layers and behaviour != "hands out nothing":
+                answered = bool(asked.get("kv_transfer_params"))
+                text = asked["prompt"] + tokens[:-1] * answered
+                reply["kv_transfer_params"] = hand_out(text, number)
+                if asked.get("logprobs"):
+                    choice["logprobs"] = likely(text, tokens)
+            self.wfile.write(json.dumps(dict(choices=[choice], **reply)).encode())
             return
         for start in range(0, len(tokens), per_round):
             time.sleep(0.01)
@@ -132,6 +184,9 @@ def make_stand_in(folder: Path, behaviour: str = "", **found) -> StandIn:
     """Write the script; ``found`` changes what it says of its vLLM."""
     path = folder / "python"
     answer = repr({**FOUND, **found})
-    path.write_text(SCRIPT.format(python=sys.executable, found=answer, behaviour=behaviour))
+    weights = str(resources.files("peagle.tiny_target") / "model.safetensors")
+    path.write_text(
+        SCRIPT.format(python=sys.executable, found=answer, behaviour=behaviour, weights=weights)
+    )
     path.chmod(0o755)
     return StandIn(str(path))
