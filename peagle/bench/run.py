@@ -37,6 +37,7 @@ from peagle.serve.vllm import (
     Vllm,
     absolute,
     find_vllm,
+    require_exact_sampling,
     require_parallel_drafting,
     serve,
 )
@@ -125,6 +126,7 @@ def bench(config: BenchConfig) -> None:
     vllm = find_vllm(config.vllm_python)
     architectures = {name for drafter in drafters.values() for name in drafter.architectures}
     require_parallel_drafting(vllm, [*sorted(architectures), *(text.architectures or ())])
+    require_exact_sampling(vllm, config.temperature)
     prompt_sets = rendered_prompts(config, target)
 
     conditions = Conditions(vllm.name, hardware(vllm), config.dtype, config.temperature)

@@ -106,6 +106,19 @@ def require_parallel_drafting(vllm: Vllm, architectures: Sequence[str]) -> None:
     require_architectures(vllm, architectures)
 
 
+def require_exact_sampling(vllm: Vllm, temperature: float) -> None:
+    """Raise ``ValueError`` where a drafter would bend what vLLM draws.
+
+    Seen in 0.32: a CPU leaves the temperatures of requests with drafts unwritten, so sampled
+    requests, and greedy ones beside them, get other tokens than the target's.
+    """
+    if temperature > 0 and vllm.device == "cpu":
+        raise ValueError(
+            f"{vllm.name} draws wrong tokens for sampled requests with a drafter "
+            "(vllm-project/vllm#42638): bench with --temperature 0, or on a GPU"
+        )
+
+
 def require_architectures(vllm: Vllm, architectures: Sequence[str]) -> None:
     """Raise ``ValueError`` when this vLLM cannot serve one of the models."""
     for architecture in architectures:

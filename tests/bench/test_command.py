@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,6 +161,13 @@ def test_a_vllm_that_cannot_serve_it_is_refused_before_it_starts(drafter, stand_
     vllm = stand_in(**found)
     with pytest.raises(ValueError, match=words):
         bench(small(drafter, vllm))
+    assert not vllm.served
+
+
+def test_sampling_is_refused_where_vllm_draws_wrong_tokens(drafter, stand_in):
+    vllm = stand_in()
+    with pytest.raises(ValueError, match="draws wrong tokens for sampled requests"):
+        bench(replace(small(drafter, vllm), temperature=0.7))
     assert not vllm.served
 
 

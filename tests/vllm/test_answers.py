@@ -1,4 +1,4 @@
-"""The real engine answers a capture's prompts: the target's own tokens and states, after a kill too."""
+"""The real engine answers a capture's prompts: the target's own tokens and states."""
 
 import json
 import signal
