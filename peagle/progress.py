@@ -9,6 +9,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 LINE_EVERY_S = 30.0
+TELLING = 0.02  # share of the whole after which the time that is left can be guessed
 Item = TypeVar("Item")
 
 
@@ -48,7 +49,7 @@ class Lines:
             words.append(f"{tqdm.format_sizeof(rate)} {self.unit}/s")
         if self.total == self.done:
             words.append(f"took {tqdm.format_interval(seconds)}")
-        elif self.total and rate:
+        elif self.total and self.done - self.first >= TELLING * self.total:
             left = tqdm.format_interval((self.total - self.done) / rate)
             words.append(f"{left} left")
         print(", ".join(words), file=sys.stderr, flush=True)

@@ -30,6 +30,14 @@ def test_a_long_stage_prints_a_line_every_half_minute_and_a_last_one(clock, caps
     ]
 
 
+def test_the_first_of_many_does_not_tell_how_long_the_others_take(clock, capsys):
+    """An engine answers many prompts at once, and the first ends long before the others."""
+    with progress("answers", 100) as bar:
+        clock[0] += 50
+        bar.update()
+    assert capsys.readouterr().err == "answers: 1/100 (1%), 0.02 it/s\n"
+
+
 def test_a_short_stage_says_nothing(clock, capsys):
     for _ in track("answers", range(3)):
         clock[0] += 5

@@ -210,6 +210,18 @@ def test_an_engine_that_cannot_hand_out_states_is_refused_before_it_starts(stand
     assert not vllm.served
 
 
+def test_a_target_with_latent_attention_is_refused_before_it_starts(
+    stand_in, tmp_path, monkeypatch
+):
+    text = TARGET.config()
+    text.kv_lora_rank = 512
+    monkeypatch.setattr(TargetSource, "config", lambda target: text)
+    vllm = stand_in()
+    with pytest.raises(ValueError, match=r"no hidden states of targets with latent attention"):
+        capture(TARGET, served_by(vllm), tmp_path / "store")
+    assert not vllm.served
+
+
 def test_answers_in_the_data_are_read_and_nothing_is_asked(stand_in, tmp_path):
     path, vllm = tmp_path / "talks.jsonl", stand_in()
     rows = [
