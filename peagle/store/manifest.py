@@ -39,7 +39,10 @@ class Manifest:
         """Raises ``ValueError`` when there is no complete store in the folder."""
         path = folder / "manifest.json"
         if not path.exists():
-            raise ValueError(f"no store at {folder}: run `python -m peagle capture` first")
+            raise ValueError(
+                f"no store at {folder}: run `python -m peagle capture` first, or give the --store "
+                "that it was moved to"
+            )
         try:
             found = json.loads(path.read_text())
         except ValueError as error:  # neither JSON nor, perhaps, text
