@@ -46,6 +46,7 @@ from peagle.preflight import (
     refuse_foreign_files,
     refuse_other_run,
     refuse_strategy,
+    refuse_swa,
     require_batches,
     require_clipping,
     require_gpu,
@@ -158,6 +159,7 @@ class PEagleCLI(LightningCLI):
             remedy = "; leave one of the two out" if "callbacks list" in str(error) else ""
             raise ValueError(f"trainer: {str(error).rstrip('.')}{remedy}") from error
         refuse_strategy(trainer)
+        refuse_swa(trainer)
         require_batches(trainer)
         require_clipping(trainer)
         require_logger(trainer)

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import (
     DeviceStatsMonitor,
     LearningRateMonitor,
     ModelCheckpoint,
+    StochasticWeightAveraging,
     Timer,
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
@@ -182,6 +183,15 @@ def refuse_barebones(barebones: bool) -> None:
         raise ValueError(
             "trainer.barebones switches off what a run is made of, checkpoints, logs and "
             "callbacks: leave it out, and for a short trial give --trainer.fast_dev_run true"
+        )
+
+
+def refuse_swa(trainer: Trainer) -> None:
+    """Raise ``ValueError`` for an average that copies the module with all that trains it."""
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
+        raise ValueError(
+            "StochasticWeightAveraging cannot average a drafter: give "
+            "peagle.callbacks.average.AveragedWeights, or leave it out"
         )
 
 

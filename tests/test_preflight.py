@@ -6,7 +6,11 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from short_fits import make_data, make_module, make_trainer
 from torch.optim.lr_scheduler import (
@@ -30,6 +34,7 @@ from peagle.preflight import (
     refuse_foreign_files,
     refuse_other_run,
     refuse_strategy,
+    refuse_swa,
     require_batches,
     require_clipping,
     require_logged,
@@ -137,6 +142,14 @@ def trainer(strategy):
 def test_a_strategy_that_starts_from_this_process_is_refused(strategy):
     with pytest.raises(ValueError, match=r"cannot train a drafter: give --trainer\.strategy ddp"):
         refuse_strategy(trainer(strategy))
+
+
+def test_an_average_that_would_copy_all_that_trains_is_refused():
+    averaging = L.Trainer(
+        accelerator="cpu", devices=1, logger=False, callbacks=[StochasticWeightAveraging(0.1)]
+    )
+    with pytest.raises(ValueError, match=r"give peagle\.callbacks\.average\.AveragedWeights"):
+        refuse_swa(averaging)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
