@@ -225,7 +225,7 @@ def test_every_configuration_is_planned_from_its_targets_config_alone():
     )
     assert result.returncode == 0, result.stderr
     plans = dict(part.split("\n", 1) for part in result.stdout.split("## ")[1:])
-    assert sorted(plans) == names and len(names) == 8
+    assert sorted(plans) == names and len(names) == 9
     for name, text in plans.items():
         for line in ("samples", "disk", "memory", "rows", "steps", "time", "warning"):
             assert f"\n{line} " in text, (name, line)
