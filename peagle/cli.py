@@ -32,6 +32,7 @@ from peagle.capture.identity import refuse_other_store
 from peagle.card.target_name import hub_name_of
 from peagle.decode.evaluation import EvaluationConfig
 from peagle.kernels.device import pick_device
+from peagle.kernels.threads import advise_threads
 from peagle.model.checkpoint import check_address
 from peagle.model.restore import refuse_other_target
 from peagle.model.saved_drafter import load_drafter
@@ -176,6 +177,7 @@ class PEagleCLI(LightningCLI):
         store = Path(config.store)
         target = TargetSource(config.target, config.revision)
         self.check_fit(config, target)
+        self.say_threads()
         if store_address(config.store) is not None:
             if rank_zero_only.rank == 0:
                 found = self.datamodule.on_hub()
@@ -189,6 +191,12 @@ class PEagleCLI(LightningCLI):
             refuse_mask_tokens(Store(store, allow_missing=True), mask)
         while not (store / "manifest.json").exists():
             time.sleep(1)
+
+    def say_threads(self) -> None:
+        """Say at once if threads will wait for cores; Lightning shares cores among processes."""
+        alone = self.trainer.world_size == 1
+        if alone and (line := advise_threads(self.trainer.strategy.root_device)):
+            print(line, file=sys.stderr)
 
     def check_fit(self, config: Any, target: TargetSource) -> None:
         """Raise ``ValueError`` now for what would end the run after hours."""

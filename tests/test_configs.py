@@ -74,6 +74,7 @@ def test_the_baseline_trains_on_the_store_of_the_quickstart_and_is_measured_alik
 
 
 TARGETS = {
+    "smollm2_135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "qwen3_0_6b": "Qwen/Qwen3-0.6B",
     "llama3_1_8b": "meta-llama/Llama-3.1-8B-Instruct",
     "qwen3_8b": "Qwen/Qwen3-8B",
@@ -103,10 +104,11 @@ def test_a_targets_configuration_says_what_it_costs_and_what_to_aim_at(name):
     assert 0 < written["model"]["mask_token_id"] < vocab_size
     states = len(written["capture"].get("layer_ids") or [2, "middle", -3]) + 1  # and the last
     kilobytes = states * shape.get("text_config", shape)["hidden_size"] * 2 / 1000
-    disk = re.match(r"([\d.]+) TB for (\S+) .* of (\S+) tokens \((\d+) KB", head["Disk"])
-    total, conversations, tokens, each = (float(x.replace(",", "")) for x in disk.groups())
+    disk = re.match(r"([\d.]+) ([TG])B for (\S+) .* of (\S+) tokens \((\d+) KB", head["Disk"])
+    total, conversations, tokens, each = (float(disk[i].replace(",", "")) for i in (1, 3, 4, 5))
     assert each == round(kilobytes)
-    assert total == pytest.approx(conversations * tokens * kilobytes / 1e9, rel=0.05)
+    gigabytes = total * {"T": 1000, "G": 1}[disk[2]]
+    assert gigabytes == pytest.approx(conversations * tokens * kilobytes / 1e6, rel=0.05)
     assert written["capture"]["max_tokens"] <= written["data"]["max_tokens"]
     assert max(written["evaluation"]["k"]) <= written["model"]["cod"]["num_depths"]
 

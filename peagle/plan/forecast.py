@@ -58,7 +58,7 @@ class Forecast:
     supervised: int
     bytes: int
     basis: str  # where the figures come from, in words
-    answer_seconds: float = 0.0  # the target will need to answer all prompts; 0 if not measured
+    answer_seconds: float = 0.0  # transformers needs to answer all prompts; 0 if not measured
     ids: frozenset[int] = frozenset()  # tokens that occur
     unread: tuple[str, ...] = ()  # prompt sets that could not be read here
     trained: tuple[Size, ...] = ()  # the conversations that are not kept for validation

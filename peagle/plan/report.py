@@ -83,7 +83,7 @@ def plan(
         f"target     {target.name}: {text.model_type}, {shape['num_layers']} layers of width "
         f"{shape['hidden_size']}, vocabulary {shape['vocab_size']}; captured {shape['layer_ids']}",
         f"mask token {mask_token(target, config.mask_token_id)}",
-        *data_lines(data, place),
+        *data_lines(data, place, capture),
         *cost_lines(config, cost, sequence, run, data, rate),
         *warnings(data, config, capture, evaluation, run, place),
     ]
@@ -146,15 +146,28 @@ def mask_token(target: TargetSource, mask: int | None) -> str:
     return f"{mask}, {token!r}" if token else f"{mask}, a row that no token of the tokenizer uses"
 
 
-def data_lines(data: Forecast, place: Path | FoundStore) -> list[str]:
+def data_lines(data: Forecast, place: Path | FoundStore, capture: CaptureConfig) -> list[str]:
     lines = [
         f"samples    {data.conversations:,} conversations ({data.basis})",
         f"tokens     {data.tokens:,}, of which {data.supervised:,} are supervised",
         f"disk       {size(data.bytes)} in {place}",
     ]
-    if data.answer_seconds:
-        lines.append(f"answers    {duration(data.answer_seconds)} for the target to write here")
+    if capture.engine == "vllm" and capture.regenerate and not is_there(place):
+        lines.append(
+            "answers    time not known: vLLM writes them, and their hidden states in the same "
+            "pass; `capture` shows its rate as it goes, and may be stopped and started again"
+        )
+    elif data.answer_seconds:
+        lines.append(
+            f"answers    {duration(data.answer_seconds)} for the target to write here; a second "
+            "pass that reads their hidden states comes on top"
+        )
     return lines
+
+
+def is_there(place: Path | FoundStore) -> bool:
+    """Whether nothing has to be captured any more."""
+    return isinstance(place, FoundStore) or (place / "manifest.json").exists()
 
 
 def cost_lines(
@@ -217,7 +230,7 @@ def warnings(
             f"data.max_tokens = {run.max_tokens} is smaller than capture.max_tokens = "
             f"{capture.max_tokens}: longer conversations are captured, but not trained"
         )
-    if isinstance(place, Path) and not (place / "manifest.json").exists():
+    if not is_there(place):
         free = free_bytes(place)
         if data.bytes > free:
             problems.append(f"the disk is too small: {size(data.bytes)} needed, {size(free)} free")

@@ -185,7 +185,8 @@ class PEagleModule(L.LightningModule):
             layers = TargetLayers.load(path, manifest.identity())
         copied = initialise(self.drafter, head, kept, layers)
         if copied:
-            self.print(f"layers 1-{len(copied)} start from the target's layers {copied}")
+            ours = "layer 1 starts" if len(copied) == 1 else f"layers 1-{len(copied)} start"
+            self.print(f"{ours} from the target's layers {copied}")
         self.freeze_embeddings()
 
     def freeze_embeddings(self) -> None:

@@ -20,7 +20,15 @@ from peagle.decode.evaluation import EvaluationConfig
 from peagle.model.config import PEagleConfig
 from peagle.plan.cost import Shape, cost_of
 from peagle.plan.forecast import Forecast, Size, forecast
-from peagle.plan.report import RunShape, mask_token, packs_of, sequence_of, steps_of, warnings
+from peagle.plan.report import (
+    RunShape,
+    data_lines,
+    mask_token,
+    packs_of,
+    sequence_of,
+    steps_of,
+    warnings,
+)
 from peagle.store.manifest import Manifest
 from peagle.store.reader import Store
 from peagle.target.target import TargetSource
@@ -71,6 +79,18 @@ def test_the_disk_figure_is_what_the_store_then_takes(tmp_path):
     assert before.conversations == pytest.approx(after.conversations, rel=0.05)
     assert before.supervised == pytest.approx(after.supervised, rel=0.1)
     assert before.answer_seconds > 0 and 2 in before.ids
+
+
+def test_the_time_of_transformers_is_not_given_for_answers_of_vllm(tmp_path):
+    data = replace(DATA, answer_seconds=7200.0)
+
+    def last_line(place=tmp_path / "store", **changes):
+        return data_lines(data, place, replace(CAPTURE, **changes))[-1]
+
+    assert last_line().startswith("answers    2.0 hours") and "second pass" in last_line()
+    assert last_line(engine="vllm").startswith("answers    time not known: vLLM")
+    (tmp_path / "manifest.json").touch()  # nothing is left to capture
+    assert "vLLM" not in last_line(place=tmp_path, engine="vllm")
 
 
 def test_answers_of_the_data_end_where_capture_ends_them(tmp_path, monkeypatch):
@@ -225,7 +245,7 @@ def test_every_configuration_is_planned_from_its_targets_config_alone():
     )
     assert result.returncode == 0, result.stderr
     plans = dict(part.split("\n", 1) for part in result.stdout.split("## ")[1:])
-    assert sorted(plans) == names and len(names) == 8
+    assert sorted(plans) == names and len(names) == 9
     for name, text in plans.items():
         for line in ("samples", "disk", "memory", "rows", "steps", "time", "warning"):
             assert f"\n{line} " in text, (name, line)
