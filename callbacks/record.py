@@ -85,10 +85,12 @@ class RunRecord(L.Callback):
             return
         data = trainer.datamodule
         hours = self.hours_before + (time.monotonic() - self.started) / 3600
+        earlier = earlier_record(trainer).get("training", {})
+        started_from = pl_module.started_from or earlier.get("init_from")
         record = {
             "run_id": earlier_record(trainer).get("run_id", uuid.uuid4().hex[:12]),
             "target": target_section(data.target, data.store, self.target_license, self.hub_name),
-            "training": training_section(trainer, pl_module, hours),
+            "training": training_section(trainer, pl_module, hours) | {"init_from": started_from},
             "data": data_section(data.store),
             "environment": environment(),
         }
