@@ -85,12 +85,10 @@ class RunRecord(L.Callback):
             return
         data = trainer.datamodule
         hours = self.hours_before + (time.monotonic() - self.started) / 3600
-        earlier = earlier_record(trainer).get("training", {})
-        started_from = pl_module.started_from or earlier.get("init_from")
         record = {
             "run_id": earlier_record(trainer).get("run_id", uuid.uuid4().hex[:12]),
             "target": target_section(data.target, data.store, self.target_license, self.hub_name),
-            "training": training_section(trainer, pl_module, hours) | {"init_from": started_from},
+            "training": training_section(trainer, pl_module, hours),
             "data": data_section(data.store),
             "environment": environment(),
         }
@@ -133,11 +131,17 @@ def training_section(
         "tokens": pl_module.tokens_trained * trainer.world_size,
         "rows": pl_module.rows_trained * trainer.world_size,
         "hours": round(hours, 4),
+        "init_from": source_of(trainer, pl_module),
         "seed": trainer.datamodule.seed,
         "precision": str(trainer.precision),
         "max_tokens": trainer.datamodule.max_tokens,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
     }
+
+
+def source_of(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str] | None:
+    """The drafter that training started from; a resumed run has it in its record alone."""
+    return pl_module.started_from or earlier_record(trainer).get("training", {}).get("init_from")
 
 
 def loss_of(mix: dict[str, float], depth_decay: float) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Int
 from safetensors import safe_open
 from torch import Tensor
@@ -25,15 +26,20 @@ from peagle.store.hub_address import HubAddress, parse_address
 from peagle.store.shard import Span
 from peagle.target.target import read_header, weight_files
 
+NEEDED = (  # else a library's default would be taken for what was published
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "vocab_size",
+)
 READ = (  # of config.json, as it stands there
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "draft_vocab_size"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "target_hidden_size"),
+    *NEEDED,
+    *("num_key_value_heads", "head_dim", "target_hidden_size", "draft_vocab_size"),
     *("attention_bias", "mlp_bias", "hidden_act", "rms_norm_eps", "max_position_embeddings"),
     *("rope_parameters", "rope_theta", "rope_scaling", "num_depths"),
     *("norm_before_residual", "norm_before_fc", "fc_norm"),
 )
 MASK_NAMES = ("mask_token_id", "pard_token", "ptd_token_id")  # in vLLM's order
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+MOST_LAYERS = 1000  # no target has more, and a forged number must not fill memory
 FIRST_LAYER = "midlayer."  # what vLLM also calls ``layers.0.``
 
 
@@ -154,8 +160,9 @@ def find_published(address: str) -> PublishedDrafter:
         )
     try:
         config, given = read_settings(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} is not the configuration of a drafter: {error}") from error
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{path} is not the configuration of a drafter: {text}") from error
     return PublishedDrafter(name, folder, config, given, place)
 
 
@@ -199,13 +206,17 @@ def read_settings(written: dict[str, Any]) -> tuple[PEagleConfig, frozenset[str]
     Where it names no captured layers, those of the result stand for their number alone.
 
     Raises:
-        ValueError: if sizes do not fit each other.
+        ValueError: if a size is missing, or sizes do not fit each other.
     """
     settings = {**written, **written.get("transformer_layer_config", {})}
     settings = {name: value for name, value in settings.items() if value is not None}
+    if missing := [name for name in NEEDED if name not in settings]:
+        raise ValueError(f"it has no {missing[0]}")
     masks = [int(settings[name]) for name in MASK_NAMES if name in settings]
     ids = settings.get(LAYER_IDS) or settings.get("eagle_config", {}).get(LAYER_IDS)
     count = int(settings.get("num_aux_hidden_states", 3))  # vLLM's own default
+    if not 0 < count < MOST_LAYERS:
+        raise ValueError(f"num_aux_hidden_states must lie in 1..{MOST_LAYERS - 1}, got {count}")
     config = PEagleConfig(
         **{name: settings[name] for name in READ if name in settings},
         parallel_drafting=bool(settings.get("parallel_drafting", masks)),

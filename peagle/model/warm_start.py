@@ -9,9 +9,8 @@ from torch import Tensor
 
 from peagle.model.config import PEagleConfig
 from peagle.model.drafter import Drafter
-from peagle.model.published import PublishedDrafter
+from peagle.model.published import LAYER_IDS, PublishedDrafter
 
-LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 SETTINGS = {  # of a run, by what they become in the drafter's configuration
     "method": "model.drafter",
     "mask_token_id": "model.mask_token_id",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from published_heads import aws_head, write_head
 from random_parts import LAYER_IDS, VOCABULARY, make_drafter
+from safetensors.torch import load_file, save_file
 
 from peagle.model.published import find_published
 from peagle.serve.export import Verifier, export_drafter
@@ -39,6 +40,17 @@ def test_the_names_of_awss_heads_are_read(tmp_path):
     assert "eagle_aux_hidden_state_layer_ids" not in found.given
     assert {"layers.0.hidden_norm.weight", "layers.1.mlp.up_proj.weight"} <= found.places.keys()
     assert found.token_ids().tolist() == list(range(VOCABULARY))
+
+
+def test_weights_in_several_files_are_found(tmp_path):
+    folder = write_head(tmp_path / "head", make_drafter())
+    tensors = load_file(folder / "model.safetensors")
+    embedding = {"embed_tokens.weight": tensors.pop("embed_tokens.weight")}
+    save_file(tensors, folder / "model.safetensors")
+    save_file(embedding, folder / "embedding.safetensors")
+    found = find_published(str(folder))
+    assert found.places.keys() == tensors.keys() | embedding.keys()
+    assert torch.equal(found.read("embed_tokens.weight"), embedding["embed_tokens.weight"])
 
 
 def test_a_head_comes_from_the_hub_at_a_commit_its_config_first(tmp_path, own_hub):
@@ -76,6 +88,23 @@ def test_what_is_no_drafter_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ValueError, match="holds no safetensors file, and no other kind is read"):
         _ = find_published(str(tmp_path)).places
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hidden_size": None}, "it has no hidden_size"),
+        ({"hidden_size": "32"}, "expected int, got str"),
+        ({"mask_token_id": "<mask>"}, "invalid literal"),
+        ({"num_attention_heads": 0}, "the number of heads must be at least 1"),
+        ({"eagle_aux_hidden_state_layer_ids": None, "num_aux_hidden_states": 10**12}, "in 1..999"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_configuration_that_is_no_drafters_is_refused(tmp_path, settings, words):
+    folder = write_head(tmp_path / "head", make_drafter(), settings=settings)
+    with pytest.raises(ValueError, match=f"config.json is not the configuration .*{words}"):
+        find_published(str(folder))
 
 
 @pytest.mark.parametrize(
