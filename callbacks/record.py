@@ -131,11 +131,17 @@ def training_section(
         "tokens": pl_module.tokens_trained * trainer.world_size,
         "rows": pl_module.rows_trained * trainer.world_size,
         "hours": round(hours, 4),
+        "init_from": source_of(trainer, pl_module),
         "seed": trainer.datamodule.seed,
         "precision": str(trainer.precision),
         "max_tokens": trainer.datamodule.max_tokens,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
     }
+
+
+def source_of(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str] | None:
+    """The drafter that training started from; a resumed run has it in its record alone."""
+    return pl_module.started_from or earlier_record(trainer).get("training", {}).get("init_from")
 
 
 def loss_of(mix: dict[str, float], depth_decay: float) -> str:

@@ -32,7 +32,7 @@ loaded when they are first used, so ``import peagle`` is quick. ``docs/python.md
 
 from importlib import import_module
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 # Public name -> where it is defined. ``capture`` is a subpackage, so its function has another name.
 PUBLIC = {

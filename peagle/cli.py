@@ -168,6 +168,12 @@ class PEagleCLI(LightningCLI):
             require_writable_run(Path(self.config[self.subcommand].run_dir))
         return trainer
 
+    def instantiate_classes(self) -> None:
+        """A checkpoint takes the place of what a run once started from: it is not read again."""
+        super().instantiate_classes()
+        if self.checkpoint(self.subcommand) is not None:
+            self.model.init_from = None
+
     def before_fit(self) -> None:
         """Make the store if it is missing; other ranks wait for the first.
 

@@ -23,8 +23,10 @@ from peagle.decode.sliding_window import sliding_window_of_layers
 from peagle.kernels.device import pick_device
 from peagle.model.build import build_drafter
 from peagle.model.checkpoint import read_checkpoint
+from peagle.model.published import find_published
 from peagle.model.restore import refuse_incomplete, refuse_other_target
 from peagle.model.saved_drafter import load_drafter
+from peagle.model.warm_start import refuse_unfit
 from peagle.serve.export import refuse_foreign
 from peagle.store.disk import require_disk, require_writable
 from peagle.target.target import TargetSource
@@ -42,13 +44,17 @@ def check_drafter(
     """Build drafter, optimizer and schedule without memory, as training will.
 
     Raises:
-        ValueError: if the shape cannot be built, an optimizer's setting is out of range, or there
-            is no room for checkpoints.
+        ValueError: if the shape cannot be built, ``init_from`` is no drafter of it, an optimizer's
+            setting is out of range, or there is no room for checkpoints.
     """
     with torch.device("meta"):
         drafter = build_drafter(module.drafter_config(wanted_manifest(target, config)))
         optimizer = module.optimizer(parameter_groups(drafter))
         check_schedule(module, optimizer)
+    if module.init_from is not None:
+        published = find_published(module.init_from)
+        refuse_unfit(published, drafter)
+        module.init_from = published.name  # on the Hub at this commit, also after a long capture
     weights = sum(parameter.numel() for parameter in drafter.parameters())
     require_disk(run_dir, CHECKPOINTS * STATES * weights * torch.float32.itemsize)
 

@@ -133,6 +133,7 @@ def test_validate_and_test_run_again_from_the_checkpoint(small_run, peagle, tmp_
     result = peagle(
         "test", "--config", "configs/quickstart.yaml", *overrides, "--ckpt_path", "last",
         "--evaluation.prompts", f"[{{source: {prompts}}}]", "--evaluation.k", "[2]",
+        "--model.init_from", tmp_path / "gone",  # what the run started from is not read again
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     rows = json.loads((folder / "run" / "metrics" / "acceptance.json").read_text())["rows"]
@@ -186,6 +187,7 @@ def test_export_writes_both_layouts(small_run, peagle, tmp_path):
         (["--trainer.enable_progress_bar", "false"], "leave one of the two out"),
         (["--trainer.devices", "-3"], "should be an int > 0"),
         (["--trainer.callbacks+=LearningRateMonitor", "--trainer.logger", "false"], "a logger"),
+        (["--model.init_from", "/nowhere"], "model.init_from: there is no folder /nowhere"),
         (["--model.num_layers", "0"], "num_layers must be at least 1, got 0"),
         (["--model.optimizer.init_args.lr", "-1"], "earning rate"),
         (["--evaluation.device", "nowhere"], "there is no device 'nowhere' here"),

@@ -24,7 +24,9 @@ from transformers import DeepseekV3Config, Qwen3NextConfig
 
 from peagle.callbacks.progress import Progress
 from peagle.capture.config import CaptureConfig
+from peagle.capture.identity import wanted_manifest
 from peagle.capture.prompts import PromptSource
+from peagle.model.build import build_drafter
 from peagle.preflight import (
     check_baseline,
     check_decodable,
@@ -41,6 +43,7 @@ from peagle.preflight import (
     require_training,
     require_writable_run,
 )
+from peagle.serve.export import export_drafter
 from peagle.target.target import TargetSource
 from peagle.train.module import PEagleModule
 
@@ -89,6 +92,22 @@ def test_a_drafter_that_cannot_be_trained_is_refused_before_its_store_is_made(
         module = PEagleModule(**{"mask_token_id": 3, **settings})
         check_drafter(module, TargetSource("tiny"), CONFIG, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_drafter_to_start_from_is_compared_before_a_store_is_made(tmp_path, own_hub):
+    target, settings = TargetSource("tiny"), {"mask_token_id": 3, "num_layers": 1}
+    drafter = build_drafter(
+        PEagleModule(**settings).drafter_config(wanted_manifest(target, CONFIG))
+    )
+    export_drafter(drafter, tmp_path / "drafter")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "drafter").iterdir()}
+    commit = own_hub.put("alice/head", files)
+    module = PEagleModule(**settings, init_from="alice/head")
+    check_drafter(module, target, CONFIG, tmp_path / "run")
+    assert module.init_from == f"hf://alice/head@{commit}"  # wherever the branch moves meanwhile
+    with pytest.raises(ValueError, match=r"num_hidden_layers 1 there, 4 here: give --model.num_la"):
+        module = PEagleModule(mask_token_id=3, init_from="alice/head")
+        check_drafter(module, target, CONFIG, tmp_path / "run")
 
 
 def test_a_schedule_by_the_number_of_steps_is_allowed(tmp_path):

@@ -22,6 +22,7 @@ from peagle.model.build import build_drafter
 from peagle.model.config import HIDDEN_STATES, PEagleConfig
 from peagle.model.drafter import Drafter
 from peagle.model.initial_weights import initialise
+from peagle.model.published import PublishedDrafter, find_published
 from peagle.model.restore import (
     refuse_differences,
     refuse_other_kind,
@@ -31,6 +32,7 @@ from peagle.model.restore import (
     saved_config,
 )
 from peagle.model.saved_drafter import load_drafter
+from peagle.model.warm_start import start_from
 from peagle.serve.contract import as_served
 from peagle.store.hub import reraise_with_address
 from peagle.store.manifest import Manifest
@@ -74,6 +76,10 @@ class PEagleModule(L.LightningModule):
             for comparison and cannot be exported.
         start: ``target`` lets layers start as copies of the target's where they fit; ``random``
             never. Embedding, norm and head start as the target's either way.
+        init_from: a drafter to go on from, for a fine-tuned target or data of one's own: a folder
+            that ``export`` wrote, or OWNER/NAME or OWNER/NAME@REVISION of the Hub. Its weights take
+            the place of what ``start`` gives. It must have this run's shape and mask token. A run
+            that goes on from a checkpoint does not read it.
         train_embeddings: the paper found training them better than freezing them.
         recompute: run NTP again in the backward pass: less memory for long sequences, more time.
         kernels: ``auto`` computes as the device is fastest; ``reference`` by plain PyTorch, on any
@@ -99,6 +105,7 @@ class PEagleModule(L.LightningModule):
         fc_norm: bool = False,
         hidden_state: Literal[HIDDEN_STATES] = "shared",
         start: Literal["target", "random"] = "target",
+        init_from: str | None = None,
         train_embeddings: bool = True,
         recompute: bool = False,
         kernels: Kernels = "auto",
@@ -120,6 +127,8 @@ class PEagleModule(L.LightningModule):
         self.start, self.train_embeddings, self.recompute = start, train_embeddings, recompute
         self.mix, self.depth_decay = check_mix({"kl": 1.0} if loss is None else loss), depth_decay
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.init_from = init_from
+        self.started_from: dict[str, str] | None = None
         self.architecture: dict[str, Any] = {
             "parallel_drafting": drafter == "p-eagle",
             "mask_token_id": mask_token_id,
@@ -184,10 +193,20 @@ class PEagleModule(L.LightningModule):
             path = data.folder / "target_layers.safetensors"
             layers = TargetLayers.load(path, manifest.identity())
         copied = initialise(self.drafter, head, kept, layers)
-        if copied:
+        if self.init_from is not None:
+            self.go_on_from(find_published(self.init_from), kept)
+        elif copied:
             ours = "layer 1 starts" if len(copied) == 1 else f"layers 1-{len(copied)} start"
             self.print(f"{ours} from the target's layers {copied}")
         self.freeze_embeddings()
+
+    def go_on_from(self, published: PublishedDrafter, kept: Int[Tensor, " W"]) -> None:
+        """Take a published drafter's weights, and say where it is from and what differs."""
+        notes = start_from(self.drafter, published, kept)
+        self.started_from = {"drafter": published.name, "weights_sha256": published.sha256()}
+        self.print(f"the drafter starts from {published.name}")
+        for note in notes:
+            self.print(f"  {note}")
 
     def freeze_embeddings(self) -> None:
         """Raises ``ValueError`` where they start from random values."""

@@ -1,9 +1,10 @@
 """What ``provenance.json`` says about the target."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
-from peagle.callbacks.record import RunRecord, target_section
+from peagle.callbacks.record import RunRecord, source_of, target_section
 from peagle.card.target_name import HubName
 from peagle.store.reader import Store
 from peagle.target.target import TargetSource
@@ -34,3 +35,12 @@ def test_a_target_in_a_folder_is_recorded_with_its_folder_and_its_name_on_the_hu
 
 def test_the_callback_hands_the_given_name_to_the_card():
     assert RunRecord(base_model="a/b").options.base_model == "a/b"
+
+
+def test_a_resumed_run_keeps_the_drafter_that_it_started_from(tmp_path, without_type_checks):
+    first, fresh = {"drafter": "a"}, {"drafter": "b"}
+    record = {"training": {"init_from": first}}
+    (tmp_path / "provenance.json").write_text(json.dumps(record))
+    for step, started_from, found in ((0, fresh, fresh), (9, None, first), (0, None, None)):
+        trainer = SimpleNamespace(global_step=step, default_root_dir=str(tmp_path))
+        assert source_of(trainer, SimpleNamespace(started_from=started_from)) == found

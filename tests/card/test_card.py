@@ -181,6 +181,16 @@ def test_the_folders_of_the_machine_stay_off_the_page(tmp_path):
     assert "| Prompts | stdlib, own.jsonl |" in page and "/home" not in page
 
 
+def test_the_drafter_that_training_went_on_from_is_named_twice(tmp_path):
+    source = {"drafter": "/home/someone/runs/first/drafter", "weights_sha256": SHA}
+    training = PROVENANCE["training"] | {"init_from": source}
+    run = make_run(tmp_path, provenance=PROVENANCE | {"training": training})
+    card = render(RunFiles.read(run, run / "drafter"))
+    assert f"| Started from the drafter | `drafter`, weights with sha256 `{SHA}` |" in card
+    assert "went on from the drafter `drafter`, whose licence matters as well" in card
+    assert "someone" not in card
+
+
 def test_no_gpu_and_no_record_of_one_are_told_apart():
     without = card(embedded_run)
     assert "| Hardware | EPYC 9R14, 16 cores · no GPU |" in without

@@ -1,5 +1,7 @@
 """Lightning around the numeric core: short runs on a store of random hidden states."""
 
+import hashlib
+
 import lightning as L
 import pytest
 import torch
@@ -8,6 +10,8 @@ from short_fits import BASELINE, Losses, make_data, make_module, make_trainer
 
 from peagle.callbacks.checkpoint import Checkpoint
 from peagle.model.saved_drafter import load_drafter
+from peagle.serve.contract import as_served
+from peagle.serve.export import Verifier, export_drafter
 from peagle.target.layers import target_layers_of
 from peagle.train.schedule import LinearSchedule
 
@@ -140,6 +144,31 @@ def test_a_random_start_copies_no_layer_of_the_target(random_store, tmp_path, st
     copied = torch.allclose(ours, layers.layers[3]["mlp.up_proj.weight"].float())
     assert copied == (start == "target")
     assert torch.equal(module.drafter.embed_tokens.weight, module.full_head[0].embedding.float())
+
+
+@pytest.mark.parametrize("changes", [{"draft_vocab_size": 20}, BASELINE], ids=["p-eagle", "eagle3"])
+def test_a_fit_goes_on_where_the_drafter_that_it_starts_from_stood(
+    random_store, tmp_path, changes, capsys
+):
+    def validation_loss(module):
+        trainer = make_trainer(tmp_path, 1, limit_val_batches=1.0, callbacks=[])
+        trainer.validate(module, datamodule=make_data(random_store), verbose=False)
+        return float(trainer.callback_metrics["val/loss"])
+
+    trained = make_module(**changes)
+    make_trainer(tmp_path, 6, callbacks=[]).fit(trained, datamodule=make_data(random_store))
+    folder, verifier = tmp_path / "drafter", Verifier("o/t", ["LlamaForCausalLM"])
+    losses = []
+    for layout, named in (("eagle3", None), ("speculators", verifier)):
+        export_drafter(trained.drafter, folder, layout=layout, verifier=named)
+        module = make_module(**changes, init_from=str(folder))
+        losses.append(validation_loss(module))
+        weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        assert module.started_from == {"drafter": str(folder), "weights_sha256": weights}
+        assert f"the drafter starts from {folder}\n" in capsys.readouterr().out
+    as_served(trained.drafter, torch.float32)
+    assert losses == pytest.approx(2 * [validation_loss(trained)], rel=1e-6)
+    assert validation_loss(make_module(**changes)) > 1.01 * losses[0]
 
 
 @pytest.mark.parametrize("design", ["depth", "anchor", "anchor_depth", "anchor_scaled"])
