@@ -28,7 +28,13 @@ from peagle.capture.answers import (
 from peagle.capture.config import CaptureConfig
 from peagle.capture.extract import extract, sample_bytes_per_token
 from peagle.capture.generate import generate_transformers
-from peagle.capture.identity import PARTIAL, forget_empty_start, is_complete, wanted_manifest
+from peagle.capture.identity import (
+    PARTIAL,
+    forget_empty_start,
+    is_complete,
+    made_with,
+    wanted_manifest,
+)
 from peagle.capture.import_speculators import import_speculators
 from peagle.capture.named_documents import NamedDocument, Namer
 from peagle.capture.one_pass import OnePass
@@ -68,7 +74,7 @@ def capture(
         ValueError: if the folder holds a store of another identity, if the disk is too small, or
             for anything wrong with target and prompts.
     """
-    wanted, made = wanted_manifest(target, config), config.made_with()
+    wanted, made = wanted_manifest(target, config), made_with(target, config)
     split, folder = WorkSplit.parse(config.part), Path(folder)
     forget_empty_start(folder)
     if not is_complete(folder, wanted, made):

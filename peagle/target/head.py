@@ -117,7 +117,8 @@ def final_norm_of(model: PreTrainedModel, config: PretrainedConfig) -> Float[Ten
 def check_head(model: PreTrainedModel, head: TargetHead, ids: Int[Tensor, " n"]) -> None:
     """Raise ``ValueError`` unless the head rebuilds the target's own logits of a text.
 
-    Otherwise, or where these logits are NaN, a drafter would be trained on another distribution than the target serves.
+    Otherwise a drafter would be trained on another distribution than the target serves. NaN is
+    said by its name.
     """
     with hidden_states(model, ()) as states:
         theirs = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0].cpu()
