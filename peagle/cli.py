@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import auto_cli
+from lightning.fabric.utilities.enums import LightningEnum
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -328,6 +330,8 @@ def lightning(cli: type[PEagleCLI], arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")
     # Between Lightning 2.6 and torch 2.13; nothing that a user could do about it.
     warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec", FutureWarning)
+    # Timer's default for its `interval` is one, which YAML does not know.
+    yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, x: dumper.represent_str(x))
     cli(
         PEagleModule,
         HiddenStatesDataModule,

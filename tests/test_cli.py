@@ -174,6 +174,10 @@ def test_export_writes_both_layouts(small_run, peagle, tmp_path):
         (["--trainer.gradient_clip_val", "-1"], "gradient_clip_val must not be negative"),
         (["--trainer.default_root_dir", "x"], "leave out trainer.default_root_dir"),
         (["--trainer.max_time", "00:00:00:00"], "trainer.max_time is 0"),
+        (
+            ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration", "00:00:00:00"],
+            "nothing would be trained",
+        ),
         (["--trainer.barebones", "true"], "trainer.barebones switches off"),
         (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val_loss"],
