@@ -209,6 +209,22 @@ def test_bad_input_is_one_clear_sentence(peagle, tmp_path, arguments, words):
     assert not (tmp_path / "store" / "manifest.json").exists()
 
 
+@quiet
+def test_plan_and_capture_say_what_fit_will_refuse(peagle, tmp_path):
+    places = ("--config", "configs/quickstart.yaml", "--store", tmp_path / "s")
+    result = peagle(
+        "plan", *places, "--run_dir", tmp_path / "run",
+        "--capture.prompts", "[{source: stdlib, limit: 20}]", "--answers", 1, "--seconds", 0.01,
+        "--model.optimizer", "torch.optim.SparseAdam",
+        "--evaluation.prompts", "[{source: ./none.jsonl}]",
+    )  # fmt: skip
+    assert "fit will refuse: SparseAdam takes" in result.stdout
+    assert "fit will refuse: prompt file none.jsonl does not exist" in result.stdout
+    result = peagle("capture", *places, "--run_dir", tmp_path, "--model.mask_token_id", "512")
+    assert "mask_token_id must lie in 0..511, got 512" in result.stderr
+    assert not (tmp_path / "s").exists()
+
+
 def test_the_speculators_layout_names_a_target_in_a_folder_as_its_card_does(tmp_path, capsys):
     config = tmp_path / "config.json"
     for written, name, said in (
