@@ -319,7 +319,7 @@ class PlanCLI(PEagleCLI):
         for check in checks_without_weights(config, target):
             try:
                 check()
-            except ValueError as error:
+            except (ValueError, OSError) as error:  # the Hub's among them
                 print(f"warning    fit will refuse: {error}")
 
 

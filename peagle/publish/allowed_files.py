@@ -3,7 +3,9 @@
 import re
 import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import get_token
 
@@ -43,7 +45,10 @@ def files_to_publish(run_dir: Path) -> dict[str, Path]:
     weights = sha256(files["model.safetensors"]) if "model.safetensors" in files else None
     for name, path in _regular_files(run_dir / "metrics"):
         if name.endswith(".json") and not name.startswith("."):
-            if of_other_weights(read_json(path).get("provenance") or {}, weights):
+            record: dict[str, Any] = {}
+            with suppress(ValueError):  # what is no metrics file is judged as any other
+                record = read_json(path).get("provenance") or {}
+            if of_other_weights(record, weights):
                 print(f"{path} is left out: its figures are of other weights", file=sys.stderr)
             else:
                 files[f"metrics/{name}"] = path
