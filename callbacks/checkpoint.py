@@ -108,6 +108,8 @@ class Checkpoint(BaseCheckpoint):
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.saved_step = self.finished_step = trainer.global_step
         self.saved_time = time.monotonic()
+        if trainer.is_global_zero and trainer.global_step == 0 and not trainer.fast_dev_run:
+            say_kept(checkpoint_folder(trainer))
 
     def on_before_optimizer_step(self, *_: Any) -> None:
         self.stepping = True
@@ -155,6 +157,16 @@ class Checkpoint(BaseCheckpoint):
         trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, last)
         if self.keep_all:
             link_or_copy(last, last.with_name(f"step-{self.saved_step}.ckpt"))
+
+
+def say_kept(folder: Path) -> None:
+    """Name the checkpoints of an earlier run, among which a new one's would lie."""
+    if kept := sorted(path.name for path in folder.glob("step-*.ckpt")):
+        print(
+            f"{folder} keeps {', '.join(kept)} of an earlier run: move or delete them, lest they "
+            "pass for this one's",
+            file=sys.stderr,
+        )
 
 
 def link_or_copy(source: Path, name: Path) -> None:

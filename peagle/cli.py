@@ -5,11 +5,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import auto_cli
+from lightning.fabric.utilities.enums import LightningEnum
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -28,7 +31,7 @@ from peagle.arguments import (
 from peagle.callbacks.record import RunConfig
 from peagle.capture.capture import capture
 from peagle.capture.config import CaptureConfig
-from peagle.capture.identity import refuse_other_store
+from peagle.capture.identity import refuse_other_store, wanted_manifest
 from peagle.card.target_name import hub_name_of
 from peagle.decode.evaluation import EvaluationConfig
 from peagle.kernels.device import pick_device
@@ -215,16 +218,12 @@ class PEagleCLI(LightningCLI):
         if checkpoint is None:
             require_training(self.trainer)
         require_logged(self.trainer, self.model.cod.num_depths)
-        refuse_foreign_files(run_dir)
         if not self.trainer.fast_dev_run:
             refuse_other_run(run_dir, target)
         for device in (config.capture.device, config.evaluation.device):
             pick_device(device)  # raises for one that is not there
-        check_drafter(self.model, target, config.capture, run_dir)
-        if self.trainer.limit_test_batches != 0:
-            check_decodable(target)
-            check_baseline(config.evaluation.baseline, target)
-            self.datamodule.test_batches()  # raises for prompts
+        for check in checks_without_weights(config, target):
+            check()
         if not (Path(config.store) / "manifest.json").exists():  # else Lightning says so at once
             check_epochs(checkpoint, self.trainer.max_epochs)
 
@@ -265,6 +264,22 @@ class PEagleCLI(LightningCLI):
         print("no drafter/ is written: this hidden_state is for comparison, not for serving")
 
 
+def checks_without_weights(config: Any, target: TargetSource) -> list[Callable[[], Any]]:
+    """Each raises ``ValueError`` for what would end a fit."""
+    run_dir = Path(config.run_dir)
+    checks: list[Callable[[], Any]] = [
+        partial(refuse_foreign_files, run_dir),
+        partial(check_drafter, config.model, target, config.capture, run_dir),
+    ]
+    if config.trainer.limit_test_batches != 0:
+        checks += [
+            partial(check_decodable, target),
+            partial(check_baseline, config.evaluation.baseline, target),
+            config.data.test_batches,  # raises for prompts
+        ]
+    return checks
+
+
 class CaptureCLI(PEagleCLI):
     """Reads the same YAML as ``fit`` and only makes the store."""
 
@@ -279,7 +294,8 @@ class CaptureCLI(PEagleCLI):
                 "with `hf upload`"
             )
         target = TargetSource(config.target, config.revision)
-        mask = self.config[subcommand].model.mask_token_id
+        drafter = config.model.drafter_config(wanted_manifest(target, config.capture))
+        mask = drafter.mask_token_id
         capture(target, config.capture, Path(config.store), mask_token_id=mask)
         if config.capture.part is None:
             print(
@@ -305,8 +321,9 @@ class PlanCLI(PEagleCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         config = self.parser.instantiate_classes(self.config)[subcommand]
         written, address = self.config[subcommand], store_address(config.store)
+        target = TargetSource(config.target, config.revision)
         text = plan(
-            TargetSource(config.target, config.revision),
+            target,
             config.capture,
             config.evaluation,
             run_shape(config, str(written.model.optimizer)),
@@ -315,6 +332,11 @@ class PlanCLI(PEagleCLI):
             seconds=config.seconds,
         )
         print(text)
+        for check in checks_without_weights(config, target):
+            try:
+                check()
+            except (ValueError, OSError) as error:  # the Hub's among them
+                print(f"warning    fit will refuse: {error}")
 
 
 def run_shape(config: Any, optimizer: str) -> RunShape:
@@ -344,6 +366,8 @@ def lightning(cli: type[PEagleCLI], arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")
     # Between Lightning 2.6 and torch 2.13; nothing that a user could do about it.
     warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec", FutureWarning)
+    # Timer's default for its `interval` is one, which YAML does not know.
+    yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, x: dumper.represent_str(x))
     cli(
         PEagleModule,
         HiddenStatesDataModule,

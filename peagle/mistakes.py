@@ -1,5 +1,6 @@
 """Which exceptions a user can mend: they end in one sentence, all others in a traceback."""
 
+import re
 from argparse import ArgumentError
 
 # What these define themselves tells of settings, files and the network. What they raise of
@@ -18,6 +19,10 @@ LIBRARIES = {
     "jinja2",
 }
 UNION = "Does not validate against"  # as jsonargparse says it, also by a ValueError
+# What is said of prompt sets that are given by their names alone.
+BARE_PROMPTS = re.compile(
+    r"(\w+\.prompts): .*(?:class_path '|string: |value: )(?!peagle\.PromptSource)([\w./~-]+)"
+)
 NOISE = (UNION, "Expected a path but", "Subtypes:", "Errors:", "Given value")
 
 
@@ -52,4 +57,6 @@ def argument_sentence(text: str) -> str:
         lines = [line for line in lines[causes[0] :] if not line.startswith(others)]
     first, *rest = dict.fromkeys(lines)  # without repeats
     told = f"{first.removeprefix('Parser key ').replace(chr(34), '')} {' '.join(rest)}"
+    if bare := BARE_PROMPTS.match(told):
+        return f"{bare[1]} must hold settings: write [{{source: {bare[2]}}}]"
     return f"{told.strip()} (--help lists the settings)"

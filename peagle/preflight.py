@@ -1,5 +1,6 @@
 """Checks all that a run can know before its first long stage."""
 
+import math
 import re
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import (
     Timer,
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 
 from peagle.capture.config import CaptureConfig
 from peagle.capture.identity import wanted_manifest
@@ -50,6 +51,7 @@ def check_drafter(
     with torch.device("meta"):
         drafter = build_drafter(module.drafter_config(wanted_manifest(target, config)))
         optimizer = module.optimizer(parameter_groups(drafter))
+        check_optimizer(optimizer)
         check_schedule(module, optimizer)
     if module.init_from is not None:
         published = find_published(module.init_from)
@@ -57,6 +59,18 @@ def check_drafter(
         module.init_from = published.name  # on the Hub at this commit, also after a long capture
     weights = sum(parameter.numel() for parameter in drafter.parameters())
     require_disk(run_dir, CHECKPOINTS * STATES * weights * torch.float32.itemsize)
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raise ``ValueError`` for one that would fail at its first step, or change nothing."""
+    if isinstance(optimizer, SparseAdam):
+        raise ValueError(
+            "SparseAdam takes sparse gradients only, and a drafter's are dense: give another "
+            "model.optimizer, as torch.optim.AdamW"
+        )
+    rate = max(group["lr"] for group in optimizer.param_groups)
+    if not 0 < rate < math.inf:
+        raise ValueError(f"the optimizer's lr must be above 0 and finite, got {rate}")
 
 
 def check_schedule(module: PEagleModule, optimizer: Optimizer) -> None:

@@ -175,6 +175,10 @@ def test_export_writes_both_layouts(small_run, peagle, tmp_path):
         (["--trainer.gradient_clip_val", "-1"], "gradient_clip_val must not be negative"),
         (["--trainer.default_root_dir", "x"], "leave out trainer.default_root_dir"),
         (["--trainer.max_time", "00:00:00:00"], "trainer.max_time is 0"),
+        (
+            ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration", "00:00:00:00"],
+            "nothing would be trained",
+        ),
         (["--trainer.barebones", "true"], "trainer.barebones switches off"),
         (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val_loss"],
@@ -205,6 +209,22 @@ def test_bad_input_is_one_clear_sentence(peagle, tmp_path, arguments, words):
     assert told.startswith("peagle: ") and words in told
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+@quiet
+def test_plan_and_capture_say_what_fit_will_refuse(peagle, tmp_path):
+    places = ("--config", "configs/quickstart.yaml", "--store", tmp_path / "s")
+    result = peagle(
+        "plan", *places, "--run_dir", tmp_path / "run",
+        "--capture.prompts", "[{source: stdlib, limit: 20}]", "--answers", 1, "--seconds", 0.01,
+        "--model.optimizer", "torch.optim.SparseAdam",
+        "--evaluation.prompts", "[{source: ./none.jsonl}]",
+    )  # fmt: skip
+    assert "fit will refuse: SparseAdam takes" in result.stdout
+    assert "fit will refuse: prompt file none.jsonl does not exist" in result.stdout
+    result = peagle("capture", *places, "--run_dir", tmp_path, "--model.mask_token_id", "512")
+    assert "mask_token_id must lie in 0..511, got 512" in result.stderr
+    assert not (tmp_path / "s").exists()
 
 
 def test_the_speculators_layout_names_a_target_in_a_folder_as_its_card_does(tmp_path, capsys):

@@ -45,6 +45,19 @@ def test_of_all_that_was_tried_only_the_fault_is_told():
     )
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        "Problem with given class_path 'mine.jsonl':\n No module named 'mine'",
+        "Expected a dot import path string: mine.jsonl",
+        "Expected a <class 'list'>. Got value: mine.jsonl",
+    ],
+)
+def test_how_a_prompt_set_is_written_is_said(told):
+    error = ArgumentError(None, f'Parser key "capture.prompts":\n  - {told}\n')
+    assert sentence(error) == ("capture.prompts must hold settings: write [{source: mine.jsonl}]")
+
+
 def test_of_a_class_that_cannot_be_made_only_the_reason_is_told():
     told = (
         "Does not validate against any of the Union subtypes\nSubtypes: [Logger, bool]\nErrors:\n"

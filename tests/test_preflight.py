@@ -81,6 +81,9 @@ def test_the_embedded_target_can_be_decoded_and_its_skeleton_has_no_weights():
         ({"lr_scheduler": ReduceLROnPlateau}, r"lr_scheduler cannot be used"),
         ({"lr_scheduler": LambdaLR}, r"lr_scheduler cannot be used"),
         ({"optimizer": lambda p: torch.optim.AdamW(p, lr=-1.0)}, "Invalid learning rate"),
+        ({"optimizer": lambda p: torch.optim.AdamW(p, lr=0.0)}, "lr must be above 0"),
+        ({"optimizer": lambda p: torch.optim.AdamW(p, lr=float("inf"))}, "finite, got inf"),
+        ({"optimizer": torch.optim.SparseAdam}, "SparseAdam takes sparse gradients only"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -1,6 +1,7 @@
 """What long stages say where no terminal is."""
 
 import logging
+import os
 
 import pytest
 
@@ -48,6 +49,9 @@ def test_the_summary_of_a_fit_names_what_is_there_and_the_next_commands(tmp_path
     for name in ("drafter/config.json", "card/README.md"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
+    os.utime(tmp_path / "card/README.md", (0, 0))  # an earlier fit's
+    assert "card" not in after_fit(tmp_path, "org/target", None)
+    (tmp_path / "card/README.md").touch()
     text = after_fit(tmp_path, "org/target", "abc")
     assert "curve" not in text and f"card        {tmp_path}/card/README.md" in text
     bench = f"python -m peagle bench --drafter {tmp_path}/drafter --target org/target"

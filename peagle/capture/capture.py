@@ -28,12 +28,18 @@ from peagle.capture.answers import (
 from peagle.capture.config import CaptureConfig
 from peagle.capture.extract import extract, sample_bytes_per_token
 from peagle.capture.generate import generate_transformers
-from peagle.capture.identity import PARTIAL, forget_empty_start, is_complete, wanted_manifest
+from peagle.capture.identity import (
+    PARTIAL,
+    forget_empty_start,
+    is_complete,
+    made_with,
+    wanted_manifest,
+)
 from peagle.capture.import_speculators import import_speculators
 from peagle.capture.named_documents import NamedDocument, Namer
 from peagle.capture.one_pass import OnePass
 from peagle.capture.prompts import Prompt, load_prompts
-from peagle.capture.rehearsal import Rehearsed, rehearse
+from peagle.capture.rehearsal import Rehearsed, rehearse, sequences
 from peagle.capture.work_split import WorkSplit, make_batches, unique_prompts
 from peagle.kernels.device import pick_device
 from peagle.store.disk import free_bytes, require_disk, write_atomically
@@ -68,7 +74,7 @@ def capture(
         ValueError: if the folder holds a store of another identity, if the disk is too small, or
             for anything wrong with target and prompts.
     """
-    wanted, made = wanted_manifest(target, config), config.made_with()
+    wanted, made = wanted_manifest(target, config), made_with(target, config)
     split, folder = WorkSplit.parse(config.part), Path(folder)
     forget_empty_start(folder)
     if not is_complete(folder, wanted, made):
@@ -195,11 +201,10 @@ def two_passes(
         tokens = import_speculators(model, wanted, config, folder, split)
         check_head(model, head, tokens[:64])
         return head
-    path = folder / split.own_file("answers.jsonl")
-    groups = named_documents(model, target.tokenizer(), prompts, config, path, split)
-    first = next((document for group in groups for document in group), None)
-    if first is not None:  # else others have all the work
-        check_head(model, head, first.document.input_ids[:64])
+    tokenizer, path = target.tokenizer(), folder / split.own_file("answers.jsonl")
+    known = sequences(tokenizer, prompts[0], config.template_options, not config.regenerate)
+    check_head(model, head, torch.tensor(next(known)[:64]))  # before hours of answers
+    groups = named_documents(model, tokenizer, prompts, config, path, split)
     extract(model, wanted, groups, config, folder, first_shard=split.first_shard)
     return head
 

@@ -57,6 +57,7 @@ class RowContent(NamedTuple):
 
     messages: list[Message]
     tools: tuple[dict[str, Any], ...]
+    unanswered: bool = False  # its messages end before the answer, which is in another column
 
 
 def read_row(row: dict[str, Any], place: str, wanted: str | None) -> RowContent:
@@ -72,6 +73,7 @@ def read_row(row: dict[str, Any], place: str, wanted: str | None) -> RowContent:
     messages = COLUMNS.get(column, read_messages)(row[column], place)
     beside = {name: use for name, use in BESIDE.items() if name != column and row.get(name)}
     refuse_unused(beside, column, place, chosen=wanted is not None)
+    earlier: list[Message] = []
     if messages and column == "instruction":
         earlier = [m for c in named(beside, "earlier") for m in read_pairs(row[c], place)]
         joined = [text_of(row, c, place) for c in named(beside, "joined")]
@@ -80,7 +82,7 @@ def read_row(row: dict[str, Any], place: str, wanted: str | None) -> RowContent:
     for name in named(beside, "system"):
         messages = with_system(messages, text_of(row, name, place), name, place)
     tools = [tool for name in named(beside, "tools") for tool in read_tools(row[name], place)]
-    return RowContent(messages, tuple(tools))
+    return RowContent(messages, tuple(tools), unanswered=bool(earlier))
 
 
 def named(beside: dict[str, Use], use: Use) -> list[str]:

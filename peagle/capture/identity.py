@@ -44,6 +44,17 @@ def wanted_manifest(target: TargetSource, config: CaptureConfig) -> Manifest:
     )
 
 
+def made_with(target: TargetSource, config: CaptureConfig) -> dict[str, Any]:
+    """What conversations and states depend on; of a target in a folder also where answers end.
+
+    A Hub id's commit, in the fingerprint, holds its end tokens. Stores of before do not name any.
+    """
+    made = config.made_with()
+    if config.speculators is None and Path(target.path).is_dir():
+        made["end_tokens"] = sorted(target.end_tokens())
+    return made
+
+
 def engine_of(target: TargetSource, config: CaptureConfig) -> dict[str, Any] | None:
     """What runs the target, and how it rounds weights and cache; unknown for states of others."""
     if config.speculators is not None or config.servers:
@@ -164,7 +175,7 @@ def refuse_other_store(
     """Raise ``ValueError`` unless the store in ``folder``, known as ``name``, is this run's."""
     wanted = wanted_manifest(target, config)
     try:
-        is_complete(folder, wanted, config.made_with())
+        is_complete(folder, wanted, made_with(target, config))
     except ValueError as error:
         raise ValueError(f"{name} is not for this run: {error}") from error
 

@@ -49,12 +49,14 @@ class Prompt(NamedTuple):
     turns: tuple[str, ...]
     tools: tuple[dict[str, Any], ...] = ()  # that the target may call, in OpenAI's form
     messages: tuple[dict[str, Any], ...] = ()  # the whole conversation, where the data hold one
-    place: str = "a prompt"  # where it was read, for errors; no part of what it says
+    # No part of what it says:
+    place: str = "a prompt"  # where it was read, for errors
+    unanswered: bool = False  # the data have its last answer where it is not read
 
     @property
     def content(self) -> tuple[Any, ...]:
         """All that it says, with its id."""
-        return self[:-1]
+        return self[:-2]
 
     def opening(self) -> list[dict[str, str]]:
         """The messages up to the target's first answer."""
@@ -64,6 +66,11 @@ class Prompt(NamedTuple):
 
     def answered(self) -> list[dict[str, Any]]:
         """The conversation of the data up to its last answer; raises ``ValueError`` without one."""
+        if self.unanswered:
+            raise ValueError(
+                f"{self.place} has its last answer beside its history, where it is not read: set "
+                "regenerate: true, or write whole conversations as messages"
+            )
         roles = [message["role"] for message in self.messages]
         if "assistant" not in roles:
             raise ValueError(
@@ -216,7 +223,7 @@ def stream_from_hub(source: PromptSource) -> Iterator[Row]:
 
 def read_prompt(row: Row, id_: str, wanted: str | None) -> Prompt:
     """One row's prompt. Raises ``ValueError`` with the row's place for what is none."""
-    messages, tools = read_row(row.content, row.place, wanted)
+    messages, tools, unanswered = read_row(row.content, row.place, wanted)
     # Past a tool's result nobody could go on: it answers a call that the target may not make.
     before_tools = list(takewhile(lambda message: message["role"] != "tool", messages))
     turns = tuple(m["content"] for m in before_tools if m["role"] == "user")
@@ -231,7 +238,7 @@ def read_prompt(row: Row, id_: str, wanted: str | None) -> Prompt:
     whole = messages if any(m["role"] == "assistant" for m in messages) else ()
     if not whole:
         refuse_late_system(messages, row.place)
-    prompt = Prompt(id_, system, turns, tools, tuple(whole), row.place)
+    prompt = Prompt(id_, system, turns, tools, tuple(whole), row.place, unanswered)
     try:
         json.dumps(prompt.content, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:  # JSON can write half of a character

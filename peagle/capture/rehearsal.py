@@ -48,9 +48,7 @@ def rehearse(
     positions = getattr(text, "max_position_embeddings", None) or math.inf
     fit, shortest = Rehearsed([], []), math.inf
     for prompt in track("prompts", prompts, shown=shown):
-        options = prompt.options(template_options)
-        sequences = said_in_data if answers_in_data else asked
-        found = list(sequences(tokenizer, prompt, options))
+        found = list(sequences(tokenizer, prompt, template_options, answers_in_data))
         for ids in found:
             refuse_ids(ids, tokenizer, prompt, text.vocab_size, mask_token_id)
         shortest = min(shortest, len(found[0]) + (0 if answers_in_data else 2))
@@ -78,6 +76,17 @@ def refuse_unknown_options(tokenizer: Tokenizer, template_options: dict[str, Any
                 f"the chat template of {tokenizer.name_or_path} does not know {name!r}: correct or "
                 "leave out template_options"
             )
+
+
+def sequences(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    template_options: dict[str, Any] | None,
+    answers_in_data: bool,
+) -> Iterator[list[int]]:
+    """What of a prompt is known without the target, as tokens."""
+    rendered = said_in_data if answers_in_data else asked
+    return rendered(tokenizer, prompt, prompt.options(template_options))
 
 
 def asked(tokenizer: Tokenizer, prompt: Prompt, options: dict[str, Any]) -> Iterator[list[int]]:

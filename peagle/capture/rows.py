@@ -8,6 +8,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from io import BufferedIOBase, StringIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from peagle.capture.messages import short_json
 from peagle.store.errors import reason
 
 KINDS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")  # each but Parquet also as .gz
+SAVED = ("dataset_dict.json", "state.json")  # of data sets that ``datasets`` wrote
 OTHER_FILES = re.compile(r"\.(gz|zip|zst|bz2|xz|tar|arrow|xlsx?|ya?ml|md|xml|pkl)$")
 
 
@@ -48,11 +50,15 @@ def read_local(path: Path, split: str) -> Iterator[Row]:
     """The rows of a file, or of a folder that ``datasets`` can read.
 
     Raises:
-        ValueError: naming the file, and where it can the line, if something is wrong with it.
+        ValueError: naming the file, and where it can the line, if something is wrong with it; or
+            for a file of a folder that would be skipped.
     """
     kind = kind_of(path)
     if path.is_dir():
-        return numbered(from_folder(path, split), path)
+        files = files_of(path, split)
+        if not files:
+            return numbered(from_folder(path, split), path)
+        return chain.from_iterable(read_local(file, split) for file in files)
     if not path.is_file():
         raise ValueError(f"prompt file {path} does not exist")
     if kind is None:
@@ -97,6 +103,36 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(1000):
             yield from batch.to_pylist()
+
+
+def files_of(path: Path, split: str) -> list[Path]:
+    """A folder's files that ``datasets`` finds for a split, none if it must read them itself.
+
+    Raises ``ValueError`` for a file that it would skip: one of another kind, or of no split.
+    """
+    from datasets import load_dataset_builder  # takes seconds to import
+    from datasets.data_files import FILES_TO_IGNORE
+
+    if any((path / name).exists() for name in SAVED):
+        return []
+    try:
+        builder = load_dataset_builder(str(path))
+    except Exception:  # whatever is wrong is said when it is read
+        return []
+    configs = [config.data_files or {} for config in builder.builder_configs.values()]
+    used = {Path(name).resolve() for files in configs for names in files.values() for name in names}
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path)
+        notes = file.name in FILES_TO_IGNORE or file.stem.isupper()  # such as LICENSE.txt
+        hidden = any(part.startswith((".", "__")) for part in inside.parts)
+        if kind_of(file) and not notes and not hidden and file.resolve() not in used:
+            raise ValueError(
+                f"{path} holds {inside}, which is of another kind or split than its other files "
+                "and would be skipped: give it as a prompt set of its own, from another folder"
+            )
+    files = [Path(name) for name in (builder.config.data_files or {}).get(split, ())]
+    own = all(kind_of(file) not in (None, ".txt") and file.is_file() for file in files)
+    return files if own else []
 
 
 def from_folder(path: Path, split: str) -> Iterator[dict[str, Any]]:
@@ -157,6 +193,10 @@ def read_csv(path: Path, file: BufferedIOBase) -> Iterator[Row]:
     text = decoded(file.read(), str(path))
     reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
+        names = [name for name in reader.fieldnames or () if name]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{path} has two columns {twice!r}: rename or remove one")
         for number, row in enumerate(reader, 1):
             place = f"{path}, row {number}"
             if None in row or None in row.values():

@@ -170,9 +170,14 @@ def _read_metrics(path: Path, weights: str | None) -> Metrics:
     """Nothing, if the figures are of other weights: of an earlier fit, or of another checkpoint."""
     totals = Section(read_json(path))
     rows, environment = totals.pop("rows", None), Section(totals.pop("provenance", None) or {})
-    if weights and environment["weights_sha256"] not in (None, weights):
+    if of_other_weights(environment, weights):
         return Metrics([], Section(), Section())
     return Metrics(list(rows or ()), totals, environment)
+
+
+def of_other_weights(record: Mapping[str, Any], weights: str | None) -> bool:
+    """Whether a metrics file's ``provenance`` names other weights; older ones name none."""
+    return weights is not None and record.get("weights_sha256") not in (None, weights)
 
 
 def _read_drafter(folder: Path) -> Section:

@@ -2,11 +2,14 @@
 
 import re
 import stat
+import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import get_token
 
-from peagle.card.run_files import sha256
+from peagle.card.run_files import of_other_weights, read_json, sha256
 
 PROVENANCE = "provenance.json"
 DRAFTER_NAMES = frozenset(
@@ -39,9 +42,16 @@ def files_to_publish(run_dir: Path) -> dict[str, Path]:
     for name, path in _regular_files(run_dir / "card"):
         if name == "README.md" or (name.endswith(".png") and not name.startswith(".")):
             files[name] = path
+    weights = sha256(files["model.safetensors"]) if "model.safetensors" in files else None
     for name, path in _regular_files(run_dir / "metrics"):
         if name.endswith(".json") and not name.startswith("."):
-            files[f"metrics/{name}"] = path
+            record: dict[str, Any] = {}
+            with suppress(ValueError):  # what is no metrics file is judged as any other
+                record = read_json(path).get("provenance") or {}
+            if of_other_weights(record, weights):
+                print(f"{path} is left out: its figures are of other weights", file=sys.stderr)
+            else:
+                files[f"metrics/{name}"] = path
     files |= {name: path for name, path in _regular_files(run_dir.resolve()) if name == PROVENANCE}
     if "config.json" not in files or not any(WEIGHTS.fullmatch(name) for name in files):
         raise ValueError(f"{run_dir / 'drafter'} holds no config.json with model.safetensors")

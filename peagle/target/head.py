@@ -117,12 +117,18 @@ def final_norm_of(model: PreTrainedModel, config: PretrainedConfig) -> Float[Ten
 def check_head(model: PreTrainedModel, head: TargetHead, ids: Int[Tensor, " n"]) -> None:
     """Raise ``ValueError`` unless the head rebuilds the target's own logits of a text.
 
-    Otherwise a drafter would be trained on another distribution than the target serves.
+    Otherwise a drafter would be trained on another distribution than the target serves. NaN is
+    said by its name.
     """
     with hidden_states(model, ()) as states:
         theirs = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0].cpu()
     ours = head(states.final[0].cpu())
     theirs = theirs[:, : ours.shape[-1]].float()
+    if theirs.isnan().any():
+        raise ValueError(
+            f"the target's logits are NaN in {model.dtype}: get its weights again, or give another "
+            "capture.dtype"
+        )
     error = float((ours - theirs).norm() / theirs.norm())
     if not error < 0.02:  # bf16 rounds by 0.004; a forgotten factor or cap is far more
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from jaxtyping import Int
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
@@ -387,6 +388,12 @@ class PEagleModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ``ValueError`` with the difference when the checkpoint is another drafter's."""
         saved = saved_config(checkpoint)
+        averaging = any(isinstance(c, WeightAveraging) for c in self.trainer.callbacks)
+        if self.fitting and "averaging_state" in checkpoint and not averaging:
+            self.print(
+                "the checkpoint holds averaged weights, and this run averages none: it goes on "
+                "from the average; add peagle.callbacks.average.AveragedWeights to average further"
+            )
         if self.drafter is None:  # test needs no store
             self.drafter = build_drafter(saved)
             self.drafter.kernels = self.kernels

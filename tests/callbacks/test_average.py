@@ -102,6 +102,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(random_store, tmp_path):
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+def test_a_run_that_no_longer_averages_says_so(random_store, tmp_path, capsys):
+    train(tmp_path, random_store, 2)
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    for callback, said in ((AveragedWeights(), False), (Checkpoint(), True)):
+        trainer = make_trainer(tmp_path, 2, callbacks=[callback])
+        trainer.fit(
+            make_module(draft_vocab_size=20), datamodule=make_data(random_store), ckpt_path=last,
+            weights_only=True,
+        )  # fmt: skip
+        assert ("holds averaged weights, and this run" in capsys.readouterr().out) is said
+
+
 def test_a_finished_run_that_is_fitted_again_holds_the_average(random_store, tmp_path):
     before = train(tmp_path, random_store, 4)
     last = tmp_path / "checkpoints" / "last.ckpt"

@@ -2,15 +2,17 @@
 
 import resource
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from paths import ROOT
 
 import peagle.cli
-from peagle.callbacks.checkpoint import AtomicCheckpointIO, tensor_bytes
+from peagle.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, tensor_bytes
 from peagle.model.checkpoint import check_address, read_checkpoint
 
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
@@ -48,6 +50,16 @@ def test_a_checkpoint_on_the_hub_is_named_with_its_revision(address):
 def test_a_checkpoint_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint .*none\.ckpt does not exist"):
         read_checkpoint(str(tmp_path / "none.ckpt"))
+
+
+def test_the_checkpoints_that_an_earlier_run_kept_are_named_to_a_new_one(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-40.ckpt").touch()
+    settings = {"default_root_dir": tmp_path, "is_global_zero": True, "fast_dev_run": False}
+    for step in (40, 0):
+        assert capsys.readouterr().err == ""
+        Checkpoint().on_train_start(Mock(spec=Trainer, global_step=step, **settings))
+    assert "checkpoints keeps step-40.ckpt of an earlier run" in capsys.readouterr().err
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):

@@ -157,13 +157,24 @@ def test_answers_to_rows_that_changed_on_the_hub_are_refused(tmp_path):
         refuse_other_prompts([said], [other], tmp_path)
 
 
-def test_a_moved_target_is_still_the_same_target(folder, tmp_path):
-    source = TARGET.path
-    copy = tmp_path / "elsewhere"
+def copied_target(copy):
     copy.mkdir()
-    for path in Path(source).glob("*.*"):
+    for path in Path(TARGET.path).glob("*.*"):
         if path.suffix in (".json", ".safetensors", ".jinja"):
             (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def test_a_store_whose_answers_end_elsewhere_is_refused(folder, tmp_path):
+    copy = copied_target(tmp_path / "copy")
+    settings = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [1, 9]}))
+    with pytest.raises(ValueError, match=r"made with end_tokens = \[.*asks for \[1, .*9\]"):
+        capture(TargetSource(str(copy)), CONFIG, folder)
+
+
+def test_a_moved_target_is_still_the_same_target(folder, tmp_path):
+    copy = copied_target(tmp_path / "elsewhere")
     capture(TargetSource(str(copy)), CONFIG, folder)  # finds the store complete
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))

@@ -106,6 +106,13 @@ def test_messages_are_read_however_they_are_written(tmp_path, row, turns):
     assert read(tmp_path, row)[0].turns == turns
 
 
+def test_a_last_answer_beside_its_history_is_not_lost_in_silence(tmp_path):
+    row = {"instruction": "And?", "history": [["Hi", "Hello"]], "output": "Bye"}
+    [prompt] = read(tmp_path, row)
+    with pytest.raises(ValueError, match=r"line 1 has its last answer beside its history"):
+        prompt.answered()
+
+
 def test_calls_and_reasoning_stay_with_the_answers_of_the_data(tmp_path):
     calls = json.dumps([{**CALL["function"], "arguments": '{"word": "sky"}'}])
     openai = {"role": "assistant", "reasoning_content": "Look it up.", "tool_calls": calls}

@@ -43,6 +43,17 @@ def test_a_file_of_any_kind_is_read_and_known_by_its_content(tmp_path, monkeypat
     assert PromptSource(name).name == name.partition(".")[0] and not source.on_hub
 
 
+def test_a_folders_files_may_have_different_columns_and_none_is_skipped(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Hi"}\n')
+    (tmp_path / "b.jsonl").write_text('{"question": "Who?", "level": 1}\n')
+    (tmp_path / "LICENSE.txt").touch()
+    source = PromptSource(str(tmp_path))
+    assert [prompt.turns for prompt in load_prompts(source)] == [("Hi",), ("Who?",)]
+    (tmp_path / "c.csv").write_text("prompt\nWhat?\n")
+    with pytest.raises(ValueError, match=r"holds c\.csv, which .* would be skipped"):
+        load_prompts(source)
+
+
 def test_a_split_that_a_saved_data_set_does_not_have_is_refused(tmp_path):
     rows = Dataset.from_list([{"prompt": "Hi"}])
     rows.save_to_disk(tmp_path / "one")
@@ -87,6 +98,7 @@ def test_a_set_with_times_in_its_messages_is_known_by_its_content(tmp_path):
         ("a.parquet", b"junk", "cannot be read after 0 rows"),
         ("a.csv", b"prompt,note\nx\n", "row 1 has not as many cells"),
         ("a.csv", b'prompt\n"x\n', "is not CSV"),
+        ("a.csv", b"prompt,prompt\nx,y\n", "has two columns 'prompt'"),
         ("a.xlsx", b"", r"must end in \.jsonl"),
     ],
 )

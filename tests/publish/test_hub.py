@@ -132,6 +132,15 @@ def test_a_later_publication_leaves_no_figures_of_other_weights(hub, tmp_path):
     assert "metrics/validate.json" in hub.content(REPO, "step-1")
 
 
+def test_figures_of_other_weights_are_left_out_by_name(tmp_path, capsys):
+    finish_run(tmp_path, step=1)
+    path = tmp_path / "metrics/validate.json"
+    assert files_to_publish(tmp_path)["metrics/validate.json"] == path
+    path.write_text(json.dumps({"provenance": {"weights_sha256": "0"}, "rows": []}))
+    assert "metrics/validate.json" not in files_to_publish(tmp_path)
+    assert f"{path} is left out" in capsys.readouterr().err
+
+
 def test_a_save_that_a_killed_run_makes_again_is_not_published_again(hub, tmp_path):
     """It has the same weights under another date; a finished run's card may change."""
     sender = Sender(tmp_path / "hub_spool", Destination(REPO, True, None, hub.url))

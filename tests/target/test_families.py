@@ -175,3 +175,13 @@ def test_a_family_that_does_more_to_its_logits_is_refused():
     head = target_head_of(target, target.config)
     with pytest.raises(ValueError, match=r"type granite cannot be rebuilt .* \(relative error 3\)"):
         check_head(target, head, torch.arange(8, 40))
+
+
+def test_a_target_whose_logits_are_nan_is_refused_before_its_first_answer(tmp_path):
+    source = write_target("llama", tmp_path)
+    model = source.model(dtype=torch.float32, device="cpu")
+    model.get_input_embeddings().weight.data[8:] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the target's logits are NaN in torch\.bfloat16"):
+        capture(source, CONFIG, tmp_path / "store")
+    assert not (tmp_path / "store" / "answers.jsonl").exists()
