@@ -50,6 +50,36 @@ def refuse_tokens(arguments: list[str]) -> None:
             )
 
 
+def refuse_repeated_keys(arguments: list[str]) -> None:
+    """Raise ``ValueError`` for a key that a file gives twice: YAML would drop the first unsaid."""
+    for place, text in given_texts(arguments).items():
+        if not place.endswith((".yaml", ".yml")):
+            continue
+        try:
+            tree = yaml.compose(text, yaml.SafeLoader)
+        except yaml.YAMLError:  # jsonargparse says what is wrong
+            continue
+        for key in repeated_keys(tree):
+            line = key.start_mark.line + 1
+            raise ValueError(
+                f"line {line} of {place} gives {key.value} a second time: join the two, or leave "
+                "one out"
+            )
+
+
+def repeated_keys(node: yaml.Node | None) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from repeated_keys(item)
+    elif isinstance(node, yaml.MappingNode):
+        known = set()
+        for key, value in node.value:
+            if str(key.value) in known:
+                yield key
+            known.add(str(key.value))
+            yield from repeated_keys(value)
+
+
 class PathError(ValueError, ArgumentTypeError):
     """Both, since jsonargparse shows the words of the first alone, and argparse of the second."""
 

@@ -23,6 +23,7 @@ from peagle.arguments import (
     PATH,
     expand_home,
     refuse_old_names,
+    refuse_repeated_keys,
     refuse_save_dir,
     refuse_tokens,
     replacing_lists,
@@ -436,6 +437,7 @@ def run(name: str, arguments: list[str]) -> None:
     arguments = with_files(expand_home(arguments))
     refuse_tokens(arguments)
     refuse_old_names(arguments)
+    refuse_repeated_keys(arguments)
     refuse_save_dir(arguments)
     arguments = replacing_lists(arguments)
     if name in FUNCTIONS:

@@ -6,7 +6,14 @@ import sys
 import pytest
 
 from peagle.__main__ import search_working_directory_last
-from peagle.arguments import FOLDER, expand_home, folder_path, replacing_lists
+from peagle.arguments import (
+    FOLDER,
+    expand_home,
+    folder_path,
+    refuse_repeated_keys,
+    replacing_lists,
+)
+from peagle.shipped_configs import shipped
 
 
 def test_a_list_of_settings_that_is_given_again_is_emptied_first(tmp_path):
@@ -28,6 +35,25 @@ def test_settings_added_to_a_list_keep_what_is_there(tmp_path):
     file.write_text("trainer: {callbacks: [{class_path: A}]}\n")
     added = ["--config", str(file), "--trainer.callbacks+=[{class_path: B}]"]
     assert replacing_lists(added) == added
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("model: {a: 1}\ndata: {a: 1}\nmodel: {b: 1}\n", 3, "model"),
+        ("data:\n  max_tokens: 8\n  max_tokens: 9\n", 3, "max_tokens"),
+        ("evaluation:\n  prompts:\n    - source: a\n      source: b\n", 4, "source"),
+    ],
+)
+def test_a_key_that_a_file_gives_twice_is_refused(tmp_path, text, line, key):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"line {line} of .*a.yaml gives {key} a second time"):
+        refuse_repeated_keys(["fit", "--config", str(file)])
+
+
+def test_no_shipped_configuration_gives_a_key_twice():
+    refuse_repeated_keys([str(path) for path in shipped().values()])
 
 
 def test_a_home_folder_is_written_out(monkeypatch):

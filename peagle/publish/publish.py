@@ -5,6 +5,7 @@ Nothing here needs Lightning.
 
 import csv
 import json
+import re
 import shutil
 import tempfile
 import uuid
@@ -20,7 +21,8 @@ from peagle.publish.queue import DRY_RUN, MAIN, QUEUE, Entry, add_entry, waiting
 from peagle.publish.sender import PublishResult, Sender
 from peagle.publish.upload import Destination
 
-NOTE = "hub.json"  # run_id and step of a run whose provenance.json does not say them
+# run_id and step of a run whose provenance.json does not say them, and what its card names
+NOTE = "hub.json"
 
 
 def publish(
@@ -58,9 +60,15 @@ def publish(
 
 def name_repository_on_card(run_dir: Path, repo_id: str) -> None:
     """A card that was written before anybody knew where the drafter goes names its folder: let the
-    serving lines name the repository."""
+    serving lines name the repository. They follow when a later ``publish`` names another one."""
     readme = run_dir / "card/README.md"
-    if not readme.is_file() or '"model": "./drafter"' not in readme.read_text("utf-8"):
+    if not readme.is_file():
+        return
+    text = readme.read_text("utf-8")
+    if named := read_json(run_dir / NOTE).get("named_on_card"):
+        readme.write_text(re.sub(rf"(?<=[\"']){re.escape(named)}(?=[\"'])", repo_id, text), "utf-8")
+        _write_note(run_dir, {"named_on_card": repo_id})
+    if '"model": "./drafter"' not in text:
         return
     check_card(files_to_publish(run_dir), run_id_of(run_dir), trained_steps(run_dir))
     known = ModelCard.load(readme, ignore_metadata_errors=True).data
@@ -71,6 +79,7 @@ def name_repository_on_card(run_dir: Path, repo_id: str) -> None:
         base_model=known.base_model,
     )
     write_card(run_dir, run_dir / "drafter", run_dir / "card", options=options)
+    _write_note(run_dir, {"named_on_card": repo_id})
 
 
 def publish_run(
@@ -157,6 +166,8 @@ def _last_logged_step(path: Path) -> str | None:
 
 
 def _write_note(run_dir: Path, note: dict[str, Any]) -> None:
+    """Add to what ``hub.json`` says."""
+    note = read_json(run_dir / NOTE) | note
     # A name of its own: a run that ends and `peagle publish` may write at the same time.
     with tempfile.NamedTemporaryFile(
         "w", dir=run_dir, prefix=f".{NOTE}.", suffix=".tmp", delete=False

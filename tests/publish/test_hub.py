@@ -183,6 +183,19 @@ def test_a_card_that_names_a_folder_names_the_repository_once_it_is_published(hu
     assert len(hub.history(REPO)) == 1
 
 
+def test_a_card_names_the_repository_of_the_last_publish(hub, tmp_path):
+    run = full_run(tmp_path)
+    write_card(run, run / "drafter", run / "card")
+    with pytest.raises(ValueError, match="403"):
+        publish_command(run, "alcie/drafter", endpoint=hub.url)
+    with (run / "card/README.md").open("a") as card:
+        card.write("written by hand\n")
+    publish_command(run, REPO, endpoint=hub.url)
+    text = hub.content(REPO)["README.md"].decode()
+    assert "alcie" not in text and text.count(f'"model": "{REPO}"') == 1
+    assert text.endswith("written by hand\n")
+
+
 def test_another_branch_is_made_and_main_stays_as_it_was(hub, tmp_path):
     finish_run(tmp_path, step=1)
     assert publish(tmp_path, hub.url, revision="candidates", private=False).complete
