@@ -5,6 +5,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ from peagle.serve.contract import Layout
 from peagle.serve.export import Verifier, export_drafter, refuse_foreign, remove_export
 from peagle.shipped_configs import with_files
 from peagle.store.hub import find_store, store_address
+from peagle.store.locks import locked
 from peagle.store.reader import Store
 from peagle.target.target import TargetSource
 from peagle.train.datamodule import HiddenStatesDataModule
@@ -178,6 +180,25 @@ class PEagleCLI(LightningCLI):
         if self.checkpoint(self.subcommand) is not None:
             self.model.init_from = None
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        with ExitStack() as self.held:
+            super()._run_subcommand(subcommand)
+
+    def hold(self, run_dir: Path) -> None:
+        """Keep the run's folder for this fit until it ends, however it ends.
+
+        Raises:
+            ValueError: while another fit writes into it.
+        """
+        if self.trainer.fast_dev_run or rank_zero_only.rank != 0:
+            return
+        try:
+            self.held.enter_context(locked(run_dir / ".fit.lock", wait=False))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another fit is writing into {run_dir}: wait for it, or give another --run_dir"
+            ) from error
+
     def before_fit(self) -> None:
         """Make the store if it is missing; other ranks wait for the first.
 
@@ -187,6 +208,7 @@ class PEagleCLI(LightningCLI):
         store = Path(config.store)
         target = TargetSource(config.target, config.revision)
         self.check_fit(config, target)
+        self.hold(Path(config.run_dir))
         self.say_threads()
         if store_address(config.store) is not None:
             if rank_zero_only.rank == 0:

@@ -15,6 +15,7 @@ from paths import ROOT
 from peagle import next_step
 from peagle.__main__ import main
 from peagle.cli import verifier_name
+from peagle.store.locks import locked
 from peagle.target.target import TargetSource
 
 quiet = pytest.mark.filterwarnings("ignore")  # of Lightning and jsonargparse
@@ -209,6 +210,15 @@ def test_bad_input_is_one_clear_sentence(peagle, tmp_path, arguments, words):
     assert told.startswith("peagle: ") and words in told
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+@quiet
+def test_two_fits_do_not_write_into_one_folder(small_run, peagle):
+    folder, overrides, _ = small_run
+    with locked(folder / "run" / ".fit.lock"):
+        result = peagle("fit", "--config", "configs/quickstart.yaml", *overrides)
+    assert result.returncode == 1
+    assert "another fit is writing into" in result.stderr.splitlines()[-1]
 
 
 @quiet
