@@ -1,4 +1,4 @@
-"""The two plots of a bench: output speed over concurrency, acceptance length over K."""
+"""The two plots of a bench: output speed over concurrency or K, acceptance length over K."""
 
 from pathlib import Path
 
@@ -32,6 +32,10 @@ def draw(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def throughput(axes: Axes, rows: list[Row]) -> None:
+    """Over concurrency; where that is always the same, over K, with no drafter at 0."""
+    if len({row["concurrency"] for row in rows}) == 1:
+        throughput_over_k(axes, rows)
+        return
     keys = ("prompt_set", "prompts", "drafter", "method", "k")
     for (prompt_set, prompts, _, method, k), line in grouped(rows, *keys).items():
         drafting = "no drafter" if k is None else f"{method}, K = {k}"
@@ -44,6 +48,24 @@ def throughput(axes: Axes, rows: list[Row]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set(xlabel="concurrent requests", ylabel="output tokens per second", ylim=(0, None))
+
+
+def throughput_over_k(axes: Axes, rows: list[Row]) -> None:
+    alone = {row["prompt_set"]: row for row in rows if row["drafter"] is None}
+    drafted = [row for row in rows if row["drafter"] is not None]
+    keys = ("prompt_set", "prompts", "drafter", "method")
+    for (prompt_set, prompts, _, method), line in grouped(drafted, *keys).items():
+        line = [alone[prompt_set], *sorted(line, key=lambda row: row["k"])]
+        x, y = zip(*((row["k"] or 0, row["tokens_per_second"]) for row in line), strict=True)
+        axes.plot(x, y, "o-", label=f"{prompt_set} ({prompts} prompts), {method}")
+    ticks = sorted({row["k"] for row in drafted})
+    axes.set_xticks([0, *ticks], ["no drafter", *map(str, ticks)])
+    at_once = rows[0]["concurrency"]
+    axes.set(
+        xlabel=f"K, drafts per round, with {at_once} at once",
+        ylabel="output tokens per second",
+        ylim=(0, None),
+    )
 
 
 def acceptance(axes: Axes, rows: list[Row]) -> None:

@@ -23,7 +23,13 @@ def served_depth(run: RunFiles) -> ServedDepth | None:
     drafted = [row for row in run.bench.rows if row.get("drafter") is not None]
     if speeds := mean_by_k(rows_of_first_method(drafted), "speedup"):
         fastest = max(speeds, key=lambda k: speeds[k])
-        return ServedDepth(fastest, f"K = {fastest} was the fastest in `peagle bench`.")
+        reason = f"K = {fastest} was the fastest in `peagle bench`."
+        if (speed := speeds[fastest]) < 1:
+            reason = (
+                f"No K was faster than no drafter in `peagle bench`: K = {fastest} lost least, "
+                f"with {speed:.2f} of the tokens per second on average."
+            )
+        return ServedDepth(fastest, reason)
     tested = next(iter(by_conditions(run.acceptance).values()), [])
     if lengths := mean_by_k(tested, "acceptance_length"):
         k = min(k for k, length in lengths.items() if length >= NEAR * max(lengths.values()))

@@ -1,10 +1,11 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from peagle.bench.client import Answer, Counters, parse_counters
-from peagle.bench.plots import draw
+from peagle.bench.plots import draw, throughput
 from peagle.bench.report import (
     Conditions,
     Measurement,
@@ -128,6 +129,16 @@ def test_a_baseline_stands_beside_none_and_ours_and_may_be_the_best():
     ]
     assert {row["baseline_tokens_per_second"] for row in rows if row["concurrency"] == 1} == {2.5}
     assert format_best(rows).startswith("best for code with 1 at once: eagle3, K = 2 (10.0 tok/s)")
+
+
+def test_speed_at_one_load_is_drawn_over_k():
+    axes = Figure().subplots()
+    rows = [row for row in bench_rows(RUNS, CONDITIONS) if row["concurrency"] == 1]
+    throughput(axes, rows)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["no drafter", "2", "3"]
+    (line,) = axes.lines
+    speeds = {row["k"] or 0: row["tokens_per_second"] for row in rows}
+    assert dict(zip(*line.get_data(), strict=True)) == speeds
 
 
 def test_both_plots_are_drawn(tmp_path):

@@ -38,6 +38,16 @@ def test_the_fastest_of_the_bench_is_served_whatever_accepts_most(tmp_path):
     assert "verification at K = 3," in page and "K = 3 was the fastest" in page
 
 
+def test_a_bench_in_which_no_drafter_is_faster_is_not_called_a_gain(tmp_path):
+    rows = benched((2, 1, 1.12), (2, 8, 0.84), (4, 1, 0.53), (4, 8, 0.62))
+    run = run_of(tmp_path, acceptance=ACCEPTANCE, bench={"rows": rows})
+    assert served_depth(run) == (
+        2,
+        "No K was faster than no drafter in `peagle bench`: K = 2 lost least, with 0.98 of the "
+        "tokens per second on average.",
+    )
+
+
 @pytest.mark.parametrize(
     ("lengths", "expected"),
     [
