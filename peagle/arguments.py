@@ -23,11 +23,19 @@ HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 
 
 def given_texts(arguments: list[str]) -> dict[str, str]:
-    """The command line and every configuration file that it names."""
+    """The command line and every configuration file that it names.
+
+    Raises:
+        ValueError: for a configuration that is not UTF-8. Prompts are read elsewhere.
+    """
     texts = {"the command line": " ".join(arguments)}
     for path in (Path(argument.rpartition("=")[2]) for argument in arguments):
         if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
-            texts[str(path)] = path.read_text()
+            strictly = "replace" if path.suffix == ".json" else "strict"
+            try:
+                texts[str(path)] = path.read_text("utf-8", strictly)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
     return texts
 
 

@@ -11,6 +11,7 @@ from peagle.arguments import (
     expand_home,
     folder_path,
     refuse_repeated_keys,
+    refuse_tokens,
     replacing_lists,
 )
 from peagle.shipped_configs import shipped
@@ -82,3 +83,10 @@ def test_the_working_directory_is_searched_last(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", ["", os.getcwd(), "/lib"])
     search_working_directory_last()
     assert sys.path == ["/lib", str(tmp_path)]
+
+
+def test_a_configuration_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("# é\nseed_everything: 0\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.yaml is not UTF-8 .*: save it as UTF-8"):
+        refuse_tokens(["--config", str(path)])

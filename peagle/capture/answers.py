@@ -6,7 +6,7 @@ where it was. Who generates them is transformers (``generate.py``) or vLLM (``on
 
 import json
 import os
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -139,6 +139,17 @@ def require_documents(fits: Any, documents: Any, max_tokens: int) -> None:
     require_room(fits, max_tokens)
     if not documents:
         raise ValueError("no answer has supervised tokens: check chat template and max_new_tokens")
+
+
+def say_not_asked(prompts: Iterable[Prompt], answers: Mapping[str, Answer]) -> None:
+    """Count the conversations whose later turns follow an answer that never ended."""
+    pairs = [(prompt, answers[prompt.id]) for prompt in prompts if prompt.id in answers]
+    short = sum(not a.finished and not a.cut and len(a.turns) < len(p.turns) for p, a in pairs)
+    if short:
+        print(
+            f"{short} of {len(pairs)} conversations stop at an answer that max_new_tokens cut off: "
+            "their later turns are not asked"
+        )
 
 
 def say_past_the_turn(answers: Collection[Answer], tokenizer: Tokenizer) -> None:

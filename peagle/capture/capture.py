@@ -23,6 +23,7 @@ from peagle.capture.answers import (
     drop_too_long,
     generate_missing,
     require_documents,
+    say_not_asked,
     say_past_the_turn,
 )
 from peagle.capture.config import CaptureConfig
@@ -227,6 +228,7 @@ def named_documents(
         generate = partial(generate_transformers, model, tokenizer, config)
         answers = generate_missing(generate, batches, answers_path)
         say_past_the_turn(answers.values(), tokenizer)
+        say_not_asked(prompts, answers)
     else:
         mine = [prompt for batch in batches for prompt in batch.prompts]
         answers = answers_in_data(tokenizer, mine, config, end_tokens(model, tokenizer))

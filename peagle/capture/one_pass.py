@@ -19,6 +19,7 @@ from peagle.capture.answers import (
     drop_too_long,
     known_answers,
     require_documents,
+    say_not_asked,
     say_past_the_turn,
 )
 from peagle.capture.asker import Asker, Question, Reading, settle_all
@@ -169,6 +170,7 @@ class OnePass:
         """
         if self.config.regenerate:
             say_past_the_turn(answers.values(), self.namer.tokenizer)
+            say_not_asked([prompt for prompt, _ in self.asked], answers)
         fit = drop_too_long(answers, self.config)
         found = self.namer.of_all([prompt for prompt, _ in self.asked], fit)
         if self.split.count == 1:  # else others may have all the work

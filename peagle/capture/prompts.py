@@ -77,6 +77,14 @@ class Prompt(NamedTuple):
                 f"{self.place} has no answers of an assistant: set regenerate: true, or name the "
                 "column with whole conversations"
             )
+        for message in self.messages:
+            for key in ("weight", "train"):
+                if message["role"] == "assistant" and message.get(key) in (0, "0"):
+                    raise ValueError(
+                        f"{self.place} has an answer that is not to be trained ({key}: "
+                        f"{message[key]}), and answers of the data are all trained: take the row "
+                        "out, or set regenerate: true"
+                    )
         return list(self.messages[: len(roles) - roles[::-1].index("assistant")])
 
     def asked_id(self) -> str:

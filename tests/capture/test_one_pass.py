@@ -401,6 +401,15 @@ def test_what_a_dying_server_lost_is_asked_of_another_one(stand_in, tmp_path, ca
     assert not [*(tmp_path / "b").iterdir()]
 
 
+def test_turns_that_follow_an_answer_without_an_end_are_counted(stand_in, tmp_path, capsys):
+    """The stand-in's answers end where ``max_new_tokens`` cuts them off."""
+    path = tmp_path / "talks.jsonl"
+    rows = [{"turns": [f"def f{i}():", "and then?"]} for i in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capture(TARGET, served_by(stand_in(), prompts=[PromptSource(str(path))]), tmp_path / "store")
+    assert "8 of 8 conversations stop at an answer that max_new_t" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("url", ["10.0.0.1:8000", "https://host:8000", "http://host:8000/v1"])
 def test_a_server_must_be_given_by_host_and_port(url):
     with pytest.raises(ValueError, match="must be given as http://HOST:PORT"):

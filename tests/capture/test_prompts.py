@@ -5,7 +5,7 @@ import pytest
 
 from peagle.capture import columns
 from peagle.capture.config import CaptureConfig
-from peagle.capture.prompts import PromptSource, load_prompts, prompt_set_hash
+from peagle.capture.prompts import Prompt, PromptSource, load_prompts, prompt_set_hash
 from peagle.decode.evaluation import EvaluationConfig
 
 
@@ -175,3 +175,11 @@ def test_what_a_file_does_not_have_is_refused_and_not_ignored(tmp_path, setting)
     (name,) = setting
     with pytest.raises(ValueError, match=f"has no {name}: leave out {name}"):
         load_prompts(PromptSource(str(path), **setting))
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_an_answer_that_its_data_do_not_train_is_refused(mark):
+    said = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "bad", **mark})
+    prompt = Prompt("p", None, ("Hi",), messages=said, place="mine.jsonl, line 3")
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 3 has an answer that is not to be"):
+        prompt.answered()
