@@ -200,16 +200,19 @@ class PEagleCLI(LightningCLI):
             ) from error
 
     def before_fit(self) -> None:
+        config = self.config_init.fit
+        target = TargetSource(config.target, config.revision)
+        self.check_fit(config, target)
+        self.say_threads()
+        self.require_store(config, target)
+        self.hold(Path(config.run_dir))
+
+    def require_store(self, config: Any, target: TargetSource) -> None:
         """Make the store if it is missing; other ranks wait for the first.
 
         One on the Hub is never made, but must be the one for this run.
         """
-        config = self.config_init.fit
         store = Path(config.store)
-        target = TargetSource(config.target, config.revision)
-        self.check_fit(config, target)
-        self.hold(Path(config.run_dir))
-        self.say_threads()
         if store_address(config.store) is not None:
             if rank_zero_only.rank == 0:
                 found = self.datamodule.on_hub()
