@@ -3,7 +3,10 @@
 import math
 import re
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -59,6 +62,22 @@ def check_drafter(
         module.init_from = published.name  # on the Hub at this commit, also after a long capture
     weights = sum(parameter.numel() for parameter in drafter.parameters())
     require_disk(run_dir, CHECKPOINTS * STATES * weights * torch.float32.itemsize)
+
+
+def checks_without_weights(config: Any, target: TargetSource) -> list[Callable[[], Any]]:
+    """Each raises ``ValueError`` for what would end a fit."""
+    run_dir = Path(config.run_dir)
+    checks: list[Callable[[], Any]] = [
+        partial(refuse_foreign_files, run_dir),
+        partial(check_drafter, config.model, target, config.capture, run_dir),
+    ]
+    if config.trainer.limit_test_batches != 0:
+        checks += [
+            partial(check_decodable, target),
+            partial(check_baseline, config.evaluation.baseline, target),
+            config.data.test_batches,  # raises for prompts
+        ]
+    return checks
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
@@ -253,3 +272,12 @@ def refuse_strategy(trainer: Trainer) -> None:
         return
     name = getattr(strategy, "_start_method", type(strategy).__name__)
     raise ValueError(f"this strategy ({name}) cannot train a drafter: give --trainer.strategy ddp")
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raise ``ValueError`` for settings under which any command would end badly."""
+    refuse_strategy(trainer)
+    refuse_swa(trainer)
+    require_batches(trainer)
+    require_clipping(trainer)
+    require_logger(trainer)

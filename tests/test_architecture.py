@@ -19,12 +19,13 @@ ORDER = """
     train
     bench plan tiny_target
     callbacks arguments mistakes preflight shipped_configs
+    fit_cli
     cli
     __main__
 """
 LEVEL = {name: n for n, line in enumerate(ORDER.split("\n")) for name in line.split()}
 SOURCES = sorted([*ROOT.glob("peagle/**/*.py"), *ROOT.glob("callbacks/*.py")])
-LIGHTNING = {"train/module.py", "train/datamodule.py", "preflight.py", "cli.py"}
+LIGHTNING = {"train/module.py", "train/datamodule.py", "preflight.py", "fit_cli.py", "cli.py"}
 
 
 def name_of(path):

@@ -14,7 +14,7 @@ from paths import ROOT
 
 from peagle import next_step
 from peagle.__main__ import main
-from peagle.cli import verifier_name
+from peagle.serve.export_command import verifier_name
 from peagle.store.locks import locked
 from peagle.target.target import TargetSource
 

@@ -1,8 +1,6 @@
 """``python -m peagle plan``: what a run will cost, said before anything of it runs."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from peagle.capture.config import CaptureConfig
@@ -13,6 +11,7 @@ from peagle.kernels.device import has_own_memory, peak_memory
 from peagle.model.config import PEagleConfig
 from peagle.plan.cost import Cost, Shape, cost_of, matrix_rate
 from peagle.plan.forecast import Forecast, forecast, tokenizer_of
+from peagle.plan.run_shape import RunShape
 from peagle.store.disk import free_bytes
 from peagle.store.hub import FoundStore
 from peagle.store.manifest import Manifest
@@ -22,26 +21,6 @@ from peagle.train.memory import rows_within
 from peagle.train.sampler import fill_packs
 
 ENOUGH = 500_000  # conversations; with fewer, drafters were reported to accept less
-
-
-@dataclass(frozen=True)
-class RunShape:
-    """What a run's configuration says about training, as far as costs depend on it."""
-
-    drafter_config: Callable[[Manifest], PEagleConfig]
-    cod: Cod
-    max_tokens: int
-    max_rows: int | None
-    memory_gb: float | None
-    recompute: bool
-    devices: int
-    accumulate: int
-    epochs: int  # -1: until max_steps
-    max_steps: int  # -1: as many as the epochs have
-    half: bool
-    muon: bool
-    train_embeddings: bool
-    device: str  # where this machine's speed is measured
 
 
 def plan(
