@@ -1,6 +1,5 @@
 """The LightningModule: batch -> rows -> segments -> loss, and what is measured on the way."""
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -16,33 +15,25 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from peagle.cod.sampling import Cod, Rows, sample_rows
 from peagle.decode.decoder import Decoder
+from peagle.decode.decoders import make_decoders
 from peagle.decode.evaluation import PromptBatch, Run, decode_batch
 from peagle.kernels.choose import Kernels
-from peagle.kernels.device import pick_device
 from peagle.model.build import build_drafter
 from peagle.model.config import HIDDEN_STATES, PEagleConfig
 from peagle.model.drafter import Drafter
-from peagle.model.initial_weights import initialise
-from peagle.model.published import PublishedDrafter, find_published
 from peagle.model.restore import (
     refuse_differences,
     refuse_other_kind,
-    refuse_other_target,
     refuse_other_tensors,
     refuse_unknown_fields,
     saved_config,
 )
-from peagle.model.saved_drafter import load_drafter
-from peagle.model.warm_start import start_from
-from peagle.serve.contract import as_served
 from peagle.store.hub import reraise_with_address
 from peagle.store.manifest import Manifest
-from peagle.target.end_tokens import end_tokens
 from peagle.target.head import TargetHead
-from peagle.target.layers import TargetLayers
-from peagle.train.draft_vocab import choose_vocabulary
 from peagle.train.loss import check_mix
 from peagle.train.metrics import DepthAccuracy, accuracy_by_depth
+from peagle.train.new_drafter import new_drafter
 from peagle.train.objective import objective
 from peagle.train.optimizer import parameter_groups
 from peagle.train.optimizer_options import impose, impose_schedule, options_of, schedule_options_of
@@ -171,43 +162,21 @@ class PEagleModule(L.LightningModule):
     def build(self) -> None:
         data = self.trainer.datamodule
         manifest = data.store.manifest
-        head = TargetHead.load(
-            data.folder / "target.safetensors",
-            eps=manifest.rms_norm_eps,
-            softcap=manifest.softcap,
-            identity=manifest.identity(),
+        new = new_drafter(
+            self.drafter_config(manifest),
+            data.folder,
+            manifest,
+            token_counts=data.assistant_tokens,
+            copy_layers=self.start == "target",
+            init_from=self.init_from,
         )
-        config = self.drafter_config(manifest)
-        self.drafter = build_drafter(config)
+        self.drafter, self.started_from = new.drafter, new.started_from
         self.drafter.kernels = self.kernels
-        kept = torch.arange(manifest.vocab_size)
-        if self.drafter.config.pruned:
-            vocabulary = choose_vocabulary(data.assistant_tokens(), self.draft_vocab_size)
-            self.print(f"draft vocabulary covers {vocabulary.coverage:.2%} of the answers' tokens")
-            kept = vocabulary.token_ids
-            self.drafter.d2t.copy_(vocabulary.offsets())
-            self.drafter.t2d.copy_(vocabulary.membership(manifest.vocab_size))
-        self.full_head = [head]  # in a list: Lightning must neither move nor save it
-        self.use_vocabulary(kept)
-        layers = TargetLayers({})
-        if self.start == "target":
-            path = data.folder / "target_layers.safetensors"
-            layers = TargetLayers.load(path, manifest.identity())
-        copied = initialise(self.drafter, head, kept, layers)
-        if self.init_from is not None:
-            self.go_on_from(find_published(self.init_from), kept)
-        elif copied:
-            ours = "layer 1 starts" if len(copied) == 1 else f"layers 1-{len(copied)} start"
-            self.print(f"{ours} from the target's layers {copied}")
+        self.full_head = [new.head]  # in a list: Lightning must neither move nor save it
+        self.use_vocabulary(new.kept)
+        for note in new.notes:
+            self.print(note)
         self.freeze_embeddings()
-
-    def go_on_from(self, published: PublishedDrafter, kept: Int[Tensor, " W"]) -> None:
-        """Take a published drafter's weights, and say where it is from and what differs."""
-        notes = start_from(self.drafter, published, kept)
-        self.started_from = {"drafter": published.name, "weights_sha256": published.sha256()}
-        self.print(f"the drafter starts from {published.name}")
-        for note in notes:
-            self.print(f"  {note}")
 
     def freeze_embeddings(self) -> None:
         """Raises ``ValueError`` where they start from random values."""
@@ -318,24 +287,12 @@ class PEagleModule(L.LightningModule):
 
     def on_test_start(self) -> None:
         """Load the target, and the drafters as they are served: bf16 weights."""
-        config, source = self.trainer.datamodule.evaluation, self.trainer.datamodule.target
+        data = self.trainer.datamodule
         if self.drafter is None:
             raise ValueError("test needs --ckpt_path: there is no drafter to test")
-        drafters = {self.drafter.config.method: copy.deepcopy(self.drafter)}
-        if config.baseline is not None:
-            baseline = load_drafter(config.baseline)
-            baseline.kernels = self.kernels
-            method = baseline.config.method
-            drafters[f"{method} (baseline)" if method in drafters else method] = baseline
-        for drafter in drafters.values():
-            refuse_other_target(drafter.config, source.config())
-        dtype = getattr(torch, config.dtype)
-        target = source.model(dtype=dtype, device=pick_device(config.device))
-        self.tokenizer = source.tokenizer()
-        ends = end_tokens(target, self.tokenizer)
-        for method, drafter in drafters.items():
-            served = as_served(drafter, dtype).to(target.device).eval()
-            self.decoders[method] = Decoder(target, served, eos_ids=ends)
+        self.decoders, self.tokenizer = make_decoders(
+            self.drafter, data.target, data.evaluation, self.kernels
+        )
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> list[Run]:
         config = self.trainer.datamodule.evaluation
