@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+HEALTH_TIMEOUT_S = 5.0
 Address = int | str  # a port of this machine, or "HOST:PORT"
 
 
@@ -21,6 +22,15 @@ def request(
         yield connection.getresponse()
     finally:
         connection.close()
+
+
+def is_healthy(address: Address) -> bool:
+    """Whether an engine is there and says that it can be asked."""
+    try:
+        with request(address, "GET", "/health", timeout_s=HEALTH_TIMEOUT_S) as response:
+            return response.status == 200
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 @contextmanager

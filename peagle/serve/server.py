@@ -16,7 +16,7 @@ from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 
-from peagle.serve.http import request
+from peagle.serve.http import is_healthy
 
 LINES_SHOWN = 15
 
@@ -95,11 +95,7 @@ class Server:
             time.sleep(0.2)
 
     def healthy(self) -> bool:
-        try:
-            with request(self.port, "GET", "/health", timeout_s=5.0) as response:
-                return response.status == 200
-        except (OSError, HTTPException):
-            return False
+        return is_healthy(self.port)
 
     def failure(self, what: str) -> EngineError:
         lines = self.log.read_text(errors="replace").strip().splitlines()[-LINES_SHOWN:]
