@@ -41,7 +41,7 @@ from peagle.capture.named_documents import NamedDocument, Namer
 from peagle.capture.one_pass import OnePass
 from peagle.capture.prompts import Prompt, load_prompts
 from peagle.capture.rehearsal import Rehearsed, rehearse, sequences
-from peagle.capture.work_split import WorkSplit, make_batches, unique_prompts
+from peagle.capture.work_split import Share, WorkSplit, unique_prompts
 from peagle.kernels.device import pick_device
 from peagle.store.disk import free_bytes, require_disk, write_atomically
 from peagle.store.index import split_of, unfinished_files
@@ -85,7 +85,8 @@ def capture(
             require_both_splits(prompts, config)
         with split.lock(folder / PARTIAL):
             if claim_folder(folder, wanted, made, config):
-                capture_share(target, wanted, config, folder, split, prompts)
+                config = within_positions(target, config)
+                capture_share(Share(target, wanted, config, folder, split, prompts))
     return wanted
 
 
@@ -152,34 +153,26 @@ def claim_folder(
         if is_complete(folder, wanted, made):
             return False
         require_disk(folder, config.max_tokens * sample_bytes_per_token(wanted))
-        wanted.write(folder / PARTIAL)
-        mine = {"part": None, "vllm_python": None}  # this process's and machine's own affair
+        if not (folder / PARTIAL / "manifest.json").exists():  # else it says who began
+            wanted.write(folder / PARTIAL)
+        # This process's and machine's own affair.
+        mine = {"part": None, "vllm_python": None, "servers": []}
         record = json.dumps({**asdict(config), **mine, "made_with": made}, indent=2)
         write_atomically(folder / "capture.json", record.encode())
     return True
 
 
-def capture_share(
-    target: TargetSource,
-    wanted: Manifest,
-    config: CaptureConfig,
-    folder: Path,
-    split: WorkSplit,
-    prompts: list[Prompt],
-) -> None:
+def capture_share(share: Share) -> None:
     """Write this process's samples; if no other share is missing then, complete the store."""
-    config = within_positions(target, config)
-    if config.engine == "vllm":
-        head = OnePass(target, wanted, config, folder, split, prompts).run()
-    else:
-        head = two_passes(target, wanted, config, folder, split, prompts)
+    config, folder, wanted = share.config, share.folder, share.manifest
+    head = OnePass(share).run() if config.engine == "vllm" else two_passes(share)
     with locked(folder / PARTIAL / "setup.lock"):
-        if not split.mark_done(folder / PARTIAL, config.batch_size):
+        if not share.split.mark_done(folder / PARTIAL, config.batch_size):
             print(f"part {config.part} is done; the others complete the store, or `capture` does")
             return
         head.save(folder / "target.safetensors", wanted.identity())
         start = config.start_layers or default_start_layers(wanted.num_layers)
-        layers = layers_from_files(target, tuple(start))
+        layers = layers_from_files(share.target, tuple(start))
         layers.save(folder / "target_layers.safetensors", wanted.identity())
         for leftover in unfinished_files(folder):
             leftover.unlink()
@@ -187,54 +180,44 @@ def capture_share(
         shutil.rmtree(folder / PARTIAL)
 
 
-def two_passes(
-    target: TargetSource,
-    wanted: Manifest,
-    config: CaptureConfig,
-    folder: Path,
-    split: WorkSplit,
-    prompts: list[Prompt],
-) -> TargetHead:
+def two_passes(share: Share) -> TargetHead:
     """Answers by transformers, or as the data have them, and then their states."""
+    target, config, folder = share.target, share.config, share.folder
     model = target.model(dtype=getattr(torch, config.dtype), device=pick_device(config.device))
     head = target_head_of(model, target.config())
     if config.speculators is not None:
-        tokens = import_speculators(model, wanted, config, folder, split)
+        tokens = import_speculators(model, share.manifest, config, folder, share.split)
         check_head(model, head, tokens[:64])
         return head
-    tokenizer, path = target.tokenizer(), folder / split.own_file("answers.jsonl")
-    known = sequences(tokenizer, prompts[0], config.template_options, not config.regenerate)
+    tokenizer = target.tokenizer()
+    known = sequences(tokenizer, share.prompts[0], config.template_options, not config.regenerate)
     check_head(model, head, torch.tensor(next(known)[:64]))  # before hours of answers
-    groups = named_documents(model, tokenizer, prompts, config, path, split)
-    extract(model, wanted, groups, config, folder, first_shard=split.first_shard)
+    groups = named_documents(model, tokenizer, share)
+    first_shard = share.split.first_shard
+    extract(model, share.manifest, groups, config, folder, first_shard=first_shard)
     return head
 
 
 def named_documents(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    prompts: list[Prompt],
-    config: CaptureConfig,
-    answers_path: Path,
-    split: WorkSplit,
+    model: PreTrainedModel, tokenizer: Tokenizer, share: Share
 ) -> list[list[NamedDocument]]:
     """What this process's batches of prompts, once answered, make of documents.
 
     Raises:
         ValueError: if there is nothing to train on.
     """
-    batches = split.share(make_batches(prompts, config))
+    batches, config = share.batches, share.config
     if config.regenerate:
         generate = partial(generate_transformers, model, tokenizer, config)
-        answers = generate_missing(generate, batches, answers_path)
+        answers = generate_missing(generate, batches, share.answers_path)
         say_past_the_turn(answers.values(), tokenizer)
-        say_not_asked(prompts, answers)
+        say_not_asked(share.prompts, answers)
     else:
         mine = [prompt for batch in batches for prompt in batch.prompts]
         answers = answers_in_data(tokenizer, mine, config, end_tokens(model, tokenizer))
     answers = drop_too_long(answers, config)
-    namer = Namer(prompts, tokenizer, config)
+    namer = Namer(share.prompts, tokenizer, config)
     groups = [namer.of_all(batch.prompts, answers) for batch in batches]
-    if split.count == 1:  # else others may have all the work
+    if share.split.count == 1:  # else others may have all the work
         require_documents(answers, any(groups), config.max_tokens)
     return groups

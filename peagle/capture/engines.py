@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from peagle.capture.config import CaptureConfig
-from peagle.serve.http import Address, request
+from peagle.serve.http import Address, is_healthy, request
 from peagle.serve.vllm import (
     MODEL_NAME,
     Serving,
@@ -36,13 +36,6 @@ START_TIMEOUT_S = 3600.0  # it may have to fetch the weights
 class Engine(NamedTuple):
     address: Address
     model: str = MODEL_NAME
-
-    def is_healthy(self) -> bool:
-        try:
-            with request(self.address, "GET", "/health", timeout_s=10.0) as response:
-                return response.status == 200
-        except (OSError, HTTPException):
-            return False
 
 
 class Engines:
@@ -73,7 +66,7 @@ class Engines:
 
     def goes_on_without(self, engine: Engine) -> bool:
         """Forget an engine that is dead; false if none is left then."""
-        dead = not engine.is_healthy()
+        dead = not is_healthy(engine.address)
         with self.lock:
             if dead and engine in self.alive and len(self.alive) > 1:
                 self.alive.remove(engine)

@@ -8,7 +8,6 @@ read once.
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -23,7 +22,6 @@ from peagle.capture.answers import (
     say_past_the_turn,
 )
 from peagle.capture.asker import Asker, Question, Reading, settle_all
-from peagle.capture.config import CaptureConfig
 from peagle.capture.conversation import Answer
 from peagle.capture.engines import (
     Engines,
@@ -36,43 +34,29 @@ from peagle.capture.extract import open_writer
 from peagle.capture.identity import PARTIAL
 from peagle.capture.named_documents import Namer
 from peagle.capture.prompts import Prompt
-from peagle.capture.work_split import WorkSplit, make_batches
+from peagle.capture.work_split import Share
 from peagle.progress import progress
 from peagle.serve.vllm import Vllm
 from peagle.store.manifest import Manifest
 from peagle.store.writer import StoreWriter
 from peagle.target.from_files import head_from_files
 from peagle.target.head import TargetHead
-from peagle.target.target import TargetSource
 
 
 class OnePass:
-    """One process's share of a capture.
+    """One process's share of a capture."""
 
-    Args:
-        prompts: those of all processes, in the order of the store.
-        folder: of the store.
-    """
-
-    def __init__(
-        self,
-        target: TargetSource,
-        manifest: Manifest,
-        config: CaptureConfig,
-        folder: Path,
-        split: WorkSplit,
-        prompts: list[Prompt],
-    ):
-        self.target, self.manifest, self.config = target, manifest, config
-        self.namer = Namer(prompts, target.tokenizer(), config)
-        self.writer: StoreWriter = open_writer(manifest, config, folder, split.first_shard)
+    def __init__(self, share: Share):
+        self.target, self.manifest, self.config = share.target, share.manifest, share.config
+        self.share = share
+        self.namer = Namer(share.prompts, share.target.tokenizer(), share.config)
+        self.writer: StoreWriter = open_writer(
+            share.manifest, share.config, share.folder, share.split.first_shard
+        )
         self.done = {entry.place for entry in self.writer.done}
-        self.split = split
-        batches = split.share(make_batches(prompts, config))
-        self.asked = [(prompt, batch.greedy) for batch in batches for prompt in batch.prompts]
-        self.answers_path = folder / split.own_file("answers.jsonl")
-        self.partial = folder / PARTIAL
-        self.states_folder = self.partial / split.own_file("states")
+        self.asked = [(p, batch.greedy) for batch in share.batches for p in batch.prompts]
+        self.partial = share.folder / PARTIAL
+        self.states_folder = self.partial / share.split.own_file("states")
 
     def run(self) -> TargetHead:
         """Ask and read what is missing; raises what an engine, a prompt or the disk does."""
@@ -96,18 +80,23 @@ class OnePass:
         return head
 
     def note_version(self, vllm: Vllm) -> None:
-        """Write into the unfinished manifest which vLLM it is, and say if it was another one."""
-        begun = Manifest.read(self.partial).engine
-        if begun and begun["version"] not in (None, vllm.version):
-            print(f"begun with vLLM {begun['version']}, goes on with {vllm.version}")
-        engine = {**(self.manifest.engine or {}), "version": vllm.version}
-        replace(self.manifest, engine=engine).write(self.partial)
+        """Write into the unfinished manifest which vLLM began it, or say that another did."""
+        begun = Manifest.read(self.partial)
+        if begun.engine is None:  # by servers, which do not say
+            return
+        name, version = begun.engine["name"], begun.engine["version"]
+        if (name, version) == ("vllm", None):
+            engine = {**begun.engine, "version": vllm.version}
+            replace(begun, engine=engine).write(self.partial)
+        elif (name, version) != ("vllm", vllm.version):
+            print(f"begun with {name} {version}, goes on with vllm {vllm.version}: they round "
+                  "differently", file=sys.stderr)  # fmt: skip
 
     def known(self) -> dict[str, Answer]:
         """Answers that are there, by prompt."""
         prompts = [prompt for prompt, _ in self.asked]
         if self.config.regenerate:
-            found = known_answers(prompts, self.answers_path)
+            found = known_answers(prompts, self.share.answers_path)
             return {prompt.id: found[prompt.id] for prompt in prompts if prompt.id in found}
         ends = self.target.end_tokens()
         return answers_in_data(self.namer.tokenizer, prompts, self.config, ends)
@@ -130,7 +119,7 @@ class OnePass:
         """Keep conversations as they end; after an error, all that ended before it."""
         answers, done = {}, len(self.asked) - len(questions)
         with (
-            open(self.answers_path, "a", encoding="utf-8") as file,
+            open(self.share.answers_path, "a", encoding="utf-8") as file,
             progress("answers", len(self.asked), done=done) as bar,
         ):
             try:
@@ -173,5 +162,5 @@ class OnePass:
             say_not_asked([prompt for prompt, _ in self.asked], answers)
         fit = drop_too_long(answers, self.config)
         found = self.namer.of_all([prompt for prompt, _ in self.asked], fit)
-        if self.split.count == 1:  # else others may have all the work
+        if self.share.split.count == 1:  # else others may have all the work
             require_documents(fit, found, self.config.max_tokens)

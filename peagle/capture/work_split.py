@@ -16,6 +16,8 @@ from peagle.capture.config import CaptureConfig
 from peagle.capture.prompts import Prompt
 from peagle.store.index import SHARDS_PER_PROCESS
 from peagle.store.locks import locked
+from peagle.store.manifest import Manifest
+from peagle.target.target import TargetSource
 
 Item = TypeVar("Item")
 
@@ -104,3 +106,23 @@ class WorkSplit(NamedTuple):
                     "a part of its own (--capture.part 0/2, 1/2)"
                 ) from error
             yield
+
+
+class Share(NamedTuple):
+    """What one process does of a capture."""
+
+    target: TargetSource
+    manifest: Manifest
+    config: CaptureConfig
+    folder: Path  # of the store
+    split: WorkSplit
+    prompts: list[Prompt]  # those of all processes, in the order of the store
+
+    @property
+    def batches(self) -> list[PromptBatch]:
+        """Of this process's prompts."""
+        return self.split.share(make_batches(self.prompts, self.config))
+
+    @property
+    def answers_path(self) -> Path:
+        return self.folder / self.split.own_file("answers.jsonl")

@@ -32,7 +32,7 @@ class Manifest:
     block: dict[str, Any]  # shape of the target's layers; a drafter starts from it
     answers: str  # hash of prompts and how their answers were made
     format: int = FORMAT
-    engine: dict[str, Any] | None = None  # what ran the target; older stores do not say
+    engine: dict[str, Any] | None = None  # what began to run the target; older ones do not say
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

@@ -280,6 +280,17 @@ def test_the_record_of_a_store_does_not_say_where_vllm_lives(stand_in, tmp_path)
     capture(TARGET, served_by(vllm), tmp_path / "store")
     record = json.loads((tmp_path / "store" / "capture.json").read_text())
     assert record["engine"] == "vllm" and record["vllm_python"] is None
+    assert record["servers"] == []
+
+
+def test_a_capture_that_goes_on_with_another_engine_says_so(stand_in, tmp_path, capsys):
+    store, dying = tmp_path / "store", stand_in("dies after two answers", version="0.31.0")
+    with pytest.raises(EngineError):
+        capture(TARGET, served_by(dying), store)
+    assert "begun with" not in capsys.readouterr().err
+    capture(TARGET, served_by(stand_in()), store)
+    assert "begun with vllm 0.31.0, goes on with vllm 0.32.0" in capsys.readouterr().err
+    assert Manifest.read(store).engine["version"] == "0.31.0"
 
 
 @pytest.mark.parametrize("ends", [7, [7, 2]])

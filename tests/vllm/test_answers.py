@@ -121,7 +121,8 @@ def test_states_are_those_of_transformers_to_rounding(folder, served, own):
     """Of greedy conversations, which are the same; stored in bf16, a near tie flips one bit."""
     ours, theirs = Store(folder / "served"), Store(folder / "own")
     numbers = {entry.sample: number for number, entry in enumerate(theirs.entries)}
-    assert {entry.sample.partition("-")[0] for entry in ours.entries} and len(ours) >= PROMPTS
+    names = {entry.sample.partition("-")[0] for entry in ours.entries}
+    assert len(names) == PROMPTS  # some of several documents
     compared = 0
     for number, entry in enumerate(ours.entries):
         if entry.sample in numbers:
